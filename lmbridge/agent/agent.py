@@ -43,15 +43,16 @@ if TYPE_CHECKING:
 _OutputT = TypeVar("_OutputT")
 
 AnyJournal: TypeAlias = "JournalEntry | Journal | str | os.PathLike[str]"
-"""What `journal=` accepts: the path of a journal, a `Journal`, or the place of a run in one."""
+"""What `journal=` accepts: the path of a journal, a `Journal`, or a `JournalEntry`, which names a run in one."""
 FindTools: TypeAlias = Callable[[Mapping[str, Any]], OpenTools]
-"""Returns the `open_tools` of a run that goes on, given the `JournalEntry.extra` that it was begun with."""
+"""A function that returns the `open_tools` of a resumed run, given the `JournalEntry.extra` with which it began."""
 
 
 class AgentRunOptions(SamplingOptions, total=False):
-    """The keyword arguments of a run, which the docstring of `Agent.run` describes, apart from two.
+    """The keyword arguments of a run, as `Agent.run` describes them, without `output_type` and `journal`.
 
-    `output_type` decides the type of the result, and the blocking methods accept another class for `journal`.
+    Each method declares those two itself: `output_type` because it decides the type of the result, and `journal`
+    because the blocking methods accept another class for it.
     """
 
     model: str | None
@@ -80,11 +81,12 @@ class Agent(NotCopyable):
         tools: The tools that the model may call: async or plain functions, `Tool`s, or providers with
             `async list_tools()`, which is called at the start of each run.
         system_prompt: The leading system message of every run. Default: none.
-        max_rounds: How many times the model is asked in one run. Default: 25.
-        max_tokens: The maximum number of tokens in one reply. The default, "auto", means 8192, or the part of the
-            model's context that the prompt leaves, if the length of the context is known and that part is smaller.
-        max_seconds: The time limit of a run in seconds, including the time that it waits. When the time is up, the
-            generation and the tool calls in progress are cancelled. Default: no limit.
+        max_rounds: How many rounds a run may have. In each round, the model is asked, and the calls in its reply are
+            made. Default: 25.
+        max_tokens: The maximum number of tokens in one reply. The default, "auto", means 8192, or what the prompt
+            leaves of the model's context, if the length of the context is known and fewer than 8192 tokens are left.
+        max_seconds: The time limit of a run in seconds. The time that the run waits to be admitted counts as well. When
+            the time is up, the generation and the tool calls in progress are cancelled. Default: no limit.
         max_total_tokens: The number of tokens that a run may use, prompts included. It is checked between rounds.
             Default: no limit.
         switch_policy: What happens when a run with another model is started while runs are in flight. "isolate", the
@@ -95,63 +97,67 @@ class Agent(NotCopyable):
         max_parallel_tools: How many calls of one reply run at the same time. Default: 4.
         max_tool_output: How many characters of a call's result the model gets. The middle of a longer result is left
             out. Default: 20,000.
-        compaction: How room is made when the conversation does not fit into the model's context any more. "summarize"
-            shortens old results of tools; if that is not enough, it asks the model for notes on its oldest calls, which
-            replace them. "shorten" leaves them out without notes, and "drop" leaves them out without shortening any
-            result before. `RunResult.messages` keeps everything. Default: "summarize".
-        context_overflow: What happens if a prompt is longer than the model's context although all that can be left out
-            was left out, or if the server has cut a prompt without a word, as Ollama does. "warn" adds a warning to
-            `RunResult.warnings`, and "raise" raises `ContextLengthExceededError`. Default: "warn".
+        compaction: How room is made when the conversation no longer fits into the model's context. "summarize" first
+            shortens old results of tools. If that is not enough, it asks the model for notes on the oldest calls, and
+            the notes replace these calls. "shorten" also shortens old results first, but then leaves out the oldest
+            calls without notes. "drop" leaves out the oldest calls at once. `RunResult.messages` keeps everything in
+            any case. Default: "summarize".
+        context_overflow: What happens if a prompt is longer than the model's context even after compaction, or if the
+            server has silently cut a prompt, as Ollama does. "warn" adds a warning to `RunResult.warnings`, and "raise"
+            raises `ContextLengthExceededError`. Default: "warn".
         max_bad_calls: A run ends after this many consecutive replies without a single valid call. Default: 5.
-        on_limit: What happens when `max_rounds`, `max_total_tokens` or `repetition_limit` is used up. "answer" asks the
-            model for its best answer in one more round without tools, and returns the result, whose `stop_reason` is
-            the limit. With "raise", `max_rounds` raises a `MaxRoundsExceededError`, and the others return the run so
-            far. Default: "raise".
-        max_nudges: How many times in one round the model reads what is wrong with a reply that is neither an answer
-            nor a call, and is asked again: at most once for each reason, and three times as often in the whole run. If
-            it has results by then, and still writes calls that cannot be made, the last question offers no tools. 0
-            means never. Default: 2.
+        on_limit: What happens when `max_rounds`, `max_total_tokens` or `repetition_limit` is used up. With "answer",
+            the model is asked for its best answer in one more round without tools; the `stop_reason` of the result
+            names the limit. With "raise", `max_rounds` raises a `MaxRoundsExceededError`, and the other two limits
+            return the run so far. Default: "raise".
+        max_nudges: How many times in one round the model may be asked again because its reply is neither an answer nor
+            a call. The model is told what is wrong with the reply, but only once in a round for each kind of mistake. A
+            whole run has at most three times this number of such messages. A model that already has results of tools,
+            and still writes calls that cannot be made, is finally asked for its answer without tools. 0 means never.
+            Default: 2.
         repetition_limit: A run ends when this many replies had the same call with the same result. From the third such
-            reply on, the model gets a warning with the result. None allows any number and gives no warning, for tasks
-            such as building again after each edit. Default: 5.
-        deduplicate_calls: Whether identical calls of one reply are made once, and each answered with that result. Pass
-            False if a call may be meant to be made several times, like the throw of a die. Default: True.
-        read_text_calls: Which calls are made that the model wrote as text, because the server did not recognize them:
-            "always" reads them wherever they are meant as calls, "whole" only if the reply consists of nothing else,
-            and "never" reads none. The tool has to be one of the run. Default: "always".
+            reply on, the model gets a warning with the result. None allows any number of repetitions without a warning,
+            for tasks in which they are normal, such as building again after each edit. Default: 5.
+        deduplicate_calls: Whether identical calls of one reply are made only once, and all of them get that result.
+            Pass False if the model may want such a call to be made several times, like the throw of a die. Default:
+            True.
+        read_text_calls: Whether calls are made that the model wrote as text, and that the server did not recognize.
+            "always" makes them wherever they are meant as calls, "whole" only if the reply consists of nothing else,
+            and "never" makes none. The run must have the tools that they name. Default: "always".
         repair_calls: Whether a call with small mistakes is made if there is only one way to read it, and its arguments
-            are valid then: almost-JSON such as single quotes or a missing bracket, and names such as `getWeather` for
-            `get_weather`. The call has `repaired` set, which `approve` sees. Arguments that were cut off are never
-            completed. Default: True.
+            are valid when read in this way. Such mistakes are single quotes or a missing bracket in the JSON, and names
+            such as `getWeather` for `get_weather`. Such a call has `repaired` set, which `approve` can check.
+            Arguments that were cut off are never completed. Default: True.
         constrain_retries: Whether the reply after an invalid call is constrained to the JSON schema of its tool, by a
             `response_format`, so that the model corrects the call and does nothing else. This is done once after each
-            such call. A server that refuses it is not asked for it again. Default: True.
+            such call. A server that refuses such a request gets no other one. Default: True.
         tool_search: What happens to tools whose definitions do not fit into `max_definition_tokens`. With "auto", the
-            model gets a tool `find_tools` with which it finds them, and those that it finds or calls by their names are
-            offered for the rest of the run. With "never", all tools are offered, except those of MCP servers that do
-            not fit, which are left out. Default: "auto".
+            model gets a tool `find_tools` with which it can find them. A tool that it finds, or that it calls by its
+            name, is offered for the rest of the run. With "never", all tools are offered; only those of MCP servers are
+            left out if they do not fit. Default: "auto".
         max_definition_tokens: About how many tokens the definitions of tools may take in each request. "auto" means
             half of the model's context if its length is known, or else no limit, and None means no limit. Default:
             "auto".
         embedding_model: A model of the same server that ranks tools for `find_tools` by their meaning. Do not name one
             if the server can hold only one model, because it would have to swap them for each search. Default: None,
             which means that tools are found by the words in their names and descriptions.
-        send_reasoning: Whether the model's reasoning is sent back to it as part of its messages. "auto" sends it once a
-            server has refused a request because it was missing, and remembers that for the model. Some servers refuse
-            requests that have it. Default: "auto".
-        approve: A function, async or plain, that is called with the `ToolCall` before each call, one at a time. If it
-            returns False, the call is not made, and the model gets a refusal; a text is a refusal that gives the
-            model this reason. A `ToolCall` is made in place of the requested one. A plain function must return
-            quickly. An exception that it raises ends the run. Default: every call is made.
-        gate: A question about each call, before `approve` is asked: a `Gate`, a `TrueFalse`, or the text of one. A
-            model answers it (see `LLMClient.decide`), and the call is made only if the answer is true with at least
-            the `threshold` of the gate. Default: none.
+        send_reasoning: Whether the model's reasoning is sent back to it as part of its messages. Some servers demand
+            this, and others refuse it. "auto" begins to send it when a server has refused a request because the
+            reasoning was missing, and remembers that for the model. Default: "auto".
+        approve: An async or plain function that is called with the `ToolCall` before each call, one at a time. If it
+            returns True, the call is made. If it returns False or a text, the call is not made, and the model is told
+            that it was refused; the text is the reason that the model reads. If it returns another `ToolCall`, that one
+            is made instead. A plain function must return quickly, because it blocks the event loop. An exception of the
+            function ends the run. Default: every call is made.
+        gate: A question about each call that a model answers before `approve` is called: a `Gate`, a `TrueFalse`, or
+            the text of the question. The call is made only if the answer is true with at least the probability
+            `threshold` of the gate (see `LLMClient.decide`). Default: none.
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
             context manager is exited when the run ends, however it ends. Default: none.
         output_type: The type of the answer, such as a pydantic model or `list[Book]`; every type that `client.parse`
-            accepts is possible. The model may call tools first. If its answer is not valid JSON of this type, it is
-            asked for that up to three times, each time in a round without tools. Default: the answer is a text.
+            accepts is possible. The model may call tools first. If its answer is not valid JSON of this type, the model
+            is asked for such JSON up to three times, each time in a round without tools. Default: the answer is a text.
         temperature: How freely the model chooses the next token; 0 means the most likely one. By default, this and the
             following parameters are not sent, and the server's own defaults apply.
         top_p: Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1.
@@ -162,8 +168,8 @@ class Agent(NotCopyable):
         parallel_tool_calls: Whether the model may call several tools in one reply.
         extra_body: Further fields of each request, such as `{"top_k": 20}`, which replace fields of the same name.
         priority: How urgent the requests of the agent's runs are: "interactive", "normal", "batch" or an integer, as in
-            `LLMClient`. A run that a tool starts has the priority of the run that called the tool. Default: that of the
-            client.
+            `LLMClient`. A run that a tool starts has the priority of the run that called the tool. Default: the
+            client's priority.
         observers: Objects that are notified of what happens in each run, such as `lmbridge.observe.TimelineObserver`.
             Pass them to the client as well to see its requests. Default: none.
 
@@ -315,19 +321,20 @@ class Agent(NotCopyable):
             max_rounds: The limit of this run, in place of the agent's.
             max_tokens: The limit of this run, in place of the agent's.
             open_tools: Opens tools for this run, in place of the agent's `open_tools`.
-            journal: A file that keeps each step of the run, so that `Agent.resume` can let it go on after its program
-                was interrupted: its path, a `Journal`, or a `JournalEntry` with an id for the run. Default: none.
+            journal: A journal that keeps each step of the run, so that `Agent.resume` can continue the run after the
+                program was interrupted: the path of a file, a `Journal`, or a `JournalEntry` with an id for the run.
+                Default: none.
             output_type: The type of this run's `result.output`, in place of the agent's `output_type`.
             **sampling: `temperature`, `top_p`, `seed`, `stop`, `tool_choice`, `parallel_tool_calls` and `extra_body` of
                 this run, in place of the agent's.
 
         Returns:
-            The result. It contains an answer if its `stop_reason` is "stop". With an `output_type`, it always contains
-            one, and `output` is an instance of that type. Type checkers infer the type as for `client.parse`.
+            The result. It contains an answer if its `stop_reason` is "stop". If the run has an `output_type`, there is
+            always an answer, and `output` is an instance of that type. Type checkers infer it as for `client.parse`.
 
         Raises:
-            LLMValidationError: An argument is invalid, and nothing was sent; or the model did not give a valid output:
-                `.body` is its last answer, and `.context["path"]` the place of the mistake.
+            LLMValidationError: An argument is invalid, and nothing was sent. Or the model did not give a valid output;
+                then `.body` is its last answer, and `.context["path"]` the place of the mistake.
             RunIncompleteError: The run has an `output_type`, and ended without an answer.
             MaxRoundsExceededError: The run used up its rounds.
             ModelChangedDuringExecutionError: The `switch_policy` refused or cancelled the run, or the server swapped
@@ -541,31 +548,32 @@ class Agent(NotCopyable):
         approve: Approve | None = None,
         output_type: Any = None,
     ) -> RunResult[Any]:
-        """Lets a run go on whose program was interrupted, and returns its result.
+        """Resumes a run whose program was interrupted, and returns its result.
 
-        The run has the same options, model and id as before, and its conversation, usage and limits go on where they
-        were. A call of a tool that had ended is not made again. If a call had started, and it is not known whether it
-        ended, the model reads that it may have happened, unless the tool is `idempotent`: then it is made again. If
-        the run is finished already, its result is returned. So this can be called again until it returns::
+        The run has the same options, model and id as before, except that it has no observers. Its conversation, usage
+        and limits continue where they were. A call that had ended is not made again. A call that had started, and of
+        which it is not known whether it ended, is made again only if its tool is `idempotent`; otherwise the model
+        reads that it may have happened. If the run is already finished, its result is returned. So this method can be
+        called again and again until it returns::
 
             result = await Agent.resume("runs.db", client=client, tools=[read_report])
 
         Args:
             path: The journal of the run, or its path.
             client: The client, as for `Agent`.
-            tools: The tools of the run, which have to include those that it began with.
+            tools: The tools of the run, which have to include those with which it began.
             run_id: The id of the run. Default: the only run that has no result yet, or the only run of the journal.
             open_tools: Opens the tools of the run, as for `Agent`.
-            approve: Decides about calls, as for `Agent`. It is required if the run began with such a function.
+            approve: Decides about calls, as for `Agent`. It is required if the run began with an `approve` or a `gate`.
             output_type: The type of the output. It is required if the run began with one.
 
         Returns:
             The result, as `run` returns it. The calls in its `log` that were made before the interruption have no
-            `raw`. The result of a run that was finished already has no `log`.
+            `raw`. The result of a run that was already finished has no `log`.
 
         Raises:
-            JournalError: The journal cannot be used, it has no such run or several, the run is in progress elsewhere,
-                or it cannot go on as it began.
+            JournalError: The journal cannot be used, it has no such run or several of them, the run is in progress
+                elsewhere, or its model, tools or options are not those with which it began.
             LLMError: The run failed, as for `run`.
         """
         agent = cls(client, tools=tools, open_tools=open_tools, approve=approve, output_type=output_type)
@@ -580,13 +588,13 @@ class Agent(NotCopyable):
         *,
         is_muted: bool = True,
     ) -> RunHandle[Any]:
-        """Lets a run go on, in the background, with the client, the tools and the functions of this agent.
+        """Resumes a run in the background, with the client, the tools and the functions of this agent.
 
         Args:
-            journal: The journal.
-            run_id: The id of the run; None as for `resume`.
-            open_tools: Returns what opens the tools of the run, given what its program kept for that.
-            is_muted: Whether the events of the run will not be read. Otherwise they have to be read at once.
+            journal: The journal, or its path.
+            run_id: The id of the run; None has the same meaning as for `resume`.
+            open_tools: Returns the `open_tools` of the run, given its `JournalEntry.extra`. Default: the agent's.
+            is_muted: Whether nobody will read the events of the run, so that it need not create any.
         """
         from lmbridge.agent.journal.resuming import find  # noqa: PLC0415 - as above
 

@@ -2,16 +2,17 @@
 
 These deviations are understood: single, triple and typographic quotes, the literals of Python, keys without quotes,
 trailing and missing commas, comments, line breaks and other control characters in texts, escapes that JSON does not
-have, and closing brackets that are missing or left over. The result is a JSON text, and not a value, so that the rules
-for valid JSON apply to it as well: numbers stay as they were written, and a key that is there twice is still a mistake.
+have, and closing brackets that are missing or left over. The result is a JSON text and not a value, so that it can be
+read like any other JSON: numbers stay as they were written, and an object with the same key twice is still a mistake.
 
-A closing bracket that is missing looks like arguments that were cut off. It is added only if the last value is complete
-and the text goes on with something that cannot be JSON, such as a closing tag, or if it is known that the model ended
-the reply by itself. Everything else that is incomplete is refused: a text without its closing quote, a key without a
-value, a comma without a next item.
+If a closing bracket is missing, the arguments may have been cut off. So the bracket is added only if the last value is
+complete, and the text either goes on with something that cannot be JSON, such as a closing tag, or is known not to have
+been cut off. Everything else that is incomplete is refused: a text without its closing quote, a key without a value, or
+a comma without a next item.
 
-`json-repair` was considered. It reads anything as some value: a text that was cut off, the second of two objects, an
-empty text for a missing value. With it, calls would be made with arguments that no model wrote.
+The package `json-repair` was considered. It reads anything as some value: it accepts a text that was cut off, takes the
+second of two objects, and puts an empty text in place of a missing value. With it, calls would be made with arguments
+that no model wrote.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _VALID_ESCAPES: Final = '"\\/bfnrtu'
 _PLAIN_ESCAPES: Final = '"\\/'
 _TRAILING_BRACKETS: Final = re.compile(r"[\s}\]]*")
 _ENDS: Final = ("<", "`", "[END", "</")
-"""How a text goes on where JSON has ended: with a tag or with the end of a Markdown fence."""
+"""The texts that may follow a complete JSON value: a tag, or the end of a Markdown fence."""
 _FENCE: Final = re.compile(r"```\w{0,20}(.*?)(?:```)?", re.DOTALL)
 
 
@@ -57,7 +58,7 @@ class AlmostJson(NamedTuple):
     text: str
     """The value as JSON."""
     end: int
-    """The position after the value, and after closing brackets that are left over."""
+    """The position after the value, and after surplus closing brackets that follow it."""
 
 
 def read_almost_json(text: str, position: int = 0, *, may_be_cut: bool = True) -> AlmostJson:
@@ -68,11 +69,11 @@ def read_almost_json(text: str, position: int = 0, *, may_be_cut: bool = True) -
     Args:
         text: The text.
         position: Where the value begins. There may be white space before it.
-        may_be_cut: Whether the text may have been cut off at its end. If not, closing brackets that are missing there
-            are added.
+        may_be_cut: Whether the text may have been cut off at its end. If not, closing brackets that are missing at the
+            end are added.
 
     Raises:
-        ValueError: The value cannot be read, or not in one way only.
+        ValueError: The value cannot be read, or could be read in several ways.
     """
     reader = _ValueReader(text, position, may_be_cut=may_be_cut)
     reader.read()
@@ -84,21 +85,21 @@ def read_almost_json(text: str, position: int = 0, *, may_be_cut: bool = True) -
 
 
 def repair_arguments(text: str, *, may_be_cut: bool) -> str:
-    """Returns the arguments of a call as JSON, if they are almost that, and nothing else follows them.
+    """Returns the arguments of a call as JSON, if they are almost JSON, and nothing else follows them.
 
     Args:
         text: The arguments as the model wrote them, which are not valid JSON.
         may_be_cut: As in `read_almost_json`.
 
     Raises:
-        ValueError: They cannot be read, or not in one way only.
+        ValueError: The arguments cannot be read, or could be read in several ways.
     """
     fence = _FENCE.fullmatch(text.strip())
     text = (fence[1] if fence is not None else text).strip()
     found = read_almost_json(text, may_be_cut=may_be_cut)
     end = found.end
     while end < len(text):
-        # Servers and models repeat the arguments.
+        # Some servers and models write the arguments several times.
         again = read_almost_json(text, end, may_be_cut=may_be_cut)
         if again.text != found.text:
             raise ValueError("something follows the arguments")
@@ -120,7 +121,7 @@ class _ValueReader:
         """Reads the value.
 
         Raises:
-            ValueError: It cannot be read.
+            ValueError: The value cannot be read, or could be read in several ways.
         """
         self._read_value()
         while self._open:
@@ -191,7 +192,7 @@ class _ValueReader:
         if not character or self._text.startswith(_ENDS, self.position):
             self._close_at_end(at_end_of_text=not character)
             return False
-        # A comma is missing. Two texts beside each other may be one text with a quote in it.
+        # A comma is missing. But two texts in the same line may also be one text with quotes in it.
         is_new_line = "\n" in self._text[after_item : self.position]
         if character in "\"'{[" and (is_new_line or not self.pieces[-1].startswith('"')):
             self.pieces.append(",")
@@ -203,7 +204,7 @@ class _ValueReader:
         return character in ("}", "]") and character in self._open
 
     def _close(self) -> None:
-        """Closes a bracket, and first those within it whose own closing bracket is missing."""
+        """Closes a bracket, after the brackets within it whose closing bracket is missing."""
         character = self._peek()
         while (closed := self._open.pop()) != character:
             self.pieces.append(closed)
@@ -217,7 +218,7 @@ class _ValueReader:
         self._open.clear()
 
     def _read_string(self) -> str | None:
-        """Returns the text at this position with quotes around it, or None."""
+        """Reads the string at this position, and returns it as JSON; None if there is no string."""
         character = self._peek()
         if character not in ('"', "'", "\u201c", "<"):
             return None
@@ -237,10 +238,10 @@ class _ValueReader:
 
 
 def _quote(inner: str) -> str:
-    r"""Returns a text in the quotes of JSON, given what is between its quotes.
+    r"""Returns a string as JSON, given what is written between its quotes.
 
-    Escapes that JSON does not have are taken literally, such as the `\d` of a regular expression. A text that has both
-    these and others, such as `C:\data\new`, could mean either.
+    Escapes that JSON does not have are taken literally, such as the `\d` of a regular expression. A text that has such
+    escapes as well as valid ones, such as `C:\data\new`, could mean two things.
 
     Raises:
         ValueError: The text could mean two things.

@@ -1,8 +1,8 @@
-"""Decodes the JSON of tool calls, without losing what the values of Python do not keep.
+"""Decodes the JSON of tool calls, and notes what would be lost in the values of Python.
 
-Two things would be lost: 3.10 would be the same as 3.1, which matters if the number is to become a text, and of a key
-that an object has twice, only the last value would be left. msgspec decodes the arguments, because it is strict. It has
-no hooks for integers and objects, so the `json` module reads the text a second time.
+Two things would be lost. 3.10 would become 3.1, which matters if the number is to become a text. And if an object has a
+key twice, only the last value would remain. msgspec decodes the arguments, because it is strict. But it has no hooks
+for integers and objects, so the `json` module reads the text a second time to find these two things.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class WrittenNumber(NamedTuple):
 
 
 def _read_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object, which may have a key several times with the same value."""
+    """Returns the object with these keys and values. A key may occur several times, but only with the same value."""
     values = dict(pairs)
     if len(values) < len(pairs):
         for key, value in pairs:
@@ -44,7 +44,7 @@ decode_written_at: Final = json.JSONDecoder(
     parse_float=WrittenNumber,
     parse_constant=WrittenNumber,
 ).raw_decode
-"""Decodes the JSON at a position of a text, with `WrittenNumber`s, and returns the value and the position after it."""
+"""Decodes the JSON value at a position of a text. Returns it, with each number as a `WrittenNumber`, and its end."""
 
 
 def write_json(value: Any) -> str:

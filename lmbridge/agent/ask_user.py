@@ -26,9 +26,9 @@ def ask_user(callback: Callable[[str], str | Awaitable[str]], *, timeout: float 
         agent = Agent(client, tools=[delete, ask_user(ask)])
 
     Args:
-        callback: An async or plain function that is called with the question, and returns the answer. A plain one
-            runs in a thread. If it raises an exception, the model gets the text of the exception.
-        timeout: The most seconds that the person has to answer. Default: no limit.
+        callback: An async or plain function that is called with the question, and returns the answer. A plain function
+            runs in a thread. If the function raises an exception, the model gets the text of the exception.
+        timeout: How many seconds the person has to answer. Default: no limit.
 
     Raises:
         LLMValidationError: An argument is invalid.

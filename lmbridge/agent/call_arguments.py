@@ -14,15 +14,15 @@ from lmbridge.agent.step_limit import StepLimitError
 from lmbridge.agent.tools import Tool
 
 _QUOTED_CHARACTERS: Final = 200
-"""The number of characters that an error text quotes of malformed arguments."""
+"""How many characters of malformed arguments an error text quotes."""
 _LISTED_NAMES: Final = 50
-"""The number of parameters that an error text lists."""
+"""How many parameters an error text lists."""
 LONGEST_PROBLEM: Final = 2_000
-"""The number of characters of a description of wrong arguments that the model receives; it may quote their values."""
+"""How many characters a description of wrong arguments may have. It may quote their values, so it is cut off there."""
 _LARGE_REPAIR: Final = 10_000
 """The number of characters of malformed arguments beyond which they are repaired in a thread."""
 _MOST_ENCODINGS: Final = 3
-"""How often arguments may be encoded as JSON, one encoding within the other."""
+"""How many times arguments may be encoded as JSON, one encoding within the other."""
 
 
 def asked_name(call: Mapping[str, Any]) -> str:
@@ -38,9 +38,11 @@ def arguments_of(call: Mapping[str, Any]) -> Any:
 
 
 def decode_arguments(arguments: Any) -> tuple[Any, str | None, set[float]]:
-    """Returns the JSON value of a call's arguments, or None for no arguments; and what is wrong with them, or None.
+    """Decodes the arguments of a call.
 
-    The third part of the result contains the numbers whose text differs from their `repr` in Python, such as 3.10.
+    Returns:
+        The JSON value, or None if there are no arguments or they cannot be decoded; what is wrong with them, or None;
+        and the numbers whose text differs from their `repr` in Python, such as 3.10.
     """
     if not isinstance(arguments, str):
         return arguments, None, set()
@@ -56,10 +58,13 @@ def decode_arguments(arguments: Any) -> tuple[Any, str | None, set[float]]:
 
 
 def without_arguments(tool: Tool) -> tuple[dict[str, Any] | None, str | None]:
-    """Returns the arguments of a call that has none, or None and what is wrong with it.
+    """Decides about a call without arguments.
 
     Only a tool without parameters is called. Otherwise the arguments may have been lost on the way, and the tool would
     do something else than the model wanted.
+
+    Returns:
+        Empty arguments and None; or None, and what is wrong with the call.
     """
     if not (tool.sent_parameters["properties"] or tool.sent_parameters.get("additionalProperties")):
         return {}, None
@@ -68,10 +73,10 @@ def without_arguments(tool: Tool) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def repaired_call(call: Mapping[str, Any], *, may_be_cut: bool, in_thread: bool) -> dict[str, Any] | None:
-    """Returns a call with its arguments in valid JSON, or None if they cannot be repaired, or need not be.
+    """Returns a call with its arguments as valid JSON, or None if they cannot be repaired or are valid already.
 
     Raises:
-        StepLimitError: The repair takes so long that it has to be done in a thread.
+        StepLimitError: The arguments are so long that they have to be repaired in a thread.
     """
     function = call.get("function")
     arguments = function.get("arguments") if isinstance(function, Mapping) else None
@@ -98,7 +103,7 @@ def repaired_call(call: Mapping[str, Any], *, may_be_cut: bool, in_thread: bool)
 
 
 def read_encoded_twice(decoded: Any, inexact: set[float]) -> dict[str, Any]:
-    """Returns the arguments as a dict. A string is decoded once more, because some models encode their JSON twice.
+    """Returns the arguments as a dict. A string is decoded again, because some models encode their JSON twice.
 
     Args:
         decoded: The value of the arguments.
@@ -114,7 +119,7 @@ def read_encoded_twice(decoded: Any, inexact: set[float]) -> dict[str, Any]:
         except DuplicateKeyError:
             raise
         except (ValueError, RecursionError):
-            # The text is an ordinary one, which the error quotes.
+            # The string is not JSON, so the error quotes it as it is.
             values = decoded
     values = values if isinstance(values, dict) else decoded
     if not isinstance(values, dict):
@@ -126,7 +131,8 @@ def read_encoded_twice(decoded: Any, inexact: set[float]) -> dict[str, Any]:
 def _locate_json_error(text: str, error: Exception) -> str:
     """Describes why a text is not valid JSON, where the error is, and what the text says there.
 
-    The message comes from the `json` module if it refuses the text as well, because msgspec reports only a byte offset.
+    If the `json` module refuses the text as well, the message is that of `json`, because msgspec reports only the
+    number of a byte.
     """
     try:
         json.loads(text)

@@ -1,8 +1,8 @@
 """`CallReader`: reads the tool calls at a position of a text, in any of the syntaxes of `call_syntaxes`.
 
-It knows nothing about tools, and nothing about the text around the calls: `text_calls` decides whether they are to be
-made. The text is read from its beginning to its end, without copying the rest of it for each call, so that the time
-grows in proportion to its length.
+It knows nothing about tools, and nothing about the text around the calls: `text_calls` decides whether the calls are to
+be made. The text is read from its beginning to its end, and its rest is not copied for each call, so that the time is
+proportional to its length.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MOST_NESTED_OPENINGS: Final = 8
 
 
 class UnreadableCallError(ValueError):
-    """A text begins like a call, but is not one that can be read in only one way."""
+    """A text begins like a call, but it cannot be read, or could be read in several ways."""
 
 
 class TextCall(NamedTuple):
@@ -51,9 +51,9 @@ class TextCall(NamedTuple):
     name: str
     """The name of the tool, as the model wrote it."""
     arguments: str | None
-    """The JSON of its arguments; None for a call without arguments."""
+    """The arguments as JSON; None for a call without arguments."""
     is_repaired: bool = False
-    """Whether the arguments were not written as valid JSON, in a syntax that asks for it."""
+    """Whether the arguments should have been valid JSON, but were not, and have been repaired."""
 
 
 class Region(NamedTuple):
@@ -64,9 +64,9 @@ class Region(NamedTuple):
     end: int
     """The position after its last character."""
     calls: list[TextCall]
-    """The calls in it."""
+    """The calls in the part."""
     is_bare: bool
-    """Whether nothing marks them as calls, as tags do, so that they could be ordinary JSON or code."""
+    """Whether the calls have no tags or other marks of a call, so that they could also be ordinary JSON or code."""
 
 
 class CallReader:
@@ -82,7 +82,7 @@ class CallReader:
         self._text = text
         self._repairs = repairs
         self._may_be_cut = may_be_cut
-        # The position after what has been read, and whether the JSON that was read last was not valid.
+        # The position after what has been read, and whether the JSON that was read last had to be repaired.
         self._position = 0
         self._is_repaired = False
 
@@ -119,10 +119,10 @@ class CallReader:
             position = following.end()
 
     def _read_calls(self, start: int) -> tuple[list[TextCall], int]:
-        """Returns calls in tags that follow one another directly, and the position after them."""
+        """Returns calls with tags that follow one another directly, and the position after them."""
         calls: list[TextCall] = []
         end = self._position = start
-        # Openings since the last call, and whether the last call had an end.
+        # The number of openings since the last call, and whether the last call had a closing.
         openings, has_closed = 0, True
         while True:
             self._position = self._skip(self._position)
@@ -174,7 +174,7 @@ class CallReader:
         return position
 
     def _close(self) -> int:
-        """Returns the position after everything that ends the last call."""
+        """Returns the position after all the closings that follow the last call."""
         end = self._position
         while (closing := CLOSING.match(self._text, end)) is not None:
             end = closing.end()
@@ -205,7 +205,7 @@ class CallReader:
         return calls
 
     def _read_again(self, calls: list[TextCall]) -> list[TextCall]:
-        """Reads another object within the same tag: the next call, or the last one or its arguments a second time."""
+        """Reads another object in the same tag: another call, or a repetition of the last one, which is ignored."""
         self._is_repaired = False
         value = self._decode(self._position)
         self._skip_left_over_brackets()
@@ -218,7 +218,7 @@ class CallReader:
         return [TextCall(*each, self._is_repaired) for each in _calls_in(value, name_as_key=name_as_key)]
 
     def _read_headed(self, heading: re.Pattern[str]) -> TextCall:
-        """Reads a call whose opening has its name in it."""
+        """Reads a call whose opening contains the name of the tool."""
         self._is_repaired = False
         match = heading.match(self._text, self._position)
         if match is None:
@@ -251,12 +251,12 @@ class CallReader:
         return decode_written_at(almost.text)[0], almost.end
 
     def _read_named(self, name: str, position: int, *, is_native: bool = False) -> TextCall:
-        """Reads the arguments of a call whose name is in front of them.
+        """Reads the arguments of a call that follow the name of the tool.
 
         Args:
-            name: The name.
+            name: The name of the tool.
             position: Where the arguments begin.
-            is_native: Whether the syntax has arguments that are similar to JSON, but different.
+            is_native: Whether the syntax has a notation of its own for arguments, which resembles JSON.
         """
         self._is_repaired = False
         if is_native:
@@ -310,7 +310,7 @@ class CallReader:
         return calls
 
     def _read_python_calls(self, position: int) -> list[TextCall]:
-        """Reads calls in the syntax of Python, which are separated by commas or line breaks."""
+        """Reads calls in the syntax of Python, which are separated by commas, semicolons or line breaks."""
         calls: list[TextCall] = []
         while (name := _PYTHON_CALL.match(self._text, position)) is not None:
             arguments = self._read_keywords(name.end())
@@ -330,7 +330,10 @@ class CallReader:
         return calls
 
     def _read_keywords(self, position: int) -> str:
-        """Reads keyword arguments up to their closing parenthesis. Positional ones would have to be guessed."""
+        """Reads keyword arguments up to the closing parenthesis, and returns them as JSON.
+
+        Positional arguments are refused, because the names of their parameters are not known here.
+        """
         pieces: list[str] = []
         while True:
             position = self._skip(position)
@@ -363,14 +366,14 @@ def _read_parameter(value: str, *, is_json: bool) -> Any:
 
 
 def _calls_in(value: Any, *, name_as_key: bool) -> list[tuple[str, str | None]]:
-    """Returns the names and arguments of the calls that a JSON value consists of.
+    """Returns the names and arguments of the calls in a JSON value.
 
     Args:
-        value: The value: a call, a list of calls, or an object with such a list.
+        value: A call, a list of calls, or an object whose only key is `tool_calls`, with such a list.
         name_as_key: Whether an object with a single key may be a call of a tool of that name.
 
     Raises:
-        UnreadableCallError: The value is something else.
+        UnreadableCallError: The value is something else, or a list without calls.
     """
     if isinstance(value, dict) and isinstance(value.get("tool_calls"), list) and len(value) == 1:
         value = value["tool_calls"]
@@ -404,8 +407,8 @@ def _call_in(value: Any, *, name_as_key: bool) -> tuple[str, str | None]:
 def arguments_in(call: Mapping[str, Any]) -> Any:
     """Returns the arguments of a call, or None if it has none.
 
-    If its two keys hold different arguments, both are returned as a list. No tool accepts a list, so the model reads
-    that this is wrong, instead of one of the two being chosen for it.
+    A call may have arguments under two keys. If they differ, both are returned as a list. No tool accepts a list, so
+    the model reads that the arguments are wrong, and neither of the two is chosen for it.
     """
     given = [call[key] for key in ARGUMENT_KEYS if call.get(key) is not None]
     if not given:
@@ -414,9 +417,9 @@ def arguments_in(call: Mapping[str, Any]) -> Any:
 
 
 def _is_bare_call(value: Any) -> bool:
-    """Returns whether a JSON value without any tags has the keys of calls and no others.
+    """Returns whether a JSON value without any tags has the keys of a call, or of calls, and no others.
 
-    The definition of a tool has its name and its parameters as well, but these are a schema.
+    The definition of a tool has such keys as well, but its `parameters` are a schema.
     """
     if isinstance(value, dict) and value.keys() == {"tool_calls"}:
         value = value["tool_calls"]

@@ -1,6 +1,6 @@
 r"""The syntaxes in which models write tool calls, as data.
 
-Each server has a parser for each of them. If the wrong one is configured, or the model does not keep to its template,
+Servers have a parser for each syntax. If the wrong parser is configured, or the model does not keep to its template,
 the call is left in the text of the reply. The tables here are used to read such calls (`call_reader`), to hold them
 back from a stream (`held_text`), and to warn about those that could not be read (`unread_calls`).
 
@@ -19,17 +19,17 @@ NAME: Final = r"[\w.:/-]{1,100}"
 
 
 class CallSyntax(NamedTuple):
-    """A syntax of calls, by what a call begins with."""
+    """A syntax of calls, which is recognized by the beginning of a call."""
 
     opening: str
-    """The first words of a call."""
+    """The text with which a call begins."""
     content: re.Pattern[str]
-    """What follows them if they begin a call, and are not merely mentioned."""
+    """Matches what follows the opening if it begins a call, and not if it is merely mentioned."""
     closings: tuple[str, ...] = ()
-    """What may end the call. A call may also end without it."""
+    """The texts that may end a call. A call may also end without them."""
     heading: re.Pattern[str] | None = None
-    """The rest of the opening, if it has the name of the tool in it, which is the group of the pattern. Its arguments
-    follow: a JSON object, or parameters (`PARAMETERS`). None if a call in any form follows."""
+    """Matches the rest of an opening that contains the name of the tool, which is the group of the pattern. The
+    arguments follow: a JSON object, or parameters (`PARAMETERS`). None if a call in any form follows the opening."""
 
 
 _END_OR_JSON: Final = re.compile(r"\s*(?:```\w*\s*)?(?:\Z|[\[{<])")
@@ -169,7 +169,7 @@ CALL_SYNTAXES: Final = (
         re.compile(rf"[ \t]*({NAME})[ \t]*\r?\n+Action Input:[ \t]*(?:```\w*)?\s*"),
     ),
 )
-"""The syntaxes whose calls begin with words that mean nothing else. One may be within another."""
+"""The syntaxes whose calls begin with an opening that has no other meaning. One may be nested in another."""
 
 AT_LINE_START: Final = (
     ">>>",
@@ -186,8 +186,8 @@ class ParameterSyntax(NamedTuple):
     """A syntax of the parameters of a call that is not JSON."""
 
     opening: re.Pattern[str]
-    """What precedes the value, with the name of the parameter as its group `key`. A group `json` matches if the value
-    is JSON, and not a text."""
+    """Matches what precedes the value. The group `key` is the name of the parameter. If there is a group `json` and it
+    matches, the value is JSON; otherwise it is a text."""
     closing: str
     """The text that follows the value."""
 
@@ -226,23 +226,23 @@ NAME_BEFORE_JSON: Final = re.compile(
     r"(?:\[CALL_ID\]\s*\w{1,40}\s*+)?(?:\[ARGS\])?"
     r"(?:<\uff5ctool[\u2581_]sep\uff5c>|<\|tool_call_argument_begin\|>)?\s*+(?:```\w{0,20}\s*+)?(?=\{)"
 )
-"""A name in front of its arguments, within the tags of one of the syntaxes."""
+"""Matches the name of a tool in front of a JSON object with its arguments, within the tags of one of the syntaxes."""
 NAME_BEFORE_PARAMETERS: Final = re.compile(rf"\s*({NAME})\s*+(?:\\n)?\s*+(?=<arg_key>)")
 NAME_ALONE: Final = re.compile(rf"\s*({NAME})\s*(?=</tool_call>)")
-"""A call of GLM without arguments."""
+"""Matches the name in a call of GLM that has no arguments."""
 DISCARDED: Final = re.compile(
     r"\s*(?:```\w{0,20}(?=\s)|<\|plugin\|>|<\|interpreter\|>|<\uff5ctool[\u2581_]sep\uff5c>|\]<\]minimax\[>\[)"
 )
-"""The text that may stand between an opening and the call, and that means nothing."""
+"""Matches a text without meaning that may stand between an opening and the call."""
 
 CALL_KEYS: Final = ("name", "tool_name")
-"""The keys of a call in JSON that may hold the name of the tool."""
+"""The keys under which a call in JSON may have the name of the tool."""
 ARGUMENT_KEYS: Final = ("arguments", "parameters")
-"""The keys that may hold the arguments of a call. Llama's and Cohere's models write `parameters`."""
+"""The keys under which a call in JSON may have the arguments. Llama's and Cohere's models write `parameters`."""
 OTHER_CALL_KEYS: Final = frozenset(
     {"id", "call_id", "tool_call_id", "type", "index", "function", "thought", "thoughts", "reasoning", "explanation"}
 )
-"""Keys that an object may have beside these and still be a call."""
+"""Further keys that an object may have and still be a call."""
 _BARE_OBJECT: Final = (
     r"\s{0,50}[\"'](?:name|tool_name|arguments|parameters|function|type|id|tool_call_id|tool_calls)[\"']\s{0,20}:"
 )
@@ -251,13 +251,13 @@ _BARE_CALLS: Final = {
     # A list of such objects, or of calls in the syntax of Python: Llama 3.2 and 4, LFM2, and ToolACE.
     "[": (rf"\s{{0,50}}\{{{_BARE_OBJECT}", r"\s{0,20}[A-Za-z_][\w.]{0,99}\("),
 }
-"""How calls without such words begin, by their first character and what follows it."""
+"""How calls without an opening begin: their first character, and the patterns of what follows it."""
 
 
 def _opening_pattern(openings: Iterable[str]) -> re.Pattern[str]:
     """Returns the pattern that finds openings and bare calls.
 
-    Each alternative begins with another character, because `re` then skips all places without one of these.
+    Each alternative begins with a different character, so that `re` can skip all positions without one of these.
     """
     rest_of: dict[str, list[str]] = {first: list(rest) for first, rest in _BARE_CALLS.items()}
     # Of two openings, the longer one comes first.
@@ -268,17 +268,18 @@ def _opening_pattern(openings: Iterable[str]) -> re.Pattern[str]:
 
 SYNTAX_OF: Final = {each.opening: each for each in CALL_SYNTAXES}
 OPENING: Final = _opening_pattern(SYNTAX_OF)
-"""Finds everything with which a call can begin."""
+"""Matches everything with which a call can begin."""
 WORDS: Final = tuple(opening for opening in SYNTAX_OF if opening[0].isalpha())
-"""The openings that begin with a letter. Nearly every text has their first letters, which makes the search slow."""
+"""The openings that begin with a letter. Nearly every text contains these letters, which makes a search slow."""
 OPENING_WITHOUT_WORDS: Final = _opening_pattern(opening for opening in SYNTAX_OF if opening not in WORDS)
-"""Finds the same in a text that has none of `WORDS`, in a fifth of the time."""
+"""Matches the same as `OPENING` in a text without any of `WORDS`, in a fifth of the time."""
 CLOSING: Final = re.compile(
     r"\s*(?:```(?!\w)|"
     + "|".join(sorted({re.escape(each) for syntax in CALL_SYNTAXES for each in syntax.closings if each != "```"}))
     + ")"
 )
-"""Finds what ends a call, in any syntax."""
+"""Matches a closing of any syntax."""
 MARKS: Final = ("{", "[", "<")
-"""Every call has one of these characters, apart from those in `UNMARKED`."""
+"""Every call contains one of these characters, unless its syntax is listed in `UNMARKED`."""
 UNMARKED: Final = ("```tool_code",)
+"""The openings of the syntaxes whose calls may have none of `MARKS`."""

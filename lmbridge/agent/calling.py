@@ -1,7 +1,7 @@
 """Executes one tool call, within its time limit, and turns whatever happens into text for the model.
 
 An async tool runs in its own task. Awaiting it directly in the task of the run, under `asyncio.timeout`, would be
-simpler. But then a tool that swallows its cancellation would hold up the run for ever, a `CancelledError` that the
+simpler. But then a tool that swallows its cancellation would hold up the run forever, a `CancelledError` that the
 tool raises itself would look like a cancellation of the run, and the tool could cancel the run through
 `asyncio.current_task()`. With a separate task, the run decides how long it waits, and sees exactly how the tool ended.
 
@@ -64,12 +64,12 @@ class _CallDeadline(NamedTuple):
     """The time limit of one call."""
 
     seconds: float | None
-    """The limit in seconds, for error texts; None without a limit."""
+    """The limit in seconds, for error texts; None if there is no limit."""
     at: float | None
-    """The value of `time.monotonic()` at the deadline; None without a limit."""
+    """The value of `time.monotonic()` at the deadline; None if there is no limit."""
 
     def remaining(self) -> float | None:
-        """Returns the seconds until the deadline, or None without a limit."""
+        """Returns the seconds until the deadline, or None if there is no limit."""
         return None if self.at is None else max(0.0, self.at - time.monotonic())
 
 
@@ -226,7 +226,7 @@ async def _execute_in_thread(call: Callable[[], Any], deadline: _CallDeadline) -
 
 
 def _start_thread(call: Callable[[], Any]) -> asyncio.Future[_ThreadResult]:
-    """Starts a daemon thread that makes the call, and returns a future that it completes at the end.
+    """Starts a daemon thread that makes the call, and returns a future for its result.
 
     The exception of the call is part of the result and not set on the future, which refuses a `StopIteration` and
     would log an exception that is never retrieved.
@@ -239,7 +239,7 @@ def _start_thread(call: Callable[[], Any]) -> asyncio.Future[_ThreadResult]:
             result = _ThreadResult(call(), None)
         except BaseException as exc:  # noqa: BLE001 - raised again by the task that awaits the future
             result = _ThreadResult(None, exc)
-        # If the event loop has been closed meanwhile, nothing waits for the result any more.
+        # If the event loop has been closed in the meantime, nothing waits for the result.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(future.set_result, result)
 

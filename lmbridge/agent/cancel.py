@@ -51,7 +51,7 @@ class OwnTask(Generic[T]):
         self._task.add_done_callback(lambda _: callback())
 
     def cancel(self, error: TaskCancelledError) -> bool:
-        """Cancels the task, without waiting for its end. Of several errors, the first one is raised.
+        """Cancels the task, without waiting for its end. If it is called several times, the first error is raised.
 
         Returns:
             False if the task had already ended.
@@ -89,9 +89,9 @@ class OwnTask(Generic[T]):
         """Returns the result of the task, or raises the error that ended it.
 
         Args:
-            complete: Called with the error of a cancellation, to add what is known only when the task has ended. It is
-                not kept, because the task belongs to what it is a method of: such a cycle would stay in memory until
-                the garbage collector runs.
+            complete: A function that is called with the error of a cancellation, and adds to it what is known only when
+                the task has ended. It is passed here, and not to the constructor, because it is a method of the object
+                that owns the task. Such a reference cycle would stay in memory until the garbage collector runs.
 
         Raises:
             TaskCancelledError: The task was cancelled.

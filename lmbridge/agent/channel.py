@@ -59,7 +59,7 @@ class Subscription(Generic[T]):
         self._changed.set()
 
     def leave(self) -> None:
-        """Ends the subscription on the side of the listener."""
+        """Ends the subscription, because the listener no longer reads."""
         self._channel.drop(self)
         self.end(discard=True)
 

@@ -35,8 +35,8 @@ class ChunkStream(Protocol):
 class ChatClient(Protocol):
     """A client that an agent can use, such as `LLMClient`.
 
-    A client that also has `server_info()` (see `ReportsServerInfo`) is asked for the context length of its models, and
-    one that has `count_tokens()` (see `CountsTokens`) for the size of a prompt that nearly fills it.
+    A client that also has `server_info()` (see `ReportsServerInfo`) is asked for the context length of its models. If
+    it has `count_tokens()` (see `CountsTokens`), it is asked for the size of a prompt that nearly fills the context.
     """
 
     @property
@@ -95,5 +95,5 @@ class EmbedsTexts(Protocol):
     """A client that can embed texts, which `Agent(embedding_model=...)` needs."""
 
     async def embeddings(self, input: Any, *, model: str | None = None) -> Mapping[str, Any]:  # noqa: A002 - as in the API
-        """Returns the server's reply, whose `data` has an `embedding` for each text of a list, in its order."""
+        """Returns the server's reply, whose `data` has an entry with an `embedding` for each text, in order."""
         ...

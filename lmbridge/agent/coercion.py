@@ -4,8 +4,8 @@ Small models send `"5"`, `"true"` or `"[1, 2]"` where the schema asks for a numb
 asks for a text. Coercion follows the schema, and never the value alone, because a guess would call a tool with
 arguments that the model did not mean. A value that the schema accepts is not changed.
 
-The schema is the tool's own, and not the simplified version that servers receive: that one leaves out what some server
-does not understand, such as a type that contains itself more than twice.
+The schema is the tool's own, and not the simplified version that servers receive. The simplified version leaves out
+what some servers do not understand, such as a type that contains itself more than twice.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _JSON_TYPES: Final[Mapping[type, str]] = {
 }
 _TYPE_NAMES: Final = frozenset(_JSON_TYPES.values())
 _MOST_ALTERNATIVES: Final = 64
-"""The number of alternatives of a schema beyond which its values stay as they are."""
+"""The number of alternatives in a schema beyond which values are not coerced to it."""
 _STEPS_OF_SCHEMA: Final = 10
-"""What it costs to find the alternatives of a schema for the first time, in steps of `step_limit`."""
+"""How many steps of `step_limit` it costs to find the alternatives of a schema for the first time."""
 _MOST_PARTS: Final = 1_000
-"""The number of parts of a schema beyond which its alternatives are not put together. References can multiply them."""
+"""The number of parts of a schema beyond which its alternatives are not determined. References can multiply parts."""
 _SCALARS: Final = ("", True, 1, 1.5, None)
-"""An example of each class of values without parts."""
+"""A value of each class that is neither a list nor an object."""
 _FORMATS_OF_VALUES: Final = ("date", "date-time", "time", "duration", "uuid", "uri", "url", "email", "ipv4", "ipv6")
 """Formats that an empty text and "null" do not satisfy."""
 
@@ -50,7 +50,7 @@ class _Alternative:
     """One of the ways in which a value can satisfy a schema."""
 
     keywords: Mapping[str, Any]
-    """The keywords that apply together, without references and without those that hold alternatives."""
+    """The keywords that apply together, without `$ref`, `allOf`, `anyOf` and `oneOf`."""
     types: frozenset[str] | None
     """The JSON types that are accepted; None for all of them."""
     values: Sequence[Any] | None
@@ -78,7 +78,7 @@ class _Alternative:
         return any(_is_same(value, each) for each in self.values)
 
     def accepts_blank(self, value: str | None) -> bool:
-        """Returns whether an empty text, "null" or None is accepted. Other keywords than the type may forbid it."""
+        """Returns whether an empty text, "null" or None is accepted. Not only the type may forbid it."""
         if not self.fits(value):
             return False
         if value is None:
@@ -131,11 +131,11 @@ class Coercer:
         self._unchanged_types: dict[str, frozenset[type]] = {}
 
     def coerce(self, value: Any, *, inexact: Collection[float] = ()) -> Any:
-        """Returns the value with each part that has only one reading under the schema replaced by that reading.
+        """Returns the value, in which each part that the schema allows to read in only one way is read in that way.
 
         - A text becomes the number, boolean, null, list or object that it contains, where no text is accepted.
-        - An integer becomes a text where neither a number nor a boolean is accepted; so does any other number that
-          would be written as the model wrote it.
+        - An integer becomes a text where neither a number nor a boolean is accepted. So does any other number, if
+          Python writes it as the model wrote it.
         - A number such as 5.0 becomes an integer where an integer is required.
         - A parameter that has a default and is not required is left out if its value is null, `"null"` or empty, and
           the schema does not accept that.
@@ -150,9 +150,10 @@ class Coercer:
         return self._coerce(value, self._alternatives(self._root), set(inexact))
 
     def _types_unchanged(self, name: str) -> frozenset[type]:
-        """Returns the classes of scalar values of a property that are certain to stay as they are.
+        """Returns the classes of values of a property that are certain to need no coercion.
 
-        This is the fast path of nearly all calls. A property that the schema does not list has no such classes.
+        This is the fast path of nearly all calls. It is not used for properties that the schema does not list, nor for
+        lists and objects.
         """
         known = self._unchanged_types.get(name)
         if known is not None:
@@ -212,7 +213,11 @@ class Coercer:
         return first + [self._coerce(item, others, inexact) for item in value[first_count:]]
 
     def _is_possible(self, value: Mapping[str, Any], alternative: _Alternative) -> bool:
-        """Returns whether an alternative knows all properties of an object, and lists the values of those it lists."""
+        """Returns whether an object can be meant for an alternative.
+
+        The alternative must allow all properties of the object. Where it lists the only values of a property, the
+        object must have one of these values.
+        """
         for name, item in value.items():
             spend_steps(1)
             schemas = alternative.schemas_of(name)
@@ -249,7 +254,7 @@ class Coercer:
         Args:
             schema: The schema or a part of it.
             references: The references that lead to it.
-            parts_left: Yields once for each part that may still be looked at.
+            parts_left: Yields a number for each part that may still be examined.
 
         Raises:
             _TooManyAlternativesError: The schema has too many parts or alternatives.
@@ -284,11 +289,11 @@ class Coercer:
 
 
 class _TooManyAlternativesError(Exception):
-    """A schema has more alternatives than are worth looking at."""
+    """A schema has more alternatives than are worth the time."""
 
 
 def _readings(value: Any, inexact: set[float]) -> Iterator[Any]:
-    """Yields what a value may stand for besides itself, the likeliest first."""
+    """Yields the other values that a value may stand for, the likeliest first."""
     if isinstance(value, str):
         yield from _readings_of_text(value.strip(), inexact)
     elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -313,7 +318,7 @@ def _readings_of_text(text: str, inexact: set[float]) -> Iterator[Any]:
 
 
 def _is_unset(value: Any, alternatives: Sequence[_Alternative]) -> bool:
-    """Returns whether a value is blank, and stands for the default because no alternative accepts it."""
+    """Returns whether a blank value stands for the default, because there is one and no alternative accepts blanks."""
     if not (value is None or (isinstance(value, str) and value.strip() in ("", "null"))):
         return False
     has_default = any("default" in each.keywords for each in alternatives)
@@ -321,7 +326,7 @@ def _is_unset(value: Any, alternatives: Sequence[_Alternative]) -> bool:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Returns whether two JSON values are the same; for Python, 1 and true would be, too."""
+    """Returns whether two JSON values are the same. In Python, 1 equals True, but in JSON they are different values."""
     return isinstance(one, bool) is isinstance(other, bool) and bool(one == other)
 
 

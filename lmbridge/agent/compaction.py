@@ -1,21 +1,21 @@
 """Makes room in the context of a run, in tiers: old results are shortened, then summarized, then left out.
 
-A run outgrows the context of a local model within a dozen calls. Leaving out the oldest calls until the rest fits is
-valid, but the model then repeats what it has forgotten, and each request changes the beginning of the prompt, so that
-the server processes all of it again. So the tiers go from the cheapest loss to the most expensive one, and each makes
-more room than necessary, so that the next rounds only add to the prompt.
+A run outgrows the context of a local model within a dozen calls. Leaving out only as many of the oldest calls as
+necessary would be simpler. But the model then repeats what it has forgotten, and each request changes the beginning of
+the prompt, so that the server processes all of it again. So the tiers go from the cheapest loss to the most expensive
+one, and each makes more room than necessary, so that the next rounds only add to the prompt.
 
-The names are those of the field: `TieredCompact` of Forge (https://pypi.org/project/forge-guardrails/) has the same
-tiers without the model, `SummarizationMiddleware` and `ClearToolUsesEdit` of LangChain
-(https://docs.langchain.com/oss/python/langchain/middleware/built-in) are the second and the third one, and Claude's API
-calls them compaction and context editing (https://platform.claude.com/docs/en/build-with-claude/context-editing).
+The terms are those that others use. `TieredCompact` of Forge (https://pypi.org/project/forge-guardrails/) has the same
+tiers, but never asks the model. LangChain's `SummarizationMiddleware` corresponds to the second tier, and its
+`ClearToolUsesEdit` to the third (https://docs.langchain.com/oss/python/langchain/middleware/built-in). Claude's API
+calls the two compaction and context editing (https://platform.claude.com/docs/en/build-with-claude/context-editing).
 
-Whatever is lost can be had again by the same call. So a result that the model has asked for a second time is not
-shortened a second time, and such a repetition does not mean that a model goes in circles.
+The model can get back what it has lost by making the same call again. So a result that it has requested a second time
+is not shortened a second time, and such a repetition is not taken as a sign that the model goes in circles.
 
 The summary and the list of calls that were left out follow the task, in the same message. A separate message would
-be a second user message in a row, or an answer before a call, and chat templates refuse one or the other. They replace
-those of an earlier compaction, which the model sees while it writes the new summary.
+be a second user message in a row, or an answer before a call, and chat templates refuse one or the other. The new
+summary and list replace those of an earlier compaction; the model still sees the old ones while it writes the summary.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ Summarize: TypeAlias = Callable[[list[Message], int], Awaitable[str]]
 """Returns the model's summary of a conversation, within a limit on its tokens, or an empty text if it gave none."""
 
 _SHARE_AFTER_SHORTENING: Final = 0.7
-"""How much of the room is taken after results were shortened, apart from what is always sent."""
+"""The share of the room, apart from what is always sent, that is still filled after results were shortened."""
 _SHARE_AFTER_LEAVING_OUT: Final = 0.5
-"""How much of the room is taken after messages were left out. It is less, because each summary costs a generation."""
+"""The same share after messages were left out. It is smaller, because each summary costs a generation."""
 _LONG_RESULT: Final = 1_200
 """The number of characters above which an old result is shortened."""
 _SHORT_RESULT: Final = 600
-"""The number of characters that are kept of a result that is shortened."""
+"""The number of characters that remain of a shortened result."""
 _SMALL_CONTEXT: Final = 4_096
-"""The tokens of a context below which summaries and lists of calls take too much room."""
+"""In a context of fewer tokens than this, summaries and lists of calls would take too much room."""
 _WORTH_SUMMARIZING: Final = 1_000
-"""The tokens of the turns to leave out below which a summary would cost more than it saves."""
+"""If the turns to leave out have fewer tokens than this, a summary would cost more than it saves."""
 _SUMMARY_TOKENS: Final = 768
 _SHORTEST_SUMMARY_TOKENS: Final = 256
 _LISTED_CHARACTERS: Final = 1_000
-"""The characters that the list of calls takes at most."""
+"""The most characters that the list of calls may have."""
 _LISTED_ARGUMENTS: Final = 80
 _NOTE_BYTES: Final = 2_000
-"""The room that is left for a note."""
+"""The bytes that are kept free for the note that follows the task."""
 
 _CONTEXT_IS_FULL: Final = "(The context is full.)"
 _ASK_FOR_SUMMARY: Final = (
@@ -72,10 +72,10 @@ class Compactor:
 
     Args:
         history: The conversation.
-        context: Knows how much fits.
+        context: Knows how much fits into the context.
         mode: The option `compaction` of the run.
         summarize: Asks the model for a summary.
-        report: Is called with each step that was taken.
+        report: A function that is called with each step that made room.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Compactor:
         self._summarize = summarize
         self._report = report
         self._summary = ""
-        # The calls that are not sent any more, oldest first.
+        # Descriptions of the calls that are no longer sent, the oldest first.
         self._calls: list[str] = []
 
     async def fit(self) -> None:
-        """Makes room if prompt and answer do not fit into the context, and if its length is known."""
+        """Makes room if the context length is known, and prompt and answer do not fit into the context."""
         excess = self._context.excess()
         if excess > 0:
             await self._compact(excess)
@@ -130,7 +130,7 @@ class Compactor:
 
     async def _leave_out(self, goal: int, sent: Groups) -> None:
         history, is_small = self._history, self._context.is_shorter_than(_SMALL_CONTEXT)
-        # Only turns of this run are noted. The last one always stays.
+        # The note is about turns of this run. The last turn is never left out, so a single turn needs no note.
         has_notes = self._mode != "drop" and not is_small and len(sent.after_task) > 1
         before, after = history.count_oldest(goal - _NOTE_BYTES if has_notes else goal)
         left_out = Groups(sent.before_task[:before], sent.after_task[:after])
@@ -143,7 +143,7 @@ class Compactor:
         await self._report_step("summarize" if summary else "drop", len(messages), size, summary)
 
     async def _summary_of(self, left_out: Groups) -> str:
-        """Returns the model's summary of what is left out; an empty text if that is not worth it or fails."""
+        """Returns the model's summary of what is left out; an empty text if it fails or is not worth its cost."""
         context, turns = self._context, _size_of_groups(left_out.after_task)
         if turns < context.size_of(_WORTH_SUMMARIZING):
             return ""
@@ -159,7 +159,7 @@ class Compactor:
         return summary if 2 * len(summary.encode()) < turns else ""
 
     def _note(self) -> str:
-        """Returns the text that follows the task; an empty one if nothing is to be said."""
+        """Returns the text that follows the task; an empty one if there is nothing to say."""
         listed, characters = list[str](), 0
         for call in reversed(self._calls):
             characters += len(call) + 2

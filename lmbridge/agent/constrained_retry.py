@@ -1,13 +1,13 @@
 """`ConstrainedRetry`: after an invalid call, the next reply is constrained to the schema of its tool.
 
 A small model often repeats a mistake although it reads what is wrong, or gives up and makes up an answer. Most servers
-can constrain a reply to a JSON schema, so that the arguments cannot be wrong in form again. The schema is sent as the
-`response_format` of the request, and the JSON that comes back becomes the arguments of the call.
+can constrain a reply to a JSON schema, so that the form of the arguments cannot be wrong again. The schema is sent as
+the `response_format` of the request, and the JSON that comes back becomes the arguments of the call.
 
 `tool_choice` was the alternative. llama.cpp ignores a choice that names a tool, and with "required" it still accepts
 any text before a call; LM Studio refuses an object. Offering only that one tool would change the beginning of the
-prompt, so that the server would have to process the whole conversation again. With a `response_format`, the prompt is
-the same as without: on the embedded server, all of it but one token came from the cache.
+prompt, so that the server would have to process the whole conversation again. A `response_format` does not change the
+prompt: on the embedded server, all of it but one token came from the cache.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class ConstrainedRetry:
         """Records the calls of a reply.
 
         Args:
-            wrong_tool: If all calls of the reply were of one tool, and invalid, that tool; otherwise None.
-            reply: The reply. If it was constrained itself, the next one is not, because the mistake is another one.
+            wrong_tool: The tool, if all calls of the reply were invalid calls of this one tool; otherwise None.
+            reply: The reply. If it was itself constrained, the next one is not, because its mistake is of another kind.
         """
         self._tool = wrong_tool if reply.constrained_to is None else None
 
@@ -104,14 +104,18 @@ class ConstrainedRetry:
         self._tool = None
 
     def is_refused(self, error: LLMError) -> bool:
-        """Returns whether the constraint may be the reason why a request has failed. The next one has none then."""
+        """Returns whether a request may have failed because of its constraint. If so, the next request has none."""
         if self._requested is None or error.status not in _REFUSALS:
             return False
         self._tool, self._refusal = None, error
         return True
 
     def end_reply(self, model: str | None) -> None:
-        """Records that there is a usable reply. If only the constraint was refused, the server does not support it."""
+        """Records that there is a usable reply.
+
+        If a constrained request was refused before, and succeeded without the constraint, the server does not support
+        it, which the `ClientSource` remembers.
+        """
         self._tool = None
         if self._refusal is not None:
             self._source.models_without_schemas.add(model)

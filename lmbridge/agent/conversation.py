@@ -17,7 +17,7 @@ from lmbridge.errors import LLMValidationError
 Message = dict[str, Any]
 
 _UNSENDABLE: Final = re.compile(r"[^A-Za-z0-9_-]+")
-"""Characters that a name in a call may not have. Servers refuse the whole conversation with such a name, for ever."""
+"""Characters that the name in a call may not have. Servers would refuse every request whose messages contain one."""
 _NAMELESS: Final = "unknown"
 """The name of a call whose own name has no character that may be sent."""
 _PAIRS_HINT: Final = (
@@ -70,7 +70,7 @@ def check_pairs(messages: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         LLMValidationError: A result is missing, or belongs to no call.
     """
-    # How many results the calls with each id still need. The keys are quoted texts, because an id may be any value.
+    # How many results the calls with each id still need. The keys are the `repr` of the ids, which may be any value.
     pending: Counter[str] = Counter()
     for message in messages:
         if message["role"] == "tool":
@@ -92,7 +92,7 @@ def check_pairs(messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def group_by_user_message(messages: list[Message]) -> list[list[Message]]:
-    """Returns the messages in groups, each of which begins with a user message."""
+    """Returns the messages in groups. Each group begins with a user message, except perhaps the first one."""
     groups: list[list[Message]] = []
     for message in messages:
         if not groups or message["role"] == "user":
@@ -107,11 +107,11 @@ def _plain_text(message: Mapping[str, Any]) -> str:
 
 
 def sendable_name(name: str) -> str:
-    """Returns the name of a call, or one that resembles it if servers would refuse it."""
+    """Returns the name of a call, or a similar one if servers would refuse it."""
     name = _UNSENDABLE.sub("_", name[: 2 * LONGEST_NAME])[:LONGEST_NAME]
     return name if name.strip("_-") else _NAMELESS
 
 
 def call_signature(call: Mapping[str, Any]) -> Message:
-    """Returns the field in which Gemini keeps the signature of its reasoning, and without which it refuses a call."""
+    """Returns the field with the signature of Gemini's reasoning, if a call has it. Gemini demands the field back."""
     return {"extra_content": call["extra_content"]} if call.get("extra_content") else {}

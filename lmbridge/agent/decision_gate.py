@@ -1,7 +1,8 @@
 """`Gate`: a decision about each call before it is made, and `pick_tools`: decisions about which tools a task needs.
 
-Both ask typed questions (`LLMClient.decide`), preferably to a small decision model beside the model of the run. A gate
-takes the place of `approve`, which the loop asks about one call after another, so the loop does not know gates.
+Both ask typed questions (`LLMClient.decide`), preferably of a small decision model beside the model of the run. The
+loop of a run knows nothing about gates: it asks `approve` about one call after another, and a gate is wrapped as an
+`approve`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lmbridge.client.questions import Question, TrueFalse
 from lmbridge.errors import LLMValidationError
 
 _QUESTIONS_AT_A_TIME: Final = 32
-"""The most questions of one request, which every server answers."""
+"""The number of questions in one request. Every server accepts that many."""
 _CLIENT_HINT: Final = "pass an LLMClient, or a pool of them"
 
 
@@ -51,7 +52,7 @@ def _check_threshold(_instance: Any, _attribute: Any, value: Any) -> None:
 
 @attrs.frozen
 class Gate:
-    """A question about each call of a run. The call is made only if the answer is likely enough to be true.
+    """A question about each call of a run. The call is made only if the answer is true with a high enough probability.
 
     ::
 
@@ -65,7 +66,7 @@ class Gate:
     model: str | None = attrs.field(default=None, kw_only=True)
     """The model that decides. Default: that of the client."""
     fallback: bool = attrs.field(default=True, kw_only=True)
-    """Whether an ordinary chat model may decide, by probabilities that are not calibrated. Default: True."""
+    """Whether an ordinary chat model may decide, although its probabilities are not calibrated. Default: True."""
 
     def __attrs_post_init__(self) -> None:
         check_model_name(self.model)
@@ -78,7 +79,7 @@ def as_gate(gate: Gate | TrueFalse | str) -> Gate:
 
 @attrs.frozen
 class GatedApproval:
-    """An `approve` that asks the gate first, and then what the user has given as `approve`."""
+    """An `approve` that asks the gate first, and then the `approve` of the user, if there is one."""
 
     source: ClientSource
     gate: Gate
@@ -86,7 +87,7 @@ class GatedApproval:
 
     @property
     def option_name(self) -> str:
-        """The option that an error names if the decision raises an exception."""
+        """The name of the option that the error mentions if a decision raises an exception."""
         return "gate" if self.approve is None else "gate or approve"
 
     async def __call__(self, call: ToolCall) -> bool | str | ToolCall:

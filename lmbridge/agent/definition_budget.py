@@ -1,7 +1,7 @@
 """`DefinitionBudget`: how much of the model's context the definitions of tools may take.
 
-Every definition is a part of every prompt. A few MCP servers have more of them than fit into the context of a small
-model, and long before that, it gets slow and chooses badly.
+Every definition is a part of every prompt. A few MCP servers together have more definitions than fit into the context
+of a small model, and long before the context is full, the model gets slow and chooses badly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DefinitionBudget:
         max_tokens: The approximate number of tokens that all of them together may take; None means no limit.
 
     Attributes:
-        max_tokens: The number.
+        max_tokens: The approximate number of tokens that all definitions together may take; None means no limit.
         spent: How many tokens the definitions take so far.
     """
 
@@ -41,7 +41,7 @@ class DefinitionBudget:
         return None if self.max_tokens is None else self.max_tokens - self.spent
 
     def take(self, tool: Tool, *, reserve: int = 0) -> bool:
-        """Returns whether there is room for the definition of a tool, which is then counted.
+        """Counts the definition of a tool if there is room for it, and returns whether there is.
 
         Args:
             tool: The tool.

@@ -23,14 +23,14 @@ class RoundStarted:
 
 @attrs.frozen
 class PromptCacheLost:
-    """The server has evaluated much of the prompt again, although it had it in its cache after the last request.
+    """The server has evaluated much of the prompt again, although it had that part in its cache after the last request.
 
-    Only llama.cpp and other servers that report the tokens from their cache make this event possible.
+    The event occurs only with servers that report how many tokens came from their cache, such as llama.cpp.
     """
 
     index: int | None
-    """The first of the sent messages that has changed since the last request; None if none has, so that the server has
-    dropped its cache."""
+    """The index of the first message that has changed since the last request; 0 if the tools have changed. None means
+    that nothing has changed, so that the server must have dropped its cache."""
 
 
 @attrs.frozen
@@ -59,7 +59,7 @@ class ModelNudged:
 
 @attrs.frozen
 class ContextCompacted:
-    """The prompt did not fit into the model's context any more, and was made smaller."""
+    """The prompt no longer fitted into the model's context, and was made smaller."""
 
     step: CompactionStep
     """What was done, as in `Round.compactions`."""
@@ -69,16 +69,16 @@ class ContextCompacted:
 class ToolCallStarted:
     """A tool is about to be called.
 
-    For a call that cannot be made, and for a second identical call of a reply, only `ToolCallFinished` is sent.
+    For a call that is not made, and for a second identical call of a reply, only `ToolCallFinished` is sent.
     """
 
     call: ToolCall
-    """The call, as the model requested it."""
+    """The call that is about to be made: the one that the model requested, or the one that `approve` returned."""
 
 
 @attrs.frozen
 class ToolCallFinished:
-    """A call has a result: the output of the tool, its error, or the reason why the call could not be made."""
+    """A call has a result: the output of the tool, its error, or the reason why the call was not made."""
 
     record: ToolRecord
     """The call and its result, as in `Round.tool_calls`. Its fields are also fields of the event."""
@@ -100,7 +100,7 @@ class ToolCallFinished:
 
     @property
     def raw(self) -> Any:
-        """The value that the tool returned, or the exception that it raised; None if it ran out of time."""
+        """The value that the tool returned, or the exception that it raised; None if it timed out or never ran."""
         return self.record.raw
 
     @property
@@ -110,7 +110,7 @@ class ToolCallFinished:
 
     @property
     def repaired(self) -> bool:
-        """Whether the model wrote the call with small mistakes, which were put right: `call` is the repaired call."""
+        """Whether the model wrote the call with small mistakes that were corrected; `call` is the corrected call."""
         return self.record.repaired
 
     @property

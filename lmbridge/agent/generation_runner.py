@@ -45,7 +45,7 @@ from lmbridge.errors import ContextLengthExceededError, LLMResponseError, ModelC
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _BROKEN_FINISH_REASONS: Final = ("abort", "error", "content_filter")
-"""Finish reasons of an answer that is incomplete: those of vLLM and SGLang, of OpenRouter, and of OpenAI."""
+"""Finish reasons of aborted answers: "abort" of vLLM and SGLang, "error" of OpenRouter, "content_filter" of OpenAI."""
 _LARGE_TEXT: Final = 20_000
 """The number of characters beyond which a reply is searched for calls in a thread."""
 
@@ -65,7 +65,7 @@ class GenerationRunner:
         output: Reads the typed output of the run; None if its answer is a text.
 
     Attributes:
-        may_call: Whether requests offer the tools. It is set to False for a request that asks for the answer instead.
+        may_call: Whether requests offer the tools. It is set to False for a request that asks only for the answer.
         stops_thinking: Whether requests ask the model not to think, because its last thought was too long.
     """
 
@@ -161,7 +161,11 @@ class GenerationRunner:
         return params
 
     async def _read_text_calls(self, reply: ModelReply) -> bool:
-        """Takes the calls out of a reply that the model has written as text. Returns whether there were any."""
+        """Turns calls that the model wrote into the text of its reply into calls of the reply.
+
+        Returns:
+            Whether there were any.
+        """
         settings = self._settings
         size = len(reply.text) + len(reply.reasoning)
         if settings.read_text_calls == "never" or not may_have_calls(reply.text or reply.reasoning):
@@ -179,8 +183,9 @@ class GenerationRunner:
             logger.info("the model wrote its tool calls as text, and they are read from there")
             reply.text, reply.calls = found
             if settings.deduplicate_calls:
-                # Nobody needs an answer to each of them, as servers demand it for calls that they have parsed. A long
-                # list of the same call and the same result would be an example that the model follows.
+                # The duplicates can be dropped, because servers demand a result only for each call that they have
+                # parsed themselves. A long list of the same call and the same result would be an example that the model
+                # follows.
                 reply.calls = await _without_duplicates(reply.calls)
         return found is not None
 
@@ -202,7 +207,8 @@ class GenerationRunner:
 
         Args:
             stream: The stream.
-            watching: The task that reports that the model is loaded, which ends now.
+            watching: The task that reports the loading of the model, or None. It is cancelled now that there is a
+                stream.
         """
         if watching is not None:
             watching.cancel()
@@ -224,7 +230,7 @@ class GenerationRunner:
             async for chunk in stream:
                 if own is None:
                     chunk = join_halves(accumulator.add(chunk), halves)  # noqa: PLW2901 - the chunk in its guaranteed form
-                # Proxies name themselves while they load a model, so a name counts only once there is some answer.
+                # Proxies name themselves while they load a model, so a name counts only once an answer has begun.
                 name = chunk.get("model")
                 if name != served_model and isinstance(name, str) and arrived.has_answer:
                     may_change = own is not None and own.ignores_model_names
@@ -257,14 +263,14 @@ class GenerationRunner:
         """Sends the text that was held because it could be a call.
 
         Args:
-            text_before_calls: The text before the calls that the reply had in its text; None if it had none.
+            text_before_calls: If calls were found in the text of the reply, the text before them; otherwise None.
         """
         held, self._held_text = self._held_text, None
         if held is not None and self._channel.has_listener and (text := held.rest(text_before_calls)):
             await self._channel.put(TextDelta(text))
 
     def _check_served_model(self, name: str | None, *, begins_reply: bool, may_change: bool) -> None:
-        """Compares the model that a reply names with the model of the previous rounds, unless it may change.
+        """Compares the model that a reply names with the one that earlier replies named, unless it may change.
 
         Raises:
             ModelChangedDuringExecutionError: The reply names another model.
@@ -330,7 +336,7 @@ class GenerationRunner:
 
 
 async def _without_duplicates(calls: Sequence[WireCall]) -> Sequence[WireCall]:
-    """Returns each call once that was written several times in the same way. Thousands of calls are read in slices."""
+    """Returns the calls without those that repeat an earlier call word for word."""
     firsts = await list_in_slices(_first_of_identical(calls))
     return list(dict(zip(map(id, firsts), firsts, strict=True)).values())
 

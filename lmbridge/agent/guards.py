@@ -20,12 +20,12 @@ _encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
 
 
 class RepetitionGuard:
-    """Counts the replies that had a call with the same arguments and the same result, in any order.
+    """Counts the replies that had the same call with the same result. They need not follow one another directly.
 
-    A poll whose result changes is a different call each time, so it is not counted.
+    Calls whose results differ, such as those of a tool that is polled, do not count as repetitions.
 
     Args:
-        limit: The number of such replies that ends the run; None means that repetitions are allowed.
+        limit: The number of such replies that ends the run; None means any number of repetitions is allowed.
 
     Attributes:
         tripped: Whether the run has to end.
@@ -39,10 +39,10 @@ class RepetitionGuard:
         self.tripped: bool = False
 
     def note(self, name: str, arguments: Any, result: str, images: Sequence[Mapping[str, Any]] = ()) -> str:
-        """Counts a call that has its result, once for each reply. A result with other images counts as another one.
+        """Counts a call with its result, at most once for each reply. Results with different images are different.
 
         Returns:
-            The result for the model, followed by a warning if the model has repeated the call too often.
+            The result for the model, followed by a warning if three or more replies had this call with this result.
         """
         if self._limit is None:
             return result
@@ -61,7 +61,7 @@ class RepetitionGuard:
         )
 
     def forgive(self) -> None:
-        """Counts one reply less for each call, because its result may not be in the prompt any more."""
+        """Counts one reply less for each call, because the prompt may no longer contain its result."""
         self._counts -= Counter(self._counts.keys())
 
     def end_reply(self) -> None:
@@ -73,7 +73,7 @@ class BadCallGuard:
     """Counts consecutive replies without a single valid call.
 
     Args:
-        limit: How many of them end the run.
+        limit: How many such replies end the run.
 
     Attributes:
         tripped: Whether the run has to end.
@@ -85,7 +85,7 @@ class BadCallGuard:
         self.tripped: bool = False
 
     def note(self, *, bad: bool) -> None:
-        """Counts a reply with calls; one that has a call that could be made starts the count again."""
+        """Counts a reply if all its calls are `bad`; otherwise the count starts again from 0."""
         self._in_a_row = self._in_a_row + 1 if bad else 0
         self.tripped |= self._in_a_row >= self._limit
 
@@ -102,7 +102,7 @@ class TokenBudget:
         self._spent = 0
 
     def spend(self, tokens: int) -> None:
-        """Adds the tokens of a round."""
+        """Adds the tokens of a request and its reply."""
         self._spent += tokens
 
     @property

@@ -1,8 +1,8 @@
-"""`HeldText`: keeps back the text of a reply that may be a call, so that a stream does not show it as an answer.
+"""`HeldText`: holds back text of a reply that may be a call, so that a stream does not show it as an answer.
 
-Text is held from the place on where a call may begin, until it is clear that none does, or until the reply has ended
-and its calls have been read. If an answer contains something that resembles a call, the text before that is shown
-without delay, and the rest at the end of the reply.
+Text is held from the position at which a call may begin, until it is clear that there is no call, or until the reply
+has ended and its calls have been read. If an answer contains something that resembles a call, the text before that is
+shown without delay, and the rest at the end of the reply.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _EXAMINED_CHARACTERS: Final = 120
 
 
 class HeldText:
-    """Passes the text of one reply on, apart from what may be a call.
+    """Passes on the text of one reply, except for what may be a call.
 
     Args:
-        is_tool: Returns whether a name can be meant for one of the tools.
-        is_whole: Whether calls count only if nothing precedes them.
+        is_tool: Returns a true value if a name can be meant for one of the tools.
+        is_whole: Whether text is held only at the beginning of the reply, because calls after other text do not count.
         holds_all: Whether the whole text is held, because it is expected to be a call. Default: False.
     """
 
@@ -39,10 +39,10 @@ class HeldText:
         self._is_tool = is_tool
         self._is_whole = is_whole
         self._passed: list[str] = []
-        # Whether the last line of what was passed on has nothing but white space.
+        # Whether the last line of the text that was passed on has nothing but white space.
         self._is_line_blank = True
         self._last_shown = " "
-        # Text that is held, and where in it the search for openings goes on.
+        # The text that is held, and the position in it from which the search for openings goes on.
         self._held = ""
         self._position = 0
         # Once a call has begun, its text is only collected.
@@ -68,8 +68,8 @@ class HeldText:
         """Returns what is still to be shown at the end of the reply.
 
         Args:
-            text_before_calls: The text before its calls, which is all that is shown of a reply with calls in its text;
-                None for any other reply.
+            text_before_calls: If the reply has calls in its text, the text before them, which is all that is shown of
+                it. None for any other reply.
         """
         held = self._held + "".join(self._rest or ())
         if text_before_calls is None:
@@ -78,7 +78,7 @@ class HeldText:
         return text_before_calls.removeprefix(shown) if text_before_calls.startswith(shown) else ""
 
     def _end_of_text(self) -> int:
-        """Returns up to where the held text can be shown."""
+        """Returns the position up to which the held text can be shown."""
         text = self._held
         if self._is_whole and any(piece.strip() for piece in self._passed):
             return len(text)
@@ -116,7 +116,7 @@ class HeldText:
         return not self._held[line:position].strip() and (line > 0 or self._is_line_blank)
 
     def _begin_of_partial_opening(self) -> int:
-        """Returns where the end of the held text begins that may become an opening."""
+        """Returns the position from which the held text may be a partial opening; its length if there is none."""
         text = self._held
         begin = max(self._position, len(text) - _LONGEST_PREFIX)
         for place in range(begin, len(text)):

@@ -1,16 +1,16 @@
-"""`History`: the conversation of a run, valid at every moment, and a compacted form of it that fits into the context.
+"""`History`: the conversation of a run, which is valid at every moment, and the form of it that is sent to the model.
 
 A conversation that a server accepts has rules: one leading system message, a result directly after every call,
-arguments that are valid JSON, and no content that is null. A run breaks them for as long as its tools are running, and
-a cancelled run would break them for ever. So the assistant message whose calls are being made is kept apart, as a
+arguments that are valid JSON, and no content that is null. A run would break these rules while its tools are running,
+and a cancelled run would break them for good. So the assistant message whose calls are being made is kept apart, as a
 `Turn`, and joins the conversation only together with all its results; a copy that is taken before that has placeholders
 for the missing results. The alternative was to repair the conversation afterwards, which each caller would have had to
 do.
 
 The messages to send and the messages that the user sees are two lists. Compaction changes only the former: it shortens
-results of tools, and leaves out whole groups, which are an exchange before the task, or a turn with its results. A call
-is never sent without its result. What compaction has not touched never changes, not by a single byte, so that a server
-can reuse its prompt cache. `compaction` decides when that happens, and how much.
+results of tools, and leaves out whole groups of messages. A group is an exchange before the task, or a turn with its
+results, so a call is never sent without its result. What compaction has not touched never changes, not by a single
+byte, so that a server can reuse its prompt cache. The module `compaction` decides when room is made, and how much.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Turn:
     def answer(self, call_id: str, text: str, images: Sequence[Mapping[str, Any]] = ()) -> None:
         """Adds the result of a call, and its images as content parts.
 
-        Each result is encoded when it arrives. If there are thousands of them, the end of the turn takes no time then.
+        Each result is encoded when it arrives, so that the end of a turn with thousands of results takes no time.
         """
         message = self.results[call_id] = _result_message(call_id, text)
         self.size += size_of(message)
@@ -80,7 +80,7 @@ class Turn:
             self.images[call_id] = images
 
     def as_messages(self, *, ended: bool, image_place: ImagePlace = "user") -> Iterator[Message]:
-        """Yields the message, its results, with placeholders for results that are missing, and their images."""
+        """Yields the message, its results or placeholders for those that are missing, and the images of the results."""
         yield self.message
         for call_id, result in self.results.items():
             images = self.images.get(call_id) if self.images else None
@@ -99,7 +99,8 @@ class Turn:
     def plain_messages(self) -> list[Message] | None:
         """Returns the message and its results, if no result is missing and none has images; otherwise None.
 
-        `size` is the size of these messages. There may be thousands of results, so no loop in Python collects them.
+        The attribute `size` is the size of these messages. There may be thousands of them, so they are not collected by
+        a loop in Python.
         """
         results = list(self.results.values())
         return None if self.images or None in results else [self.message, *cast("list[Message]", results)]
@@ -160,7 +161,7 @@ class History:
         else:
             self._task = {"role": "user", "content": task}
         before.append(self._task)
-        # The task in the form that is sent, which may have a note about what is left out after it.
+        # The task in the form that is sent, which may be followed by a note about what was left out.
         self._sent_task = self._task
         self._groups_after_task: list[list[Message]] = []
         # The names and arguments of the calls whose results were shortened.
@@ -168,13 +169,13 @@ class History:
         self._turn: Turn | None = None
         self.image_place: ImagePlace = "user"
         self._turn_with_images: Turn | None = None
-        # The reasoning of the model's messages, by their place in `_messages`, as the fields that send it back.
+        # The fields that send the reasoning of a message back. The keys are the positions in `_messages`.
         self._reasoning: dict[int, Mapping[str, str]] = {}
         self._sends_reasoning = False
         self._demanded_field: str | None = None
         self._nudges: list[Message] = []
-        # The messages to send, without the nudges. Appending extends this list; any other change makes it None, so that
-        # it is built again.
+        # The messages to send, without the nudges. New messages are appended to this list; any other change sets it to
+        # None, so that it is built again.
         self._to_send: CheckedList | None = None
         self.size: int = sum(map(size_of, (*self._head, *before)))
 
@@ -190,7 +191,7 @@ class History:
 
     @property
     def task_text(self) -> str:
-        """What the user wants, or an empty text if that is not a text alone."""
+        """The task, if it is a text; an empty text if it has other parts."""
         content = self._task["content"]
         return content if isinstance(content, str) else ""
 
@@ -212,7 +213,7 @@ class History:
         return [_copy_message(message) for message in self._conversation(ended=ended)]
 
     async def snapshot_in_slices(self) -> list[Message]:
-        """Returns the same copy of a conversation that has ended, without making the event loop stand still."""
+        """Returns the copy that `snapshot` returns for a run that has ended, without blocking the event loop."""
         copied = await list_in_slices(map(_copy_without_calls, self._conversation(ended=True)))
         for number, message in enumerate(copied, 1):
             if calls := message.get("tool_calls"):
@@ -226,11 +227,11 @@ class History:
         return [*self._head, *self._messages, *turn]
 
     def send_reasoning(self, demanded_field: str | None = None) -> bool:
-        """Makes the model's reasoning a part of its messages, of those before and of those to come.
+        """Adds the model's reasoning to its messages, both to those so far and to those to come.
 
         Args:
-            demanded_field: The field that the server demands. Each message of the model then has it, and an empty one
-                if its reasoning is unknown. By default, the fields are those in which the server sent the reasoning.
+            demanded_field: The field that the server demands. Each message of the model then has this field, which is
+                empty if its reasoning is unknown. By default, the reasoning is sent in the field in which it arrived.
 
         Returns:
             Whether any message has changed.
@@ -271,11 +272,11 @@ class History:
         self._append(added, sum(map(size_of, added)))
 
     def add_nudge(self, reply: str, nudge: str, *, reasoning: Mapping[str, str] | None = None) -> None:
-        """Adds a flawed reply, and what the model reads about it, to the messages to send, until `drop_nudges`.
+        """Adds a flawed reply and a message about it to the messages to send, until `drop_nudges` is called.
 
         Args:
             reply: The text of the reply, which must not be empty.
-            nudge: The text for the model.
+            nudge: The message about the reply.
             reasoning: The fields that send the reasoning back; they become a part of the message if it is to be sent.
         """
         answer = self._with_reasoning({"role": "assistant", "content": reply}, reasoning or {})
@@ -284,14 +285,14 @@ class History:
         self.size += sum(map(size_of, added))
 
     def drop_nudges(self) -> None:
-        """Leaves out what `add_nudge` has added."""
+        """Removes what `add_nudge` has added."""
         self.size -= sum(map(size_of, self._nudges))
         self._nudges = []
 
     def begin_turn(
         self, text: str, calls: Iterable[Mapping[str, Any]], *, reasoning: Mapping[str, str] | None = None
     ) -> Turn:
-        """Begins a turn with a reply that contains calls. `end_turn` adds it to the conversation.
+        """Begins a turn with a reply that contains calls. `end_turn` adds the turn to the conversation.
 
         Args:
             text: The text of the reply.
@@ -341,18 +342,18 @@ class History:
         return sum(map(size_of, (*self._head, self._sent_task)))
 
     def groups(self) -> Groups:
-        """Returns the groups as they are sent now, which later changes do not affect."""
+        """Returns a copy of the groups as they are sent now, which later changes do not affect."""
         return Groups([[*group] for group in self._groups_before_task], [[*group] for group in self._groups_after_task])
 
     def with_head_and_task(self, groups: Groups) -> CheckedList:
-        """Returns a conversation of the system message, the task in the sent form, and these groups around it."""
+        """Returns a conversation of the system message, the given groups, and the task between them as it is sent."""
         parts = (self._head, *groups.before_task, [self._sent_task], *groups.after_task)
         return CheckedList(message for part in parts for message in part)
 
     def shorten_results(self, goal: int, *, longer_than: int, kept: int) -> int:
         """Shortens the oldest results of tools in the messages to send, but never those of the last turn.
 
-        A result that was shortened before, and for which the model has made the same call again, stays whole: there is
+        If the model has repeated a call because its result was shortened, the new result stays whole: there is
         something in it that the model needs.
 
         Args:
@@ -398,7 +399,7 @@ class History:
         return count
 
     def count_oldest(self, goal: int) -> tuple[int, int]:
-        """Returns how many of the oldest groups have to be left out to reach a size; the last turn is never one.
+        """Returns how many of the oldest groups have to be left out to reach a size. The last turn always stays.
 
         Args:
             goal: The size to reach.
@@ -421,7 +422,7 @@ class History:
         Args:
             before_task: The number of groups before the task.
             after_task: The number of groups after the task.
-            note: What the task is followed by, in place of an earlier note; by default, nothing is changed about it.
+            note: The note that follows the task, in place of an earlier one. By default, an earlier note stays.
         """
         for groups, count in ((self._groups_before_task, before_task), (self._groups_after_task, after_task)):
             self.size -= sum(size_of(message) for group in groups[:count] for message in group)
@@ -453,8 +454,8 @@ _encode: Final = msgspec.json.Encoder().encode
 def valid_arguments(arguments: object) -> str:
     """Returns the arguments of a call as the text of a JSON object, which is "{}" if they are anything else.
 
-    A valid text is returned unchanged. Some servers send an object, and some models encode their JSON twice; both are
-    called with the object, so this returns the text of that.
+    A valid text is returned unchanged. Some servers send an object instead of a text, and some models encode their JSON
+    twice. The tool is called with the object in both cases, so this function returns the text of the object.
     """
     if isinstance(arguments, MAPPING_TYPES):
         return _encode(arguments).decode()
@@ -470,8 +471,8 @@ def valid_arguments(arguments: object) -> str:
 def resendable_call(call: Mapping[str, Any]) -> Message:
     """Returns a call that can be sent again.
 
-    A name that servers refuse is replaced by one that resembles it, and arguments that are not an object by an empty
-    one: malformed arguments would make llama.cpp answer 500 for ever (#25510).
+    A name that servers refuse is replaced by a similar one, and arguments that are not an object by an empty object.
+    With malformed arguments, llama.cpp would answer 500 to every later request of the run (#25510).
     """
     function = call["function"]
     sent = {"name": sendable_name(function["name"]), "arguments": valid_arguments(function["arguments"])}
@@ -483,9 +484,9 @@ def _result_message(call_id: str, content: str | list[Mapping[str, Any]]) -> Mes
 
 
 def _results_of_calls(group: Sequence[Message]) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Yields the place of each result that is a text, with the name and the arguments of its call.
+    """Yields the position of each result that is a text, with the name and the arguments of its call.
 
-    Only the last message with calls counts, because an id may come back in another turn.
+    The call is looked up in the last message with calls before the result, because other turns may have the same id.
     """
     calls: dict[str, tuple[str, str]] = {}
     for place, message in enumerate(group):
@@ -508,7 +509,7 @@ def _copy_message(message: Message) -> Message:
 
 
 def _copy_without_calls(message: Message) -> Message:
-    """Returns a copy of a message that shares the calls with it, which may be thousands."""
+    """Returns a copy of a message that shares the list of calls with it, because there may be thousands of them."""
     return {
         key: value if key == "tool_calls" or not isinstance(value, (dict, list)) else _deep_copy(value)
         for key, value in message.items()
@@ -516,7 +517,7 @@ def _copy_without_calls(message: Message) -> Message:
 
 
 def _copy_call(call: Message) -> Message:
-    """Returns a copy of a call in the form of `resendable_call`. It shares the texts, so that their length is free."""
+    """Returns a copy of a call in the form of `resendable_call`, whose texts are shared: long ones cost nothing."""
     copied = {**call, "function": {**call["function"]}}
     if "extra_content" in call:
         copied["extra_content"] = _deep_copy(call["extra_content"])
@@ -528,10 +529,10 @@ def _deep_copy(value: Any) -> Any:
     return msgspec.json.decode(_encode(value))
 
 
-def _join_contents(before: str | list[Any], task: str | list[Any]) -> str | list[Any]:
-    if isinstance(before, str) and isinstance(task, str):
-        return f"{before}\n\n{task}"
-    return [*_as_parts(before), *_as_parts(task)]
+def _join_contents(first: str | list[Any], second: str | list[Any]) -> str | list[Any]:
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}\n\n{second}"
+    return [*_as_parts(first), *_as_parts(second)]
 
 
 def _as_parts(content: str | list[Any]) -> list[Any]:

@@ -2,12 +2,12 @@
 
 A round asks the model, reads its reply, makes the calls that are in it, and decides whether to go on. A graph of nodes,
 as some agent frameworks have it, was considered and rejected: the order of the stages never changes, and plain methods
-show it in a stack trace. The state behind the decisions is kept in other modules and tested separately: the
-conversation in `history`, tokens in `tokens`, and calls and the reasons to stop that they give in `turns`.
+show it in a stack trace. The state behind the decisions is kept in other modules and tested separately: `history` has
+the conversation, `tokens` the token counts, and `turns` the calls, with the reasons to stop that follow from them.
 
-The model is asked in three steps, from the outside to the inside. This module asks it again if its reply is neither an
-answer nor a call. `prompt_sender` sends the prompt in another form if it is too long or the server refuses it, and
-`generation_runner` requests a single generation and reads its stream.
+Three layers ask the model. The outermost one, this module, asks it again if its reply is neither an answer nor a call.
+Below it, `prompt_sender` sends the prompt in another form if it is too long or the server refuses it. The innermost
+one, `generation_runner`, requests a single generation and reads its stream.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class RunLoop:
         is_stopping: Returns True if the run has been cancelled. Tools in threads poll it, because threads cannot be
             cancelled.
         gate: Holds the run before each generation and each call while the run is paused.
-        journal: Keeps the steps of the run, and repeats those from before an interruption. None without a journal.
+        journal: Keeps the steps of the run, and repeats those from before an interruption. None if the run has none.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class RunLoop:
         journal: RunJournal | None = None,
     ) -> None:
         self._seconds = seconds = time.monotonic if journal is None else journal.seconds
-        # When the run began to ask its model, by its own clock.
+        # When the run first asked its model, on the clock of the run: that of its journal, or the monotonic clock.
         self._began = began = seconds()
         self._reply_seconds = 0.0
         self._source = source
@@ -115,8 +115,8 @@ class RunLoop:
             retry=self._retry,
             output=self._output,
         )
-        # The functions that the parts of the loop call do not refer to the loop. Otherwise all that a run leaves behind
-        # would stay in memory until the garbage collector runs.
+        # The functions that are passed to the parts of the loop do not refer to the loop itself. Such a reference cycle
+        # would keep all that a run leaves behind in memory until the garbage collector runs.
         self._turns = TurnRunner(
             run_id,
             settings=settings,
@@ -213,7 +213,7 @@ class RunLoop:
         return stop
 
     async def _get_last_words(self) -> ModelReply | None:
-        """Returns the reply of a last round without tools; None without an answer, or if it is not the output."""
+        """Asks for an answer in a last round without tools. Returns None if the reply has none, or no valid output."""
         self._generations.may_call = False
         if self._output is not None:
             self._output.forbid_tools()
@@ -230,7 +230,7 @@ class RunLoop:
         return reply if has_answer else None
 
     def _read_output(self, reply: ModelReply) -> bool:
-        """Reads the output from the last answer, and returns False if it is not valid."""
+        """Reads the output from the last answer, and returns False if the answer is not a valid output."""
         if self._output is not None:
             try:
                 self._record.output = self._output.read(reply.text)
@@ -297,7 +297,7 @@ class RunLoop:
         An answer that stays empty is an error only before the first call: after tools, a model may have nothing to add.
 
         Raises:
-            LLMResponseError: The last reply was unusable as well.
+            LLMResponseError: The reply is still unusable after the last nudge.
         """
         self._nudges.begin_round()
         while True:
@@ -332,7 +332,7 @@ class RunLoop:
         return reply
 
     def _repeats_call(self, reply: ModelReply) -> bool:
-        """Returns whether a reply begins with a call, written as text, whose result the model has already."""
+        """Returns whether a reply begins with a call, written as text, whose result the model already has."""
         call = first_json_call(reply.text)
         return call is not None and self._turns.has_result_of(call.name, call.arguments)
 
@@ -342,13 +342,13 @@ class RunLoop:
         if nudge.without_tools:
             self._generations.may_call = False
             how += " without tools"
-            # Replies full of calls would be an example that the model follows. Nothing of the cache is lost: without
-            # the definitions of the tools, it is a new prompt in any case.
+            # Replies full of calls would be examples that the model follows. Dropping them costs no cached tokens,
+            # because without the definitions of the tools, the prompt is a new one in any case.
             self._history.drop_nudges()
         logger.info("the model is asked again%s, because its reply has the flaw %r: %s", how, nudge.kind, nudge.message)
         self._record.round_nudges.append(nudge)
-        said = AFTER_CALLS if nudge.without_tools else text_or_placeholder(reply)
-        self._history.add_nudge(said, nudge.message, reasoning=reply.reasoning_fields)
+        reply_text = AFTER_CALLS if nudge.without_tools else text_or_placeholder(reply)
+        self._history.add_nudge(reply_text, nudge.message, reasoning=reply.reasoning_fields)
         if self._channel.has_listener:
             await self._channel.put(ModelNudged(nudge))
 

@@ -1,8 +1,8 @@
 """Finds the tool that a model meant by a name which no tool has exactly.
 
 Small models write names as other programs do (`getWeather`, `get-weather`), with the prefix of a template
-(`functions.get_weather`) or the rest of a token (`get_weather<|channel|>commentary`), or with a slip. A name stands for
-a tool only if it can be meant for no other one.
+(`functions.get_weather`) or the rest of a token (`get_weather<|channel|>commentary`), or with a slip. A name is taken
+for that of a tool only if it cannot be meant for another tool.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _SHORTEST_FOR_SUBSTITUTIONS: Final = 6
 
 
 def find_meant_name(asked: str, names: Iterable[str]) -> str | None:
-    """Returns the only name that a model can have meant, or None if not exactly one is possible.
+    """Returns the only name that a model can have meant, or None if none or several are possible.
 
     Upper and lower case, the characters between words, a prefix such as `functions.` and a suffix such as
-    `<|channel|>commentary` do not count. Failing that, the names may differ by one letter that is missing, doubled,
-    wrong, or in the place of its neighbour, if they are long enough that this is a slip and not another word.
+    `<|channel|>commentary` are disregarded. If no name is equal then, a name may also have one letter that is missing,
+    doubled, wrong, or swapped with its neighbour, if it is so long that this is a slip and not another word.
 
     Args:
         asked: The name that the model wrote.
-        names: The names that there are.
+        names: The names of the tools.
     """
     asked = asked.strip()[:_LONGEST_NAME].strip("`'\"* ")
     bare = _key_of(_PREFIXES.sub("", _SUFFIXES.sub("", asked), count=1))
@@ -45,7 +45,7 @@ def find_meant_name(asked: str, names: Iterable[str]) -> str | None:
 
 
 def _key_of(name: str) -> str:
-    """Returns a name in lower case and without the characters between its words."""
+    """Returns a name in lower case, without the characters between its words."""
     return re.sub(r"[\W_]+", "", name).lower()
 
 
@@ -58,7 +58,7 @@ def _word_starts(name: str) -> set[int]:
 def _is_slip(one: str, other: str, word_starts: Container[int]) -> bool:
     """Returns whether two names differ by one edit that can be a slip.
 
-    The first letter of a word counts as meant, so that `get` is never taken for `set`.
+    The first letter of a word is never taken for a slip, so that `get` does not become `set`.
     """
     if abs(len(one) - len(other)) > 1:
         return False

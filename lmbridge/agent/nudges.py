@@ -1,13 +1,13 @@
-"""Finds replies that are neither an answer nor a call, and says briefly what is missing.
+"""Finds replies that are neither an answer nor a call, and tells the model briefly what is missing.
 
 Small models often stop without having done anything: the reply is empty, it has only reasoning, or it announces a call
 that does not follow. Sending the same request again gives the same reply at temperature 0, and ending the run gives up
 a task that one sentence can save. So the model is asked again, with its reply and one sentence about it.
 
-The sentence is a user message after the model's reply, because chat templates differ in everything else: some refuse
-two user messages in a row, some a second system message, and some a user message directly after a tool's result. Both
-messages are left out again as soon as the model has replied, so that it does not learn from its own mistake, and the
-conversation that the user sees has only what matters.
+The sentence is a user message after the model's reply, because this is what all chat templates accept: some refuse two
+user messages in a row, some a second system message, and some a user message directly after a tool's result. Both
+messages are removed as soon as the model has replied, so that its mistake is no example for it, and the conversation
+that the user sees has only what matters.
 
 A false alarm costs a generation, and may replace a good answer by a worse one. So a promise is recognised only in the
 last sentence of a reply, only in English, and only if tools were offered.
@@ -29,18 +29,18 @@ from lmbridge.agent.toolset import Toolset
 from lmbridge.agent.unread_calls import find_unread_call
 
 _EXAMINED_CHARACTERS: Final = 400
-"""How many characters at the end of a reply may be its last sentence."""
+"""How many characters at the end of a reply are searched for its last sentence."""
 _EMPTY_REPLY: Final = "..."
 """Stands for a reply without text, because some servers refuse a message without content.
 
 A sentence would be an example: asked again after "(The reply was empty.)", a small model answers "The reply was empty."
 """
 AFTER_CALLS: Final = "I have called the tools."
-"""Stands for what a model replied before it is asked to answer without tools. As an answer it is at least true."""
+"""Replaces the model's own reply when it is asked to answer without tools. It is true, should the model repeat it."""
 _WRITES_CALLS: Final[tuple[NudgeKind, ...]] = ("unreadable_call", "promise")
-"""The flaws of a model that goes on to call tools, for which it is asked for its answer in the end."""
+"""The flaws of replies in which a model wants to call further tools. If they recur, it is asked for its answer."""
 _LONGEST_TASK: Final = 500
-"""How many characters a task may have to be repeated at the end of a conversation."""
+"""The number of characters up to which a task is repeated at the end of the conversation."""
 
 _MESSAGES: Final[Mapping[NudgeKind, str]] = {
     "empty": "Your reply was empty. Now {action}.",
@@ -67,7 +67,7 @@ _FUTURE: Final = (
     r"(?:I[^\w\s]ll|I will|I am going to|I[^\w\s]m going to|I[^\w\s]m about to|let me|let[^\w\s]s|let us)\s+"
 )
 _FIRST_PERSON: Final = re.compile(r"\b(?:I|let)\b", re.IGNORECASE)
-"""Matches in every sentence in which one of the next three patterns matches, but not in most others."""
+"""Matches in every sentence in which one of the next three patterns matches, and is faster to search for."""
 _PROMISE: Final = re.compile(rf"\b{_FUTURE}{_ADVERBS}{_WORK}", re.IGNORECASE)
 _ANNOUNCEMENT: Final = re.compile(rf"\b{_FUTURE}.*:\W*$", re.IGNORECASE)
 _USE: Final = re.compile(
@@ -91,12 +91,12 @@ def _most_in_run(nudges: Nudges) -> int:
 
 @attrs.define
 class Nudges:
-    """Decides whether the model is asked again, within the limits of one run.
+    """Decides whether the model of one run is asked again, and with which message.
 
     Args:
         toolset: The tools of the run.
         most_per_round: The option `max_nudges` of the run.
-        reads_text_calls: Whether calls are read that the model writes as text.
+        reads_text_calls: Whether calls that the model writes as text are read.
     """
 
     _toolset: Toolset
@@ -118,17 +118,17 @@ class Nudges:
     ) -> Nudge | None:
         """Returns the nudge for a flawed reply; None if the limits are reached.
 
-        A model that has the results that it needs, and goes on to write or to promise calls, rarely stops by itself.
-        So if a nudge about that has not helped, or if the reply begins with a call whose result the model has, the next
-        nudge asks for an answer without tools.
+        A model that has results of tools, and still writes or promises calls, rarely stops by itself. So if a nudge has
+        not helped, or if the reply begins with a call whose result the model already has, the next nudge asks for an
+        answer without tools.
 
         Args:
             kind: What is wrong with the reply, as `find_flaw` returned it.
             reply: The reply.
-            task: What the user wants, or an empty text.
+            task: The task of the run, or an empty text if it is not a text.
             max_tokens: The limit on the tokens of the reply.
-            has_results: Whether a tool has returned something in this run.
-            is_repetition: Whether the reply begins with a call that has returned something in this run.
+            has_results: Whether a tool has returned a result in this run, without an error.
+            is_repetition: Whether the reply begins with a call whose result the model already has.
         """
         has_failed = kind in self._given
         goes_on_calling = has_results and has_failed and kind in _WRITES_CALLS
@@ -152,7 +152,7 @@ class Nudges:
         return f"Make it again, in exactly this form:\n{self._example(text)}"
 
     def _example(self, text: str) -> str:
-        """Returns a call in a form that can be read, of the tool that a text mentions last."""
+        """Returns an example of a call that can be read, for the tool that a text mentions last."""
         name = max(self._toolset.names, key=text.rfind)
         definition = next(each["function"] for each in self._toolset.definitions if each["function"]["name"] == name)
         properties = definition.get("parameters", {}).get("properties", {})
@@ -163,10 +163,10 @@ class Nudges:
 def request_answer(task: str) -> str:
     """Returns the message that asks a model for its answer, in a request without tools.
 
-    A small model that is lost in its calls has lost its task as well. Reminded of it, it mostly answers.
+    A small model that writes call after call has usually lost sight of its task, and answers when it is reminded of it.
 
     Args:
-        task: What the user wants, or an empty text.
+        task: The task of the run, or an empty text if it is not a text.
     """
     if 0 < len(task.strip()) <= _LONGEST_TASK:
         return f"Now answer from the results above, without tools: {task.strip()}"
@@ -174,20 +174,21 @@ def request_answer(task: str) -> str:
 
 
 def _tokens_at_limit(reply: ModelReply, max_tokens: int) -> int:
-    """Returns how many tokens a reply has that was cut off. The server may have a smaller limit than the request."""
+    """Returns at how many tokens a reply was cut off. The server may have a smaller limit than the request."""
     tokens = (reply.usage or {}).get("completion_tokens")
     return min(tokens, max_tokens) if tokens else max_tokens
 
 
 def text_or_placeholder(reply: ModelReply) -> str:
-    """Returns the text of a flawed reply, or what stands for it if it has none."""
+    """Returns the text of a flawed reply, or a placeholder if it has none."""
     return reply.text if reply.text.strip() else _EMPTY_REPLY
 
 
 def find_flaw(reply: ModelReply, toolset: Toolset) -> NudgeKind | None:
-    """Returns why a reply is neither an answer nor a call that can be made; None if it is one of them.
+    """Returns why a reply is neither an answer nor a complete call; None if it is one of the two.
 
-    An answer that was cut off at the limit on tokens is an answer, of which the run reports that it was cut off.
+    An answer that was cut off at the limit on tokens counts as an answer. The run reports in another way that it was
+    cut off.
     """
     is_cut = reply.finish_reason == "length"
     if reply.calls:
@@ -195,7 +196,7 @@ def find_flaw(reply: ModelReply, toolset: Toolset) -> NudgeKind | None:
     if reply.announces_calls:
         return "missing_call"
     if reply.may_call and find_unread_call(reply.text or reply.reasoning, toolset.names):
-        # A call that can be read, but was not, is quoted. The nudge must not ask the model to make it.
+        # A call that can be read, but was not made, is quoted. The nudge must not ask the model to make it.
         unread: NudgeKind = "promise" if has_quoted_calls(reply.text) else "unreadable_call"
         return "cut_call" if is_cut else unread
     if reply.text.strip():
@@ -206,7 +207,7 @@ def find_flaw(reply: ModelReply, toolset: Toolset) -> NudgeKind | None:
 
 
 def is_promise(text: str, tool_names: Collection[str]) -> bool:
-    """Returns whether the last sentence of a text announces work, or the call of a tool, that does not follow."""
+    """Returns whether the last sentence of a text announces work or the call of a tool, which does not follow."""
     end = text[-_EXAMINED_CHARACTERS:].strip()
     sentence = _SENTENCE_END.split(end)[-1]
     if _TO_THE_READER.search(sentence):

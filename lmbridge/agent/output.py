@@ -2,7 +2,7 @@
 
 Servers differ in what they do with a request that has both tools and a `response_format`: llama.cpp lets the model
 write nothing but JSON, so that it can no longer call a tool, and others ignore one of the two. So a request has only
-one of them. If the run has tools, the model first answers freely. If its answer is not the output already, the model is
+one of them. If the run has tools, the model first answers freely. If its answer is not yet a valid output, the model is
 asked to repeat it as JSON, in a request with the schema and without tools. The alternative that other frameworks use, a
 tool that the model calls with its output, fails with small models: they call it too early, or never.
 """
@@ -37,7 +37,7 @@ class OutputReader:
 
     @property
     def response_format(self) -> Mapping[str, Any] | None:
-        """The parameter of the next request; None if the model may answer freely."""
+        """The `response_format` of the next request; None if the model may answer freely."""
         return self._format.response_format if self._is_requested else None
 
     def read(self, text: str) -> Any:
@@ -49,7 +49,7 @@ class OutputReader:
         return self._format.decode(text)
 
     def next_request(self, error: InvalidAnswerError) -> str | None:
-        """Returns the message that asks for the output after an invalid answer; None after too many requests.
+        """Returns the message that asks for the output after an invalid answer; None if it was requested too often.
 
         Args:
             error: What is wrong with the answer.
@@ -66,7 +66,7 @@ class OutputReader:
         return " ".join(sentences)
 
     def add_tools(self) -> None:
-        """Records that the run has got new tools, so that the model may answer freely and use them."""
+        """Records that the run has new tools, so that the model may answer freely again, and call them."""
         self._has_tools, self._is_requested = True, False
 
     def allow_tools(self) -> None:
@@ -74,7 +74,7 @@ class OutputReader:
         self._is_requested = not self._has_tools
 
     def forbid_tools(self) -> None:
-        """Records that the run has used up its limits, so that its next request asks for the output."""
+        """Records that the run has used up a limit, so that its next request asks for the output."""
         self._is_requested = True
 
     def failed(self, error: InvalidAnswerError, text: str, model: str | None) -> LLMValidationError:

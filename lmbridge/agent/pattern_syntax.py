@@ -1,6 +1,6 @@
-"""The syntax of regular expressions in schemas: which parts a pattern consists of, and how they are parsed.
+"""Parses the regular expressions in schemas into their parts.
 
-`lmbridge.agent.patterns` matches these parts, and describes which syntax is supported.
+`lmbridge.agent.patterns` matches the parts; its docstring says which syntax is supported.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 CharTest: TypeAlias = Callable[[str], bool]
-"""Returns whether a part of a pattern matches a character."""
+"""A function that returns whether a part of a pattern matches a character."""
 
 
 def is_word_char(char: str) -> bool:
@@ -60,13 +60,13 @@ class RepeatPart(NamedTuple):
 
 
 class BoundaryPart(NamedTuple):
-    """Matches between two characters, depending on what they are."""
+    """Matches an empty text between two characters, depending on what these are."""
 
     kind: Literal["start", "end", "line start", "line end", "word edge", "no word edge"]
 
 
 class LookaheadPart(NamedTuple):
-    """Matches where its part matches, or does not match, the following text."""
+    """Matches an empty text where its part matches the following text, or does not match it if `is_negative`."""
 
     part: Part
     is_negative: bool
@@ -80,7 +80,7 @@ def parse_pattern(source: str) -> Part:
 
     Raises:
         UnsupportedPatternError: The expression is not valid, or uses a construct that is not supported.
-        RecursionError: It is nested too deeply.
+        RecursionError: The expression is nested too deeply.
     """
     return _Parser(source).parse()
 
@@ -137,7 +137,7 @@ class _Parser:
     def _repeated(self, part: Part) -> Part:
         while (bounds := self._quantifier()) is not None:
             part = RepeatPart(part, *bounds)
-            # Whether a match is long or short does not matter here.
+            # A lazy quantifier changes only the length of a match, which does not matter here.
             self._take("?")
             if self._peek("+"):
                 raise UnsupportedPatternError("it has a possessive quantifier")
@@ -182,7 +182,7 @@ class _Parser:
         return CharPart(self._with_flags(lambda char: char == what) if isinstance(what, str) else what)
 
     def _with_flags(self, test: CharTest) -> CharTest:
-        """Returns a test that disregards the case if the pattern does. A negation has to come after it."""
+        """Returns a test that disregards the case if the pattern does. Negate the result, and never the test itself."""
         if "i" not in self._flags:
             return test
         return lambda char: any(test(each) for each in {char, char.lower(), char.upper()} if len(each) == 1)
@@ -199,7 +199,7 @@ class _Parser:
             elif self._take("P<") or (self._peek("<") and not self._peek("<=") and not self._peek("<!")):
                 self._until(">")
             elif not self._read_flags():
-                # The flags are those of the rest of the group around this one.
+                # These flags apply to the rest of the group that contains them.
                 return SequencePart(())
         part = self._choice()
         if not self._take(")"):
@@ -208,7 +208,7 @@ class _Parser:
         return part if lookahead is None else LookaheadPart(part, lookahead)
 
     def _read_flags(self) -> bool:
-        """Reads `i:` or `i)`, and returns whether a group follows."""
+        """Reads flags such as `i:` or `i)`, and returns whether a group follows them."""
         while (char := self._next()) not in ":)":
             if char not in "imsua":
                 raise UnsupportedPatternError(f"it has a group that begins with '(?{char}'")
@@ -225,7 +225,7 @@ class _Parser:
         return self._char_of(self._escaped_char())
 
     def _escaped_char(self) -> str | CharTest:
-        """Reads what follows a backslash, within a class or outside of it."""
+        """Reads what follows a backslash, inside or outside of a class of characters."""
         char = self._next()
         if (test := _CLASSES.get(char.lower())) is not None:
             return test if char.islower() else _negated(test)
@@ -262,7 +262,7 @@ class _Parser:
         return _negated(folded) if is_negated else folded
 
     def _class(self) -> CharTest:
-        """Reads a class of characters, whose bracket has been read."""
+        """Reads a class of characters, whose opening bracket has already been read."""
         is_negated = self._take("^")
         chars: set[str] = set()
         ranges: list[tuple[str, str]] = []
@@ -293,7 +293,7 @@ class _Parser:
         char = self._next()
         if char != "\\":
             return char
-        # Within a class, this is a backspace and not the edge of a word.
+        # Inside of a class, `\b` is a backspace and not the edge of a word.
         return "\b" if self._take("b") else self._escaped_char()
 
 

@@ -1,14 +1,14 @@
 """Matches the regular expressions in schemas from untrusted sources, in time proportional to the text.
 
-`re` backtracks: with `^(a+)+$`, each further "a" of a text that does not match doubles its time, and it holds the
-interpreter meanwhile. A thread would not help, because `re` does not release the GIL. A process would have to be
+`re` backtracks: with `^(a+)+$`, each further "a" of a text that does not match doubles the time, in which nothing else
+runs. A thread would not help, because `re` does not release the GIL. A process would have to be
 started, waited for and killed, and a package such as RE2 would be a large dependency for a rare keyword. So patterns
 are matched here, by the classic construction of Thompson: the text is read once, with the set of all places in the
 pattern that the match may have reached. The sets are cached, so that most characters cost one look-up.
 
-The syntax is what JavaScript, which JSON schema refers to, Python and Rust have in common, and the rules are those of
-Python, except that `$` matches only at the very end. Back references and lookbehinds are not supported, because they
-need backtracking.
+The supported syntax is that which Python and Rust share with JavaScript, to which JSON schema refers. The rules are
+those of Python, except that `$` matches only at the very end. Back references and lookbehinds are not supported,
+because they need backtracking.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _LONGEST_PATTERN: Final = 10_000
 _MOST_STATES: Final = 10_000
 """The number of states beyond which a pattern is not supported. `a{1000}` has a thousand of them."""
 _MOST_PARTS: Final = 50_000
-"""The number of parts beyond which a pattern is not supported, those without states included. `(a{0}){1000}` has two
-thousand of them."""
+"""The number of parts beyond which a pattern is not supported, including parts without states. `(a{0}){1000}` has two
+thousand parts."""
 _STEPS_OF_CHARACTER: Final = 10
-"""What it costs to read a character of a pattern, in steps of `step_limit`."""
+"""How many steps of `step_limit` it costs to read a character of a pattern."""
 _MOST_CACHED_STEPS: Final = 20_000
 """The number of steps that a pattern keeps in its cache."""
 
@@ -96,7 +96,7 @@ class Pattern:
         before = text[position - 1 : position] if position else ""
         for number in range(position, len(text) + 1):
             char = text[number : number + 1]
-            # The only thing that matters about the character before is on which side of a boundary it is.
+            # Of the character before, only the kind matters, because it decides whether there is a boundary.
             side = before if before in ("", "\n") else "w" if is_word_char(before) else " "
             step = self._cache.get((reached, side, char)) if can_cache else None
             if step is None:
@@ -108,7 +108,7 @@ class Pattern:
                         self._cache.clear()
                     self._cache[reached, side, char] = step
             elif not number % 16:
-                # A cached step takes about a sixteenth of the time of another one.
+                # A step from the cache takes about a sixteenth of the time of any other.
                 spend_steps(1)
             has_ended, reached = step
             if has_ended or not reached:
@@ -126,7 +126,7 @@ class Pattern:
         char: str,
         matches_ahead: Callable[[_LookaheadState], bool],
     ) -> tuple[bool, frozenset[int]]:
-        """Returns whether the match has ended before a character, and the states that it reaches after it."""
+        """Returns whether the match ends before a character, and the states that are reached after the character."""
         following: set[int] = set()
         seen = set(reached)
         remaining = list(seen)
@@ -168,7 +168,7 @@ def compile_pattern(source: str) -> Pattern:
 
     Raises:
         UnsupportedPatternError: The expression is not valid, too large, or uses a construct that is not supported.
-        StepLimitError: It takes more steps than are allowed.
+        StepLimitError: The compilation takes more steps than are allowed.
     """
     if len(source) > _LONGEST_PATTERN:
         raise UnsupportedPatternError("it is too long")
@@ -183,7 +183,7 @@ def compile_pattern(source: str) -> Pattern:
 
 @lru_cache(maxsize=1_000)
 def _compile(source: str) -> Pattern | str:
-    """Returns a pattern, or why it is not supported; `lru_cache` would forget an exception."""
+    """Returns a pattern, or the reason why it is not supported, because `lru_cache` does not keep exceptions."""
     spend_steps(_STEPS_OF_CHARACTER * len(source))
     try:
         compiler = _Compiler()
@@ -196,14 +196,14 @@ class _Compiler:
     """Turns the parts of a pattern into states, from the end to the beginning."""
 
     def __init__(self) -> None:
-        # The end of the match is not a state.
+        # State 0 stands for the end of the match, and has no content.
         self.states: list[_State] = [_SplitState(())]
         self._parts_left = _MOST_PARTS
 
     def add(self, part: Part, following: int) -> int:
-        """Adds the states of a part, after which the match goes on with another state; returns where it begins."""
+        """Adds the states of a part, and returns its first state. After the part, the match goes on at `following`."""
         spend_steps(1)
-        # A part without states can be repeated as well, by repetitions that multiply: `a{0}{9999}{9999}`.
+        # Parts without states have to be limited as well, because nested repetitions multiply: `a{0}{9999}{9999}`.
         self._parts_left -= 1
         if self._parts_left < 0:
             raise UnsupportedPatternError("it is too large")

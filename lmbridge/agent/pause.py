@@ -10,7 +10,7 @@ import asyncio
 
 
 class PauseGate:
-    """Lets a run pass, or holds it until it may go on."""
+    """Lets a run pass while it is open, and holds the run while it is closed."""
 
     def __init__(self) -> None:
         self._opened: asyncio.Future[None] | None = None
@@ -25,7 +25,7 @@ class PauseGate:
         self._opened = self._opened or asyncio.get_running_loop().create_future()
 
     def open(self) -> None:
-        """Lets the run go on."""
+        """Lets the run pass, and those tasks of it that already wait."""
         opened, self._opened = self._opened, None
         if opened is not None:
             opened.set_result(None)

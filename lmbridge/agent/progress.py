@@ -1,7 +1,7 @@
-"""`ProgressReporter`: the events about a prompt that is processed, and about a model that is loaded, for a listener.
+"""`ProgressReporter`: reports how far a prompt has been processed, and that a model is being loaded.
 
-Progress is requested only if the run has a listener and the server is known to report progress.
-Another server might refuse the field, and without a listener the additional chunks would only cost time.
+Progress is requested only if the run has a listener and the server is known to report progress. Another server might
+refuse the field, and without a listener the additional chunks would only cost time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 
 class ProgressReporter:
-    """Reports the progress of one run.
+    """Sends the events about the progress of one run.
 
     Args:
         source: What is known of the server.
@@ -41,17 +41,20 @@ class ProgressReporter:
         return {}
 
     async def report(self, chunk: Mapping[str, Any]) -> None:
-        """Sends the progress of the prompt, if a chunk reports any."""
+        """Sends an event with the progress of the prompt, if a chunk reports it."""
         if "prompt_progress" in chunk and self._channel.has_listener:
             progress = progress_of(chunk)
             if isinstance(progress, PromptProgress):
                 await self._channel.put(progress)
 
     def watch_loading(self, client: Any) -> asyncio.Task[None] | None:
-        """Reports that the model is loaded, in a task, until it is cancelled; None if there is nothing to report.
+        """Starts a task that reports how the model is being loaded, if the model is known not to be loaded yet.
 
         Args:
-            client: The client that is about to send a request to a model which is perhaps not loaded.
+            client: The client that is about to send a request to the model.
+
+        Returns:
+            The task, which the caller has to cancel; None if there is nothing to report.
         """
         if not self._channel.has_listener or self._model not in self._source.unloaded_models:
             return None
@@ -65,10 +68,10 @@ class ProgressReporter:
         last: float | None = None
         try:
             async for loading in client.models.loading(self._model):
-                # The router repeats itself.
+                # The router of llama.cpp reports the same fraction several times.
                 if loading.fraction not in (None, last):
                     last = loading.fraction
                     await self._channel.put(loading)
         except LLMError as error:
-            # The load itself goes on, and the request that has caused it reports whether it fails.
+            # The model is still being loaded. If that fails, the request that needs the model reports the error.
             logger.debug("the progress of loading %r is unknown: %s", self._model, error)

@@ -1,9 +1,9 @@
-"""`PromptCacheWatch`: notices when a server has evaluated a prompt again that it had in its cache.
+"""`PromptCacheWatch`: notices when a server has evaluated a part of a prompt again that it had in its cache.
 
-A server keeps the tokens of the last prompt of a slot, and evaluates only what comes after the part that is the same.
-So a run sends its messages unchanged, and adds new ones at the end. If much more than the new messages was evaluated
-all the same, either something at the beginning has changed, which this module finds, or the server has dropped the
-cache, for example because another conversation needed the slot.
+A server keeps the tokens of the last prompt of a slot. Of the next prompt, it evaluates only what follows the part that
+is the same. So a run sends its messages unchanged, and adds new ones at the end. If the server nevertheless evaluates
+much more than the new messages, either an earlier message has changed, which this module finds, or the server has
+dropped its cache, for example because another conversation needed the slot.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PromptCacheWatch:
     def compare(
         self, messages: Sequence[Mapping[str, Any]], tools: object, usage: Usage | None
     ) -> PromptCacheLost | None:
-        """Records a request that was answered, and returns what was lost since the one before it, if it was much.
+        """Records a request that was answered. Returns an event if much of the previous prompt was evaluated again.
 
         Args:
             messages: The messages that were sent.
@@ -46,7 +46,8 @@ class PromptCacheWatch:
         prompt_tokens = (usage or {}).get("prompt_tokens") or 0
         self._messages, self._tools, self._prompt_tokens = messages, tools, prompt_tokens
         cached = cached_tokens(usage)
-        # If more than half of it came from the cache, only its end has changed, as when a long nudge is left out again.
+        # If more than half of the previous prompt came from the cache, only its end has changed, for example because a
+        # long nudge was removed again.
         if cached is None or not before or expected - cached < _NOTICED_TOKENS or cached > expected // 2:
             return None
         index = 0 if tools != tools_before else _first_difference(before, messages)
@@ -61,7 +62,7 @@ class PromptCacheWatch:
 
 
 def _first_difference(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> int | None:
-    """Returns the index of the first message that is not what it was; None if messages were only added."""
+    """Returns the index of the first message that has changed or is gone; None if messages were only added."""
     for index, (old, new) in enumerate(zip(before, after, strict=False)):
         if old is not new and old != new:
             return index

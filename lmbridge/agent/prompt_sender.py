@@ -1,9 +1,9 @@
-"""`PromptSender`: sends the conversation of a run, changed if it is too long or the server refuses a part of it.
+"""`PromptSender`: sends the conversation of a run, and changes it if it is too long or the server refuses a part of it.
 
-A run continues with what its server accepts, and does not end with the first refusal. The changes are those that lose
-nothing, or as little as possible: older messages are shortened or left out, images are moved to another message,
-reasoning is added, the constraint of a retry is dropped. What a server has refused is remembered in the `ClientSource`,
-so that later runs do not ask for it again.
+A run continues with what its server accepts, and does not end with the first refusal. Each change loses nothing, or as
+little as possible: older messages are shortened or left out, images are moved to another message, reasoning is added,
+or the constraint of a retry is dropped. The `ClientSource` remembers what a server has refused, so that later runs do
+not ask for it again.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class PromptSender:
         toolset: The tools of the run.
         record: Everything that the run has done.
         context: The room that the conversation has in the model's context.
-        compactor: Makes room in it.
+        compactor: Makes room in the context.
         retry: Decides whether a request is constrained to the schema of a tool.
         generations: Requests each generation.
         gate: Holds the run before each generation while the run is paused.
-        journal: Keeps each reply, and repeats those from before an interruption. None without a journal.
+        journal: Keeps each reply, and repeats those from before an interruption. None if the run has no journal.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class PromptSender:
             record.history.send_reasoning(field)
 
     async def send(self) -> ModelReply:
-        """Sends the conversation, and returns the model's reply. A pause of the run is waited for first.
+        """Sends the conversation, and returns the model's reply. While the run is paused, nothing is sent.
 
         Raises:
             ContextLengthExceededError: The conversation does not fit into the context, and cannot be made to fit.
@@ -92,7 +92,8 @@ class PromptSender:
             await self._gate.wait()
         prompt = self._context.compared(self._context.prompt_size)
         is_strict = self._settings.context_overflow == "raise"
-        # A warning has to be right. If an estimate is too high, the server's own count says so after the reply.
+        # A warning has to be right, so an estimate that is only a little too high gives none. If the server then cuts
+        # the prompt, its own count shows that after the reply.
         if prompt is not None and (prompt.is_too_long if is_strict else prompt.is_clearly_too_long):
             self._generations.report_overflow(prompt.describe(), prompt)
         has_made_room = False
@@ -145,13 +146,13 @@ class PromptSender:
         return True
 
     def _learn_image_place(self, place: ImagePlace, refusals: Sequence[LLMResponseError | LLMStreamError]) -> None:
-        """Remembers for later runs where the server takes images, if it has refused the first ones of this run.
+        """Remembers for later runs where the server accepts images, if it has refused the first ones of this run.
 
-        If it has taken others before, it may only limit their number.
+        If it has accepted earlier images of this run, the refusal may only mean that there are too many of them.
 
         Args:
             place: The place in which the images were sent first.
-            refusals: The errors after which they were sent elsewhere.
+            refusals: The errors after each of which they were sent in another place.
         """
         learned = place_after(place, refusals)
         if learned != place and not self._has_shown_images:
@@ -159,7 +160,7 @@ class PromptSender:
         self._has_shown_images |= self._history.ends_with_images
 
     async def _usable_reply(self) -> ModelReply:
-        """Returns the next reply, which is a free one if a constrained one is unusable."""
+        """Returns the next reply. If a constrained reply is unusable, the model is asked again without constraint."""
         reply = await self._next_reply()
         if self._retry.is_unusable(reply):
             self._retry.give_up(reply)

@@ -1,9 +1,9 @@
-"""Decides by the text around a tool call whether it is quoted, and not meant to be made.
+"""Decides by the text around a tool call whether it is only quoted, and not meant to be made.
 
 An answer may explain the syntax of calls, quote a log, or show an example. The calls in it look exactly like others, so
-only the text around them can tell: a call is quoted if it is within a sentence, a list, a quotation or a structure, or
-next to a sentence that speaks about calls in general ("for example", "the server returns"). The words for that are
-English; in other languages, only the form of the text decides.
+only the text around them tells the difference: a call is quoted if it is within a sentence, a list, a quotation or a
+structure, or next to a sentence that speaks about calls in general ("for example", "the server returns"). Only English
+words for that are recognised; in other languages, only the form of the text decides.
 
 A call that is taken for a quotation by mistake costs one more question to the model. A call that is made by mistake may
 delete a file. The alternatives were to make only calls that are the whole reply, which misses most calls of small
@@ -82,9 +82,9 @@ def is_quoted(before: str, after: str, *, is_bare: bool) -> bool:
     """Returns whether calls are part of a sentence, a list, a quotation, a log, or of a larger structure.
 
     Args:
-        before: The text before the calls, up to the calls before them.
-        after: The text after them.
-        is_bare: Whether nothing marks them as calls, as tags do.
+        before: The text before the calls, from the end of earlier calls on.
+        after: The text after the calls, up to the next calls.
+        is_bare: Whether the calls have no tags or other marks of a call.
     """
     line = before[before.rfind("\n") + 1 :]
     if line.lstrip().startswith(">") or _QUOTED_OR_LISTED.search(line) or _LOG_OR_TRANSCRIPT.search(line):

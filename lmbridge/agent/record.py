@@ -41,11 +41,11 @@ class RunRecord:
     calls: list[ToolCall] = attrs.field(factory=list)
     """The calls that the model has requested, in order."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
-    """The errors of tool sources without which the run goes on. The keys are their names."""
+    """The errors of tool sources without which the run goes on. The keys are the names of the sources."""
     warnings: list[str] = attrs.field(factory=list)
-    """What may be wrong with the result although the run ended well."""
+    """What may be wrong with the result although the run ended without an error."""
     has_last_words: bool = False
-    """Whether the model has answered although the run had used up a limit."""
+    """Whether the model has given an answer in the additional round after a limit; see `on_limit` of `Agent`."""
     output: Any = None
     """The validated output of a run with an output type; None until the model has given it."""
     log: list[Round] = attrs.field(factory=list)
@@ -86,7 +86,7 @@ class RunRecord:
             self.warnings.append(warning)
 
     def begin_round(self) -> None:
-        """Counts a round that begins."""
+        """Counts a new round, and clears what belongs to the previous one."""
         self.rounds += 1
         self.round_nudges = []
         self.round_compactions = []
@@ -114,7 +114,7 @@ class RunRecord:
         self.round_usage = _add_usages(self.round_usage or _zero_usage(), usage)
 
     def truncate(self) -> None:
-        """Ends the run in the middle of a reply, and keeps the part of it that has arrived."""
+        """Ends the last reply, because the run is out of time. What has arrived of it is added to the conversation."""
         self._last_reply, self._reply_so_far = self.last_reply, None
         if self._is_replying and self.text:
             self.history.add_answer(replace_lone_surrogates(self.text))
@@ -125,7 +125,7 @@ class RunRecord:
 
         Args:
             stop_reason: Why the run ended, or "running".
-            messages: A copy of the conversation; by default one is made.
+            messages: A copy of the conversation, if there is one already. By default, a new copy is made.
         """
         if messages is None:
             messages = self.history.snapshot(ended=stop_reason != "running")

@@ -19,7 +19,7 @@ from lmbridge.types import Usage
 WireCall: TypeAlias = Mapping[str, Any]
 """An entry of a message's `tool_calls`."""
 
-_ANNOUNCES_CALLS: Final = ("tool_calls", "tool_call", "function_call", "tool_use")
+_CALL_FINISH_REASONS: Final = ("tool_calls", "tool_call", "function_call", "tool_use")
 """Finish reasons which say that the reply requests calls."""
 _COUNTS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
 
@@ -33,9 +33,9 @@ class ModelReply:
     reasoning: str
     """The reasoning, wherever the server put it."""
     is_only_reasoning: bool
-    """Whether all of the reply has arrived in the field for reasoning, so that the message has no content."""
+    """Whether the whole reply arrived in the field for reasoning, so that the message has no content."""
     reasoning_fields: Mapping[str, str]
-    """The fields of a message that send the reasoning back to the server. It is empty if the reply has no reasoning."""
+    """The fields of a message that send the reasoning back to the server; empty if the reply has no reasoning."""
     calls: Sequence[WireCall]
     """The calls that the model requests. Each has a unique id, a name and arguments, which may be anything."""
     finish_reason: str | None
@@ -43,7 +43,7 @@ class ModelReply:
     usage: Usage | None
     """The tokens of the request, as the server counted them; None if it did not count them."""
     constrained_to: str | None = None
-    """The tool, by its name in requests, to whose schema the reply was constrained; None if it was a free reply."""
+    """The tool to whose schema the reply was constrained, by its name in requests; None if it was not constrained."""
     may_call: bool = False
     """Whether the request offered tools, and did not forbid the model to call them."""
     max_tokens: int | None = None
@@ -55,10 +55,10 @@ class ModelReply:
 
     @classmethod
     async def from_completion(cls, completion: Mapping[str, Any]) -> ModelReply:
-        """Reads a complete chat completion. If it is very large, other tasks run between the steps of this.
+        """Reads a complete chat completion. If it is very large, other tasks get to run between the steps of reading.
 
         Args:
-            completion: A reply whose texts have no halves of surrogate pairs; the accumulators have replaced them.
+            completion: A reply in whose texts the accumulators have already replaced lone surrogates.
         """
         choices = completion.get("choices")
         choice = _as_object(next(iter(choices), None) if isinstance(choices, list) else None)
@@ -81,7 +81,7 @@ class ModelReply:
     @property
     def announces_calls(self) -> bool:
         """Whether the finish reason says that the reply requests calls, although it has none."""
-        return not self.calls and self.finish_reason in _ANNOUNCES_CALLS
+        return not self.calls and self.finish_reason in _CALL_FINISH_REASONS
 
     @property
     def may_be_cut(self) -> bool:
@@ -90,10 +90,10 @@ class ModelReply:
 
     @property
     def may_have_cut_call(self) -> bool:
-        """Whether the end of its last call may be missing.
+        """Whether the end of the last call may be missing.
 
-        Some servers name the finish reason of a complete reply if there is a call in it, although the call was cut off
-        at the limit on tokens. So the reply must also have taken fewer tokens than that limit.
+        If a reply has a call, some servers report the finish reason of a complete reply, although the call was cut off
+        at the limit on tokens. So a call counts as complete only if the reply is known to have fewer tokens than that.
         """
         return self.may_be_cut or self._has_room is None
 
@@ -105,7 +105,7 @@ class ModelReply:
 
     @property
     def has_cut_call(self) -> bool:
-        """Whether the arguments of its last call were cut off by the limit on tokens."""
+        """Whether the arguments of the last call were cut off at the limit on tokens."""
         if not self.calls or self.finish_reason != "length":
             return False
         arguments = self.calls[-1]["function"]["arguments"]
@@ -119,8 +119,8 @@ class ModelReply:
 def _read_calls(message: Mapping[str, Any]) -> Iterator[WireCall]:
     """Yields the calls in a message, each with a unique id.
 
-    Two calls with the same id are two calls, because some servers give every call the same one. An entry that is not an
-    object becomes a call without a name, so that the model learns about it.
+    A call whose id is missing or already taken gets a new one, because some servers give all calls the same id. An
+    entry that is not an object becomes a call without a name, so that the model is told about it.
     """
     entries = message.get("tool_calls")
     entries = [each for each in entries if each is not None] if isinstance(entries, list) else []
@@ -144,7 +144,7 @@ def _read_calls(message: Mapping[str, Any]) -> Iterator[WireCall]:
 
 
 def _read_arguments(text: str) -> str:
-    """Returns the arguments of a call, once if they are there several times."""
+    """Returns the arguments of a call. If the text consists of several copies of them, only the first is returned."""
     try:
         msgspec.json.decode(text)
     except (ValueError, RecursionError):

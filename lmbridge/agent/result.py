@@ -29,8 +29,9 @@ StopReason = Literal[
 ]
 """Why a run ended.
 
-A run that ends with one of the first five returns its result. "max_rounds", "cancelled" and "error" occur in the result
-that an exception carries. "running" occurs in the result of a run that is still in progress.
+A run that ends with one of the first five returns its result, unless it has an `output_type` and no answer. A run that
+ends with "max_rounds" returns its result only if it has an answer (see `on_limit` of `Agent`); otherwise an exception
+carries the result, as it does after "cancelled" and "error". The result of a run in progress has "running".
 """
 
 ENDINGS: Final[Mapping[str, tuple[str, str]]] = {
@@ -51,8 +52,10 @@ NudgeKind = Literal[
 ]
 """What was wrong with a reply, so that the model was asked again.
 
-The reply was empty, it had only reasoning, or its reasoning was cut off at the limit on tokens; its last sentence
-promised a call, its finish reason announced one, it had one in a form that could not be read, or one that was cut off.
+"empty": the reply was empty. "only_reasoning": it had only reasoning. "cut_reasoning": its reasoning was cut off at the
+limit on tokens. "promise": its last sentence promised a call that did not follow. "missing_call": its finish reason
+announced a call, but there was none. "unreadable_call": it had a call in a form that could not be read. "cut_call": it
+had a call that was cut off at the limit on tokens.
 """
 
 
@@ -63,17 +66,17 @@ class Nudge:
     kind: NudgeKind
     """The flaw of the reply."""
     message: str
-    """The message to the model, which is not a part of the conversation afterwards."""
+    """The message to the model. It does not remain in the conversation."""
     reply: str
-    """The text of the reply, which is not a part of the conversation either."""
+    """The text of the flawed reply, which does not remain in the conversation either."""
     without_thinking: bool = False
-    """Whether the next request asked for an answer without thinking, because the reply had only reasoning."""
+    """Whether the next request asked for a reply without thinking, because the flawed one had only reasoning."""
     without_tools: bool = False
-    """Whether the next request offered no tools, because the model had results, and went on to write calls."""
+    """Whether the next request offered no tools, because the model had results of tools and still wrote calls."""
 
 
 CompactionKind = Literal["shorten", "summarize", "drop"]
-"""How room was made in the context: results were shortened, or messages were summarized, or left out."""
+"""How room was made in the context: results were shortened, messages were summarized, or messages were left out."""
 
 
 @attrs.frozen(kw_only=True)
@@ -83,13 +86,13 @@ class CompactionStep:
     kind: CompactionKind
     """How room was made."""
     messages: int
-    """The number of messages that were shortened, or that are not sent any more."""
+    """The number of messages that were shortened, or that are no longer sent."""
     tokens_before: int
     """The estimated tokens of the prompt before the step."""
     tokens_after: int
     """The estimated tokens of the prompt after the step."""
     summary: str = ""
-    """The model's summary of the messages that are not sent any more; empty if the kind is another one."""
+    """The model's summary of the messages that are no longer sent; empty unless the kind is "summarize"."""
 
 
 @attrs.frozen(kw_only=True)
@@ -103,15 +106,15 @@ class ToolRecord:
     is_error: bool = False
     """Whether the call could not be made, was refused, or failed."""
     raw: Any = attrs.field(default=None, repr=False)
-    """The value that the tool returned, or the exception that it raised; None if it ran out of time."""
+    """The value that the tool returned, or the exception that it raised; None if it timed out or never ran."""
     images: tuple[Mapping[str, Any], ...] = attrs.field(default=(), repr=False)
     """The images of the result, as content parts, whether or not the model can see them."""
     seconds: float = 0.0
     """How long the call took, in seconds."""
     started: float = 0.0
-    """When the call began, in seconds since the run began to ask its model; 0 if the tool was not called."""
+    """When the call began, in seconds since the run first asked its model; 0 if the tool was not called."""
     repaired: bool = False
-    """Whether the model wrote the call with small mistakes, which were put right: `call` is the repaired call."""
+    """Whether the model wrote the call with small mistakes that were corrected; `call` is the corrected call."""
     edited: ToolCall | None = None
     """The call that was made instead, because `approve` returned it; None if the call was made as requested."""
     constrained: bool = False
@@ -123,16 +126,16 @@ class ToolRecord:
 
 @attrs.frozen(kw_only=True)
 class Round:
-    """One reply of the model, and the calls that it requested in it."""
+    """One round of a run: the reply of the model that counts, and the calls in it."""
 
     number: int
     """The number of the round; the first one is 1."""
     model: str | None
     """The model that the server named in its reply, or the requested one if it did not name any."""
     text: str
-    """The answer of this round."""
+    """The text of the reply, without its reasoning."""
     reasoning: str
-    """The reasoning of this round."""
+    """The reasoning of the reply."""
     finish_reason: str | None
     """Why the server stopped generating; None if it did not say."""
     tool_calls: tuple[ToolRecord, ...]
@@ -142,9 +145,10 @@ class Round:
     seconds: float
     """How long the round took, including its tools, in seconds."""
     started: float = 0.0
-    """When the round began, in seconds since the run began to ask its model."""
+    """When the round began, in seconds since the run first asked its model."""
     reply_seconds: float = 0.0
-    """How long the model's reply took, in seconds, with the wait for its permit and all replies that were not used."""
+    """How long it took to get the reply, in seconds. This includes the wait for a permit, and all replies of the round
+    that were not used."""
     nudges: tuple[Nudge, ...] = ()
     """The messages after which the model replied again in this round."""
     compactions: tuple[CompactionStep, ...] = ()
@@ -156,7 +160,7 @@ class RunResult(Generic[OutputT]):
     """The result of a run that has ended, or the state of a run that is still in progress."""
 
     text: str
-    """The text of the model's last reply, which is its answer if `stop_reason` is "stop"."""
+    """The text of the model's last reply. If `stop_reason` is "stop", it is the answer."""
     model: str | None
     """The model of the run; None before the run is admitted, and if the server chose it without naming it."""
     rounds: int
@@ -179,17 +183,17 @@ class RunResult(Generic[OutputT]):
     log: tuple[Round, ...] = attrs.field(default=(), repr=False)
     """The rounds that have ended."""
     warnings: tuple[str, ...] = ()
-    """What may be wrong with the answer although the run ended well, such as a tool call at its end that could not be
-    read. Each is also a WARNING in the log."""
+    """What may be wrong with the answer although the run ended without an error, such as a tool call at its end that
+    could not be read. Each warning is also logged with the level WARNING."""
 
     def timeline(self, path: str | PathLike[str] | None = None) -> Timeline:
         """Returns the rounds of the run and their tool calls on a time axis.
 
-        A notebook shows the timeline itself. It contains what the result knows; `lmbridge.observe.TimelineObserver`
-        also knows how long requests waited, and why they were sent again.
+        A notebook displays the returned object. It shows only what the result contains; the timeline of a
+        `lmbridge.observe.TimelineObserver` also shows how long requests waited, and why they were sent again.
 
         Args:
-            path: The HTML file to write it to. Default: it is not written.
+            path: The HTML file to which the timeline is written. Default: it is not written to a file.
         """
         # Imported here because few programs draw their runs.
         from lmbridge.observe.timeline import Bar, Row, Timeline  # noqa: PLC0415

@@ -1,11 +1,11 @@
 """The images in results of tools, and where they are put in the messages of a run.
 
 Servers differ in what they accept. The specification of chat completions allows images only in user messages, and LM
-Studio answers 400 to a tool message that has one, as do some models of vLLM. llama.cpp takes them in both. But there
-are chat templates that refuse a user message directly after the results of tools. So an image goes into a user message
-that follows the results; if the server refuses that, into the tool message; and if it refuses that as well, or if the
-model does not support images, the result says that the model cannot see the image. What a server has refused is
-remembered for the model, if the error says so.
+Studio answers 400 to a tool message that has one, as vLLM does for some models. llama.cpp accepts both. But some chat
+templates refuse a user message directly after the results of tools. So an image goes into a user message that follows
+the results. If the server refuses that, the image goes into the tool message. If it refuses that as well, or if the
+model does not support images, the result says that the model cannot see the image. A refusal is remembered for the
+model if the error is clearly about the messages.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ NOT_SHOWN: Final = "[You cannot see the image, because this model or its server 
 _REFUSING_STATUSES: Final = (400, 404, 415, 422, 500, 501)
 """The statuses of refusals. llama.cpp answers 500 to an image for a model that has no projector."""
 _MOST_CHARACTERS: Final = 5_000
-"""How much of an error is searched."""
+"""How many characters of an error are searched."""
 _SAYS_NO_IMAGES: Final = re.compile(r"\bimages?\b|\bvision\b|\bmulti-?modal|\bmmproj\b", re.IGNORECASE)
 _CONCERNS_MESSAGES: Final = re.compile(
     r"\bimages?\b|\bvision\b|\bmulti-?modal|\bmmproj\b|\bmessages\b|\bcontent\b|\brole|\btool|\bassistant\b|\btemplate\b",
     re.IGNORECASE,
 )
-"""Matches errors that are about the messages. Others, such as that of a driver, may not occur again."""
+"""Matches errors that are about the messages. Other errors, such as that of a driver, may not occur again."""
 _SAYS_WHERE: Final = re.compile(r"\brole|\btool|\bassistant\b", re.IGNORECASE)
 
 
@@ -56,10 +56,10 @@ def next_place(place: ImagePlace, error: LLMError) -> ImagePlace | None:
     """Returns where images can be sent after an error, or None if the error is not a refusal of images.
 
     Args:
-        place: The place in which the last request had images that the server has not seen before.
+        place: The place in which the last request had images that the server had not accepted before.
         error: The error of that request.
     """
-    # Subclasses have another reason, such as a context that is too short.
+    # An error of a subclass has another reason, such as a context that is too short.
     is_refusal = type(error) is LLMResponseError and (error.status or 200) in (*_REFUSING_STATUSES, 200)
     if place == "none" or not (is_refusal or type(error) is LLMStreamError):
         return None
@@ -70,9 +70,9 @@ def next_place(place: ImagePlace, error: LLMError) -> ImagePlace | None:
 
 
 def place_after(place: ImagePlace, errors: Sequence[LLMError]) -> ImagePlace:
-    """Returns the place that is worth remembering after errors, which may be the first one.
+    """Returns the place that later runs should use, after errors about images in this run.
 
-    An error that does not say that the messages are wrong, such as that of a driver, proves nothing.
+    An error that is not about the messages, such as that of a driver, proves nothing, so it changes nothing.
 
     Args:
         place: The place in which images were sent first.
@@ -104,14 +104,14 @@ def _part_text(part: Any) -> str | None:
 
 
 def _describe_image(part: Mapping[str, Any]) -> str:
-    """Returns a line about an image, which stands in its place in the text of a result."""
+    """Returns the line that replaces an image in the text of a result."""
     head, _, data = str(part["image_url"]["url"]).partition(",")
     kind = head.removeprefix("data:").partition(";")[0] if head.startswith("data:") else ""
     return f"[image {kind}, {len(data.rstrip('=')) * 3 // 4:,} bytes]" if kind else "[image]"
 
 
 def image_messages(names: Sequence[str], images: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Returns the user message that shows the images of results, in a list, or an empty list if there are no images.
+    """Returns a list with the user message that shows the images of results. Without images, the list is empty.
 
     Args:
         names: The names of the tools that were called.

@@ -1,8 +1,8 @@
-"""`RunJournal`: what a run writes into its journal, and what it reads there if it goes on after an interruption.
+"""`RunJournal`: what a run writes into its journal, and what it reads from there when it is resumed.
 
-A run that goes on is not restored from a copy of its state. It runs again from the beginning, and its journal answers
-in place of the model and of the tools for as long as it has records: the loop then makes every decision once more, and
-arrives at the same state. A copy of the state would have to be kept in step with each module that holds a part of it.
+A resumed run is not restored from a copy of its state. It starts again from the beginning, and as long as the journal
+has records, they stand in for the model and the tools: the loop makes every decision once more, and arrives at the same
+state. A copy of the state would have to be kept in step with each module that holds a part of it.
 
 The loop knows a journal only through this protocol. Without a journal, the only cost is a comparison with None.
 """
@@ -63,7 +63,7 @@ class RecordedResult:
 
 @attrs.define(kw_only=True)
 class RecordedCall:
-    """A call of a reply, as a journal knows it. Identical calls of a reply that are made once are one call."""
+    """A call of a reply, as a journal records it. Identical calls that are made only once are recorded as one."""
 
     place: int
     """The place of the call among those of its reply; the first one is 0."""
@@ -76,7 +76,7 @@ class RecordedCall:
     refusal: str | None = None
     """The refusal that the model reads if the user did not allow the call; None if the call was allowed."""
     edited: ToolCall | None = None
-    """The call that the user wanted in its place, or None."""
+    """The call that the user wanted instead of this one, or None."""
     has_started: bool = False
     """Whether the call has been started, at least once."""
     result: RecordedResult | None = None
@@ -96,12 +96,12 @@ class FinishedRun:
 class RunJournal(Protocol):
     """Keeps the steps of one run, and repeats those from before an interruption.
 
-    Each method that is awaited returns when the step is on disk. If it is cancelled, the step is written all the same.
+    Each async method returns when its step is on disk. If the caller is cancelled, the step is written nevertheless.
     """
 
     @property
     def run_id(self) -> str:
-        """The id of the run, which stays the same when the run goes on after an interruption."""
+        """The id of the run, which stays the same when the run is resumed."""
         ...
 
     @property
@@ -110,14 +110,17 @@ class RunJournal(Protocol):
         ...
 
     def seconds(self) -> float:
-        """Returns how long the run has been working so far. While steps are repeated, it is the time of the last."""
+        """Returns how long the run has been working so far, in seconds.
+
+        While the run repeats recorded steps, this is the time at which the last repeated step was recorded.
+        """
         ...
 
     async def open(self) -> FinishedRun | None:
         """Opens the journal for this run, and reads the steps from before an interruption.
 
         Returns:
-            The result of the run if it is finished, so that there is nothing to do; else None.
+            The result of the run if it is already finished, so that there is nothing left to do; otherwise None.
 
         Raises:
             JournalError: The journal cannot be used, or the run is in progress elsewhere.
@@ -128,7 +131,7 @@ class RunJournal(Protocol):
         """Records the model and the tools of a run that has been admitted.
 
         Raises:
-            JournalError: A run that goes on has another model, or lacks tools that it had.
+            JournalError: A resumed run has another model than before, or lacks tools that it had.
         """
         ...
 
@@ -178,9 +181,9 @@ class RunJournal(Protocol):
         ...
 
     async def fail(self, error: BaseException) -> None:
-        """Records the error that ended the run. The run can go on later."""
+        """Records the error that ended the run. The run can still be resumed later."""
         ...
 
     async def close(self) -> None:
-        """Releases the run, when all its steps are on disk. It is idempotent."""
+        """Releases the run as soon as all its steps are on disk. It is idempotent."""
         ...

@@ -28,7 +28,7 @@ AnyTool: TypeAlias = Tool | Callable[..., Any] | ToolProvider
 
 @attrs.frozen(kw_only=True)
 class RunInfo:
-    """The properties of a run that are known when its tools are opened."""
+    """What is known about a run when its tools are opened."""
 
     run_id: str
     """The id of the run, which is also `RunHandle.id` and `ToolContext.run_id`."""
@@ -91,7 +91,7 @@ class ToolSources:
         for each in tools:
             self.tools.append(each if _is_provider(each) else as_tool(each))  # type: ignore[arg-type]  # not a provider
         self.open_tools: OpenTools | None = check_callable("open_tools", open_tools, optional=True)
-        # Built once for all runs, and checked when the agent is created.
+        # Built once for all runs. This also checks the tools when the agent is created.
         self._fixed_toolset = Toolset([each for each in self.tools if isinstance(each, Tool)])
         self._is_fixed = open_tools is None and all(isinstance(each, Tool) for each in self.tools)
 
@@ -101,11 +101,11 @@ class ToolSources:
 
     @asynccontextmanager
     async def open(self, run: RunInfo, search: ToolSearchOptions = _NO_SEARCH) -> AsyncIterator[OpenedTools]:
-        """Yields the tools of a run; those that were opened for it are closed when the block is left.
+        """Yields the tools of a run. Tools that were opened for the run are closed when the block is left.
 
         Args:
             run: The run.
-            search: What happens to tools whose definitions do not fit. By default, all of them are offered.
+            search: What happens to tools whose definitions do not fit. By default, all tools are offered.
 
         Raises:
             LLMValidationError: Two tools have the same name, or the context manager yielded something other than

@@ -76,7 +76,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         loop = asyncio.get_running_loop()
         self.id: Final = os.urandom(16).hex() if journal is None else journal.run_id
         self._journal = journal
-        # The result from a journal, if the run was finished before.
+        # The result that the journal has, if the run was already finished.
         self._finished: RunResult | None = None
         self._has_begun = False
         self._begun_waiter: asyncio.Future[None] | None = None
@@ -97,7 +97,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         self._stop_reason: StopReason = "running"
         self._gate = PauseGate()
         self._time_limit: asyncio.Timeout | None = None
-        # The rest of max_seconds, while the run is paused.
+        # What is left of max_seconds while the run is paused.
         self._seconds_left: float | None = None
         self._task = OwnTask(self._main(), name=f"lmbridge-run-{self.id}")
         self._task.add_done_callback(self._on_end)
@@ -127,7 +127,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         return self._finished or self._record.result(self._stop_reason)
 
     def cancel(self) -> bool:
-        """Cancels the run, without waiting for its end. `await handle.result()` waits for it, and raises.
+        """Cancels the run, without waiting for its end. `await handle.result()` waits for the end, and then raises.
 
         Returns:
             False if the run had already ended.
@@ -194,7 +194,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         return RunStream(self, owns_run=False)
 
     async def result(self) -> RunResult[OutputT]:
-        """Waits for the end of the run, and returns its result. Cancelling the caller also cancels the run.
+        """Waits for the end of the run, and returns its result. If the caller is cancelled, so is the run.
 
         Raises:
             TaskCancelledError: The run was cancelled.
@@ -237,7 +237,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         return await (self._run_to_result() if self._journal is None else self._run_with_journal(self._journal))
 
     async def _run_observed(self, watch: RunWatch) -> RunResult:
-        """Runs, and notifies the observers of the beginning and of any kind of end."""
+        """Does the work of the run, and notifies the observers of its beginning and of any kind of end."""
         watch.begun(model=self.permit.requested_model, task=_task_text(self._task_text))
         error: BaseException | None = None
         try:
@@ -251,7 +251,10 @@ class RunHandle(NotCopyable, Generic[OutputT]):
             watch.ended(self._stop_reason, error, model=model, rounds=record.rounds, usage=record.usage)
 
     async def _run_with_journal(self, journal: RunJournal) -> RunResult:
-        """Runs, and records any kind of end in the journal of the run. A cancelled run can go on."""
+        """Does the work of the run, and records its result or its error in the journal.
+
+        A cancellation is not recorded, so that the run can be resumed.
+        """
         try:
             if (finished := await journal.open()) is not None:
                 return self._repeat_result(finished)
@@ -301,7 +304,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
                 partial=self.partial,
             ) from error
         except Exception as error:
-            # Every other error ends the run as well, and has what the run has done so far.
+            # Every other error ends the run as well. An error of lmbridge also gets the run so far.
             self._stop_reason = "error"
             if isinstance(error, LLMError):
                 error.completed(partial=self.partial)

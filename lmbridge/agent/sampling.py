@@ -23,7 +23,7 @@ class SamplingOptions(TypedDict, total=False):
     tool_choice: Literal["none", "auto", "required"] | str | Mapping[str, Any] | None  # noqa: PYI051 - editors offer these
     """Whether the model calls a tool. A choice that forces a call applies only to the first round, so that runs end.
 
-    With "none", a call that the model requests all the same is not made, and the model reads why.
+    With "none", a call that the model requests nevertheless is not made, and the model is told why.
     """
     parallel_tool_calls: bool | None
     """Whether the model may call several tools in one reply. With False, several calls are made one after the other."""
@@ -73,7 +73,11 @@ def _check_option(name: str, value: Any) -> None:
 
 
 def sampling_params(sampling: Mapping[str, Any], *, has_tools: bool, is_first_round: bool) -> dict[str, Any]:
-    """Returns the fields for one request of a run."""
+    """Returns the fields for one request of a run.
+
+    Fields about calls are left out if the request has no tools. A `tool_choice` that forces a call is left out after
+    the first round.
+    """
     params = dict(sampling)
     choice = params.get("tool_choice")
     if not has_tools:
@@ -87,7 +91,7 @@ def sampling_params(sampling: Mapping[str, Any], *, has_tools: bool, is_first_ro
 def forbids_calls(sampling: Mapping[str, Any]) -> bool:
     """Returns whether the options of a run say that the model must not call a tool.
 
-    The fields of `extra_body` replace the others.
+    A `tool_choice` in `extra_body` replaces the option of that name.
     """
     return {**sampling, **sampling.get("extra_body", {})}.get("tool_choice") == "none"
 

@@ -1,8 +1,8 @@
 """Checks the arguments of a tool call against the tool's JSON schema, in bounded time.
 
-jsonschema does the work, except for two keywords that are unsafe as it implements them: `pattern` (backtracking) and
-`uniqueItems` (quadratic). The work of all keywords is counted, because a schema of a few lines can have millions of
-alternatives.
+jsonschema does the work, except for keywords that are unsafe as it implements them: those with patterns (backtracking)
+and `uniqueItems` (quadratic time). The work of all keywords is counted, because a schema of a few lines can have
+millions of alternatives.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ _LISTED_MISMATCHES: Final = 3
 _MOST_MISMATCHES: Final = 100
 """The number of mismatches after which the search for more of them ends."""
 _LONGEST_CHAIN: Final = 100
-"""The number of references that may lead to one another before the last one counts as a reference to nothing."""
+"""The number of references that may lead to one another. A longer chain counts as one that cannot be resolved."""
 _STEPS_OF_KEYWORD: Final = 10
-"""What the check of one keyword costs, in steps of `step_limit`."""
+"""How many steps of `step_limit` the check of one keyword costs."""
 _STEPS_OF_MISMATCH: Final = 100
-"""What a mismatch costs. It is a large object that is kept, and many of them hold up the garbage collector."""
+"""How many steps a mismatch costs. It is a large object that is kept, and many of them slow the garbage collector."""
 _CHARACTERS_OF_STEP: Final = 200
-"""How many characters of a mismatch's message cost a step. jsonschema quotes the whole value in it."""
+"""How many characters of the message of a mismatch cost one step. jsonschema quotes the whole value in the message."""
 
 
 def build_validator(
     schema: Mapping[str, Any], sent_schema: Mapping[str, Any]
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Returns a function that copies valid arguments, and raises a `ValueError` that lists the mistakes otherwise.
+    """Returns a function that copies valid arguments, and raises a `ValueError` that lists the mistakes in others.
 
-    The original schema decides, because the version that servers receive accepts more. Nothing is ever fetched: a
-    reference that cannot be resolved within the schema accepts any value, as does a pattern that is not supported. If
-    the schema is invalid by the rules of the draft that it names, or refers to itself without end, the version that
-    servers receive decides instead.
+    The arguments are checked against the original schema, because the version that servers receive accepts more.
+    Nothing is ever fetched: a reference that cannot be resolved within the schema accepts any value, as does a pattern
+    that is not supported. If the schema is invalid by the rules of the draft that it names, or refers to itself without
+    end, the arguments are checked against the version that servers receive.
 
     Args:
-        schema: A JSON schema of any draft; without `$schema`, draft 2020-12.
-        sent_schema: The version of it that servers receive, as `simplify_parameters` returns it.
+        schema: A JSON schema of any draft. A schema without `$schema` is taken for one of draft 2020-12.
+        sent_schema: The version of the schema that servers receive, as `simplify_parameters` returns it.
     """
     jsonschema_validator = _jsonschema_validator(schema, sent_schema)
 
@@ -79,7 +79,7 @@ def _mismatches(validator: Validator, arguments: Mapping[str, Any]) -> list[Vali
 
 
 def _describe_mismatch(error: ValidationError) -> str:
-    """Describes a mismatch and its place. If a value fits no alternative, the first few reasons are listed."""
+    """Describes a mismatch and where it is. If a value fits no alternative, the first few reasons are listed."""
     if not error.context:
         return f"{error.json_path}: {excerpt(error.message)}"
     # The first part of an error's schema path is the number of the alternative that it belongs to.
@@ -111,7 +111,7 @@ def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, A
 
 @lru_cache
 def _bounded(validator_class: Any) -> Callable[[Mapping[str, Any]], Validator]:
-    """Returns a version of a validator class of jsonschema whose work is counted, and that fetches nothing."""
+    """Returns a version of a validator class of jsonschema that counts its work and fetches nothing."""
     from jsonschema.validators import extend  # noqa: PLC0415 - importing it is slow
     from referencing import Registry  # noqa: PLC0415 - importing it is slow
 
@@ -158,7 +158,7 @@ def _pattern_properties(validator: Any, value: Any, instance: Any, _schema: Any)
 def _additional_properties(
     check: _Keyword, validator: Any, value: Any, instance: Any, schema: Any
 ) -> Iterator[ValidationError]:
-    """Checks the properties that match no pattern as jsonschema does."""
+    """Leaves the check to jsonschema, but only for the properties that match no pattern."""
     if validator.is_type(instance, "object") and (patterns := schema.get("patternProperties")):
         compiled = [compile_pattern(each) for each in patterns]
         instance = {name: item for name, item in instance.items() if not any(each.search(name) for each in compiled)}
@@ -176,7 +176,7 @@ def _unique_items(validator: Any, value: Any, instance: Any, _schema: Any) -> It
 
 
 def _hashable(value: Any) -> Hashable:
-    """Returns an object that is equal for equal JSON values only; for Python, 1 and true would be, too."""
+    """Returns an object that is equal only for equal JSON values. In Python, 1 and True are equal as well."""
     if isinstance(value, dict):
         return "object", frozenset((name, _hashable(item)) for name, item in value.items())
     if isinstance(value, list):
@@ -188,10 +188,10 @@ def _hashable(value: Any) -> Hashable:
 
 
 def _usable_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies a schema without references to other documents and without patterns that are not supported."""
+    """Returns a copy of a schema without references to other documents, and without unsupported patterns."""
     dropped = {"$dynamicRef", "$recursiveRef"}
     if any("patternProperties" in part for part in schemas_within(schema)):
-        # Here, jsonschema would match the patterns itself.
+        # For this keyword, jsonschema would match the patterns itself.
         dropped.add("unevaluatedProperties")
 
     def usable(part: Mapping[str, Any]) -> dict[str, Any]:

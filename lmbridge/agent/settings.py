@@ -29,17 +29,17 @@ from lmbridge.errors import LLMValidationError
 from lmbridge.observe.observer import Observer, Observers, as_observers
 
 Approve: TypeAlias = Callable[[ToolCall], bool | str | ToolCall | Awaitable[bool | str | ToolCall]]
-"""A function that decides whether a call is made: True, False, the reason why not, or the call to make instead."""
+"""A function that decides about a call: it returns True, False, the reason of a refusal, or a call to make instead."""
 CompactionMode: TypeAlias = Literal["summarize", "shorten", "drop"]
-"""How room is made in a context that is full: by shortening old results, by a summary, and by leaving out messages."""
+"""How room is made in a full context; see the option `compaction` of `Agent`."""
 MaxTokens: TypeAlias = int | Literal["auto"]
 """A limit on the tokens of a reply; "auto" derives it from the model's context."""
 OnLimit: TypeAlias = Literal["raise", "answer"]
-"""What happens when a run has used up its rounds or its tokens."""
+"""What happens when a run has used up its rounds, its tokens or its repetitions."""
 SendReasoning: TypeAlias = bool | Literal["auto"]
 """Whether the model's reasoning is sent back to it; "auto" sends it to a server that has demanded it."""
 ToolSearch: TypeAlias = Literal["auto", "never"]
-"""Whether the model can search for tools whose definitions do not fit; "auto" lets it if there are any."""
+"""Whether the model can search for tools whose definitions do not fit; with "auto", it can if there are any."""
 ReadTextCalls: TypeAlias = Literal["always", "whole", "never"]
 """Which calls are read that a model wrote as text: all, those that are the whole reply, or none."""
 Task: TypeAlias = str | Sequence[Mapping[str, Any]]
@@ -86,29 +86,25 @@ class Settings:
     model: str | None = attrs.field(default=None, validator=_check_model)
     system_prompt: str | None = attrs.field(default=None, validator=as_validator(check_text, optional=True))
     max_rounds: int = attrs.field(default=25, validator=_POSITIVE_INTEGER)
-    # pyright takes the default of such a field for any string.
+    # In this field and the following ones with a Literal type, pyright takes the default for any string.
     max_tokens: MaxTokens = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="auto", validator=as_validator(check_integer, keyword="auto")
     )
     max_seconds: float | None = attrs.field(default=None, validator=_OPTIONAL_SECONDS)
     max_total_tokens: int | None = attrs.field(default=None, validator=as_validator(check_integer, optional=True))
-    # As for `max_tokens`.
     switch_policy: SwitchPolicy = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="isolate", validator=as_validator(check_choice, choices=get_args(SwitchPolicy))
     )
     tool_timeout: float | None = attrs.field(default=60, validator=_OPTIONAL_SECONDS)
     max_parallel_tools: int = attrs.field(default=4, validator=_POSITIVE_INTEGER)
     max_tool_output: int = attrs.field(default=20_000, validator=_POSITIVE_INTEGER)
-    # As for `max_tokens`.
     compaction: CompactionMode = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="summarize", validator=as_validator(check_choice, choices=get_args(CompactionMode))
     )
-    # As for `max_tokens`.
     context_overflow: ContextOverflow = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="warn", validator=as_validator(check_choice, choices=get_args(ContextOverflow))
     )
     max_bad_calls: int = attrs.field(default=5, validator=_POSITIVE_INTEGER)
-    # As for `max_tokens`.
     on_limit: OnLimit = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="raise", validator=as_validator(check_choice, choices=get_args(OnLimit))
     )
@@ -117,17 +113,14 @@ class Settings:
         default=5, validator=as_validator(check_integer, minimum=2, optional=True)
     )
     deduplicate_calls: bool = attrs.field(default=True, validator=as_validator(check_bool))
-    # As for `max_tokens`.
     read_text_calls: ReadTextCalls = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="always", validator=as_validator(check_choice, choices=get_args(ReadTextCalls))
     )
     repair_calls: bool = attrs.field(default=True, validator=as_validator(check_bool))
     constrain_retries: bool = attrs.field(default=True, validator=as_validator(check_bool))
-    # As for `max_tokens`.
     tool_search: ToolSearch = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="auto", validator=as_validator(check_choice, choices=get_args(ToolSearch))
     )
-    # As for `max_tokens`.
     max_definition_tokens: MaxDefinitionTokens = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="auto", validator=as_validator(check_integer, keyword="auto", optional=True)
     )

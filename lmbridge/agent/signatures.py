@@ -1,8 +1,8 @@
 """Reads the signature of a Python function: the JSON schema of its parameters, and how to convert JSON values to them.
 
-msgspec generates the schema and does the conversion, through a `msgspec.Struct` that is built with one field for each
-parameter, and keeps the schema and the conversion consistent; `stand_ins` adds the types that it does not know, such
-as pydantic models. Pydantic could do all of it, but it is a heavy import for a library that needs nothing else of it,
+Both come from a `msgspec.Struct` that is built with one field for each parameter: msgspec generates its schema, and
+converts values to it, so that the two always agree. `stand_ins` adds the types that msgspec does not know, such as
+pydantic models. Pydantic could do all of this, but it is a heavy import for a library that needs nothing else of it,
 and validators written by hand would have to be kept in step with the schema.
 """
 
@@ -34,7 +34,7 @@ _KEYWORD_KINDS: Final = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parame
 
 @attrs.frozen
 class FunctionSignature:
-    """The parts of a function that a tool is made of."""
+    """The parts of a function from which a tool is made."""
 
     name: str
     """The name of the tool."""
@@ -91,9 +91,9 @@ def read_signature(function: Callable[..., Any], *, injected: type, name: str | 
 
 
 def parameters_of_type(function: Callable[..., Any], wanted: type) -> tuple[str, ...]:
-    """Returns the names of the parameters that are annotated with a type, or with that type or None.
+    """Returns the names of the parameters that are annotated with a type, or with a union that contains it.
 
-    A function whose hints cannot be read has none: a `Tool` that was given its own schema may call anything.
+    For a function whose hints cannot be read, there are none. A `Tool` with its own schema may have such a function.
     """
     try:
         hints = _parameter_hints(function, "")
@@ -103,7 +103,7 @@ def parameters_of_type(function: Callable[..., Any], wanted: type) -> tuple[str,
 
 
 def first_parameter_is(function: Callable[..., Any], wanted: type) -> bool:
-    """Returns whether the first parameter is positional-only and annotated with a type, or with that type or None.
+    """Returns whether the first parameter is positional-only and annotated with a type, or with a union of it.
 
     The answer is False for a function whose hints cannot be read.
     """
@@ -174,7 +174,7 @@ def _accepts(annotation: Any, wanted: type) -> bool:
 
 
 def _struct_field(name: str, hint: _ParameterHint) -> tuple[str, Any] | tuple[str, Any, Any]:
-    """Returns the field of a parameter. One with a default stays unset, so that the function's own default applies."""
+    """Returns the field of a parameter. If it has a default, it may stay unset: the function applies the default."""
     if hint.default is inspect.Parameter.empty:
         return name, supported_type(hint.annotation)
     # Some annotations, such as strings, do not support the `|` operator.
@@ -191,7 +191,7 @@ def _struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def _annotated(part: dict[str, Any], hint: _ParameterHint, docstring_entry: str | None) -> dict[str, Any]:
-    """Returns the schema of a parameter with its description and its default, where these are known."""
+    """Returns the schema of a parameter with its description and its default, if they are known."""
     description = part.get("description") or description_of(hint.annotation) or docstring_entry
     part = {**part, "description": description} if description else dict(part)
     # The default that msgspec generated is UNSET, not the default of the function.

@@ -49,9 +49,10 @@ class ClientSource:
         LLMValidationError: The object is neither a client nor a pool.
 
     Attributes:
-        demanded_reasoning_fields: For each model whose server has demanded its reasoning, the field for it.
+        demanded_reasoning_fields: For each model whose server has demanded its reasoning, the field of a message in
+            which the reasoning is sent.
         embeddings: The embeddings of the definitions of tools, by the embedding model and the text.
-        models_without_schemas: The models whose server refuses to constrain the retry of a call to a schema.
+        models_without_schemas: The models whose server refuses to constrain a reply to the schema of a tool.
         image_places: For each model that cannot see images, or whose server has refused them in the usual place,
             where they are sent.
         server_kinds: For each model, the kind of its server, if the server has been asked.
@@ -93,7 +94,7 @@ class ClientSource:
         """Checks that the client can embed texts. The clients of a pool are checked when they are used.
 
         Raises:
-            LLMValidationError: It cannot.
+            LLMValidationError: The client cannot embed texts.
         """
         if not (self._is_pool or isinstance(self._client, EmbedsTexts)):
             raise LLMValidationError(
@@ -119,8 +120,8 @@ class ClientSource:
     ) -> int | None:
         """Returns how many tokens a prompt has, or None if the server cannot count them exactly.
 
-        A server that cannot is not asked again. An error of this request is only logged: the generation that follows
-        meets the same problem, and reports it.
+        A server that cannot count exactly is not asked again for this model. An error of this request is only logged:
+        the generation that follows meets the same problem, and reports it.
         """
         if model in self._cannot_count:
             return None

@@ -1,7 +1,7 @@
-"""Limits the work that checking against a schema can cause, because a hostile or broken schema could make it endless.
+"""Limits the work of checking values against a schema, because a hostile or broken schema could make it endless.
 
-The work is counted in steps instead of seconds, so that the same call always ends in the same way, also on a machine
-that is busy. A step is about a microsecond.
+The work is counted in steps instead of seconds, so that the same call always ends in the same way, even on a busy
+machine. A step takes about a microsecond.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from contextvars import ContextVar, Token
 from typing import Final
 
 STEPS_AT_ONCE: Final = 20_000
-"""The steps that may be made in the event loop, which stands still meanwhile: about 20 ms."""
+"""The number of steps that a check may take in the event loop, which it blocks for about 20 ms."""
 STEPS_IN_THREAD: Final = 3_000_000
-"""The steps that may be made in a thread, while the event loop goes on: about three seconds."""
+"""The number of steps that a check may take in a thread, which are about three seconds."""
 STEPS_FOR_SCHEMA: Final = 1_000_000
-"""The steps that the check of a schema itself may take, which is made in a thread: about a second."""
+"""The number of steps that the check of the schema itself may take in a thread, which are about a second."""
 
 
 class StepLimitError(Exception):

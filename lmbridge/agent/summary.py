@@ -38,7 +38,7 @@ class Summarizer:
         record: Everything that the run has done; the tokens of a summary are added to it.
         token_budget: The tokens that the run may use.
         estimate: Returns the estimated tokens of a prompt of that many bytes, if the server does not count them.
-        journal: Keeps the summaries, and repeats those from before an interruption. None without a journal.
+        journal: Keeps the summaries, and repeats those from before an interruption. None if the run has no journal.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Summarizer:
         self._has_failed = False
 
     async def __call__(self, messages: list[Message], max_tokens: int) -> str:
-        """Returns the summary, or an empty text if the model gives none; then it is not asked again in this run."""
+        """Returns the summary, or an empty text if there is none. After a failure, the model is not asked again."""
         if self._has_failed or self._token_budget.is_spent:
             return ""
         try:
@@ -87,7 +87,7 @@ class Summarizer:
     async def _next_reply(self, messages: list[Message], max_tokens: int) -> ModelReply | None:
         """Returns the reply with the summary: the one that the journal has from before an interruption, or a new one.
 
-        None means that there was none at this point of a run that is being repeated.
+        None means that the steps of the run are being repeated, and that it had no summary at this point.
         """
         reply = None if self._journal is None else self._journal.next_summary()
         if reply is None:

@@ -1,7 +1,7 @@
 """Finds the tool calls in a reply that a model wrote as text, because the server did not parse them.
 
-A text may have a call in it that is not meant to be made. `quoted_calls` recognizes that by the text around it. Then
-the whole reply is an ordinary answer, because its other calls may depend on the one that is quoted.
+A call in a text may not be meant to be made. `quoted_calls` recognizes that by the text around the call. Then the whole
+reply counts as an ordinary answer, because its other calls may depend on the one that is quoted.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from lmbridge.agent.call_syntaxes import MARKS, OPENING, OPENING_WITHOUT_WORDS, 
 from lmbridge.agent.quoted_calls import is_quoted, speaks_about_calls
 from lmbridge.client.reasoning import split_reasoning
 
-# Tokens that begin a call, such as `<|python_tag|>`, are not among them.
+# Matches tokens of chat templates, except for those with which a call begins, such as `<|python_tag|>`.
 _TEMPLATE_TOKEN: Final = re.compile(
     r"<\|(?!python|tool|sep\|)[\w/-]{1,40}\|>|</?s>|<(?:end|start)_of_turn>|<\uff5c(?!tool)[^\uff5c<>\n]{1,40}\uff5c>"
 )
 _LONGEST_TOKEN: Final = 44
 _MOST_TOKENS: Final = 1_000
-"""How many tokens of a chat template are left out at the end of a text."""
+"""How many tokens of a chat template are removed at most at the end of a text."""
 _SPACES_AT_ONCE: Final = 1_000
-"""How many characters at the end of a text are searched for white space at a time, without a copy of the whole text."""
+"""How many characters are searched for white space at a time, so that the whole text need not be copied."""
 _FENCE_LINE: Final = re.compile(r"^[ \t]{0,3}(`{3,}+|~{3,}+)[ \t]*+([^\n`]*+)$", re.MULTILINE)
 _FENCES_OF_CALLS: Final = ("", "json", "jsonc", "json5", "xml", "text", "txt", "plaintext", "tool", "python", "py")
 _NEXT_OBJECT: Final = re.compile(r"\s*\{")
@@ -43,15 +43,15 @@ class TextCalls(NamedTuple):
     """The calls in a reply."""
 
     text: str
-    """The text before them. What follows them is left out: it was written before their results existed."""
+    """The text before the calls. The text after them is left out: it was written before there were any results."""
     calls: list[TextCall]
     """The calls, in order."""
     has_prose: bool
-    """Whether there is any text before, between or after them."""
+    """Whether there is any text before, between or after the calls."""
     ends_text: bool
-    """True if the reply ends in these calls."""
+    """Whether the reply ends with these calls."""
     is_bare: bool
-    """Whether nothing marks one of them as a call, as tags do."""
+    """Whether at least one of the calls has no tags or other marks of a call."""
 
 
 class _Fence(NamedTuple):
@@ -65,7 +65,7 @@ class _Fence(NamedTuple):
 
 
 class _Fences:
-    """Finds the fenced code blocks of a text, for positions that grow. What has been read as calls is skipped."""
+    """Finds the fenced code blocks around positions of a text, which have to be asked for in ascending order."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -73,7 +73,7 @@ class _Fences:
         self._fence: _Fence | None = None
 
     def around(self, position: int) -> _Fence | None:
-        """Returns the block with a position in its content, or None."""
+        """Returns the block whose content contains a position, or None."""
         while self._fence is None or self._fence.content_end <= position:
             opening = _FENCE_LINE.search(self._text, self._position, position)
             if opening is None:
@@ -83,11 +83,11 @@ class _Fences:
         return self._fence if self._fence.content <= position else None
 
     def skip_to(self, position: int) -> None:
-        """Skips the fences before a position."""
+        """Skips the blocks before a position, because the text up to there has been read as calls."""
         self._position, self._fence = max(self._position, position), None
 
     def _find_end(self, opening: re.Match[str]) -> _Fence:
-        """Returns the block that a line opens. One that is never closed goes on to the end."""
+        """Returns the block that a line opens. A block that is never closed extends to the end of the text."""
         content, info = opening.end() + 1, opening[2].strip().lower()
         for line in _FENCE_LINE.finditer(self._text, content):
             if line[1].startswith(opening[1]) and not line[2].strip():
@@ -96,7 +96,7 @@ class _Fences:
 
 
 def may_have_calls(text: str) -> bool:
-    """Returns False if a quick look shows that there are no calls in a text."""
+    """Returns False if a quick check shows that a text has no calls."""
     return any(mark in text for mark in MARKS) or any(words in text for words in UNMARKED)
 
 
@@ -115,21 +115,21 @@ def read_text_calls(text: str, *, repairs: bool = True, may_be_cut: bool = False
     if first is None:
         return None
     if first.start() > 0:
-        # This comes last, because tags of reasoning that appear inside the arguments of a call must stay there.
+        # A text that begins with a call is not split, because tags of reasoning in the arguments of a call must stay.
         text = split_reasoning({"choices": [{"message": {"content": text}}]}).text.strip()
     reader = CallReader(text, repairs=repairs, may_be_cut=may_be_cut)
     try:
         regions = list(_regions_in(text, reader))
     except ValueError:
-        # A call is quoted or cannot be read. None is made, because the others may depend on it.
+        # One of the calls is quoted or cannot be read. None is made, because the others may depend on this one.
         return None
     return _calls_of(text, regions) if regions else None
 
 
 def read_calls_in_reasoning(reasoning: str, *, repairs: bool = True, may_be_cut: bool = False) -> TextCalls | None:
-    """Returns the calls with which the reasoning of a reply without an answer ends, or None.
+    """Returns the calls at the end of the reasoning of a reply without an answer, or None.
 
-    Models think about calls that they do not make, so nothing may follow them.
+    Models also think about calls that they do not make. So the calls count only if nothing follows them.
     """
     if not may_have_calls(reasoning):
         return None
@@ -138,7 +138,7 @@ def read_calls_in_reasoning(reasoning: str, *, repairs: bool = True, may_be_cut:
 
 
 def has_quoted_calls(text: str) -> bool:
-    """Returns whether a text has calls that can be read, but are quoted."""
+    """Returns whether a text has calls that can be read, but are only quoted."""
     text = without_template_tokens(text.strip())
     if not may_have_calls(text) or len(text) > LONGEST_TEXT_OF_CALLS:
         return False
@@ -172,7 +172,7 @@ def _regions_in(text: str, reader: CallReader) -> Iterator[Region]:
             position = opening.end()
             continue
         if text[start - 1 : start] == "`" and not text.startswith("`", start):
-            # A mention, such as `<tool_call>`.
+            # The opening is only mentioned, as in "`<tool_call>`".
             position = opening.end()
             continue
         region = reader.read(start) if mistakes < _MOST_MISTAKEN_CANDIDATES or not is_bare else None
@@ -200,10 +200,10 @@ def _begins_line(text: str, start: int, fence: _Fence | None) -> bool:
 
 
 def _whole_fence(text: str, region: Region, fence: _Fence) -> Region:
-    """Returns the region of a fenced block that consists of calls.
+    """Returns the region of calls in a fenced block, extended to the whole block.
 
     Raises:
-        _QuotedCallError: The block has something else in it, or is in another language.
+        _QuotedCallError: The block contains something else as well, or is in a language in which calls are not written.
     """
     is_whole = not text[fence.content : region.start].strip() and not text[region.end : fence.content_end].strip()
     if not is_whole or not (fence.info in _FENCES_OF_CALLS or fence.info.startswith("tool")):
@@ -230,7 +230,7 @@ def _calls_of(text: str, regions: Sequence[Region]) -> TextCalls | None:
 
 
 def without_template_tokens(text: str) -> str:
-    """Returns a text without tokens of a chat template at its end, such as `<|im_end|>`, and the white space there."""
+    """Returns a text without the tokens of a chat template, such as `<|im_end|>`, and the white space at its end."""
     end = _end_before_spaces(text, len(text))
     for _ in range(_MOST_TOKENS):
         begin = text.rfind("<", max(0, end - _LONGEST_TOKEN), end)
@@ -241,7 +241,7 @@ def without_template_tokens(text: str) -> str:
 
 
 def _end_before_spaces(text: str, end: int) -> int:
-    """Returns where the text up to `end` would end without the white space at its end."""
+    """Returns the position after the last character before `end` that is not white space."""
     while end:
         begin = max(0, end - _SPACES_AT_ONCE)
         if rest := text[begin:end].rstrip():
@@ -251,10 +251,10 @@ def _end_before_spaces(text: str, end: int) -> int:
 
 
 def without_repetition(arguments: str) -> str:
-    """Returns the arguments of a call once if they are the same JSON object several times, one after the other.
+    """Returns the arguments of a call without the repetitions, if they consist of the same JSON object several times.
 
-    Servers send them twice when they repeat all arguments at the end of a stream (vLLM, Mistral). Any other text is
-    returned unchanged.
+    Servers send the arguments twice if they repeat all of them at the end of a stream (vLLM, Mistral). Any other text
+    is returned unchanged.
     """
     text = arguments.strip()
     try:
@@ -273,10 +273,10 @@ def to_wire_call(name: str, arguments: str | None, *, is_repaired: bool = False)
     """Returns a call in the form of an entry of a message's `tool_calls`, with a new id.
 
     Args:
-        name: The name of the tool in the request.
-        arguments: The JSON of the arguments. None stands for a call without arguments, which becomes an empty text:
-            `Toolset.read` decides whether the tool can be called like that.
-        is_repaired: Whether the model wrote something else, which is noted in the entry.
+        name: The name of the tool in requests.
+        arguments: The arguments as JSON. None means a call without arguments, which becomes an empty text:
+            `Toolset.read` decides whether the tool can be called without any.
+        is_repaired: Whether the call was repaired. The entry then has `"repaired": True`.
     """
     function = {"name": name, "arguments": "" if arguments is None else without_repetition(arguments)}
     call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

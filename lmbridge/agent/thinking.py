@@ -1,15 +1,15 @@
 """Switches the thinking of a model off for one request, in the fields that each kind of server takes.
 
-It is done after a reply that has nothing but reasoning, or whose reasoning did not end before `max_tokens`: asked in
-the same way, a model that has lost itself in thought mostly does so again.
+This is done after a reply that has nothing but reasoning, or whose reasoning did not end before `max_tokens`. A model
+that has lost itself in thought usually does so again if it is asked in the same way.
 
 - llama.cpp: `reasoning_effort: "none"` disables it since mid-2026, and `chat_template_kwargs` reach the template of the
   model in older versions as well (tools/server/README.md).
 - vLLM: `chat_template_kwargs` (docs.vllm.ai, "Reasoning Outputs").
 - Ollama: `reasoning_effort: "none"` (https://docs.ollama.com/api/openai-compatibility).
 
-LM Studio has no such field on `/v1`, and an unknown server might refuse one, so there the words of the nudge have to
-do.
+LM Studio has no such field on `/v1`, and an unknown server might refuse one. With these servers, only the text of the
+nudge asks the model to think less.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def without_thinking(params: Mapping[str, Any], server_kind: str | None) -> dict
     """Returns the parameters of a request that asks for an answer without thinking.
 
     Args:
-        params: The parameters of the request. The fields are put into its `extra_body`, which takes precedence.
+        params: The parameters of the request. The fields are put into its `extra_body`, and replace those of the same
+            name there.
         server_kind: The kind of the server.
     """
     fields = dict(_FIELDS.get(server_kind or "", {}))

@@ -1,9 +1,9 @@
 """Estimates the tokens of a conversation, and divides the model's context between the prompt and the answer.
 
 The exact number would need the model's own tokenizer and chat template, which the server has and a client does not. So
-the number is estimated from the size of the JSON, and corrected with the server's count in each reply. A request for
-the exact count before every round was the alternative; few servers can answer it, and it would cost a round trip. So it
-is sent only when it decides something: before messages would be left out, or nearly so.
+the number is estimated from the size of the JSON, and corrected with the server's count in each reply. The alternative
+was to request the exact count before every round. But few servers can count, and the request costs a round trip. So it
+is sent only when the count decides something: when the prompt fills the context, or nearly does, by the estimate.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TokenEstimate:
         self._tokens_per_byte = 1 / BYTES_PER_TOKEN
 
     def tokens(self, size: int) -> int:
-        """Returns the tokens of a prompt of that many bytes of JSON, tools included."""
+        """Returns the estimated tokens of a prompt of that many bytes of JSON, tools included."""
         return max(0, self._known_tokens + round((size - self._known_size) * self._tokens_per_byte))
 
     def is_known(self, size: int) -> bool:
@@ -49,7 +49,7 @@ class TokenEstimate:
         return size == self._known_size
 
     def size(self, tokens: int) -> int:
-        """Returns how many bytes that many tokens of a prompt take."""
+        """Returns about how many bytes of a prompt make up that many tokens."""
         return round(tokens / self._tokens_per_byte)
 
     def learn(self, size: int, tokens: int | None) -> None:
@@ -101,13 +101,13 @@ class ContextBudget:
 
     @property
     def needs_exact_count(self) -> bool:
-        """Whether the prompt may be too long, according to an estimate that an exact count would replace."""
+        """Whether the prompt may be too long by the estimate, so that the exact count is worth a request."""
         if self._context_length is None or self._estimate.is_known(self.prompt_size):
             return False
         return self._estimate.tokens(self.prompt_size) > _NEARLY_FULL * self._room(self._context_length)
 
     def compared(self, prompt_size: int) -> PromptSize | None:
-        """Returns the tokens of a prompt of that many bytes, with the context length; None if that is unknown."""
+        """Returns the tokens of a prompt of that many bytes with the context length; None if the length is unknown."""
         if self._context_length is None:
             return None
         exact = self._estimate.is_known(prompt_size)
@@ -118,7 +118,7 @@ class ContextBudget:
         return self._context_length is None or self._context_length < tokens
 
     def size_of(self, tokens: int) -> int:
-        """Returns how many bytes that many tokens of a prompt take."""
+        """Returns about how many bytes of a prompt make up that many tokens."""
         return self._estimate.size(tokens)
 
     def tokens_left(self, messages_size: int) -> int:
@@ -127,10 +127,12 @@ class ContextBudget:
         return (self._context_length or 0) - prompt_tokens - _TEMPLATE_TOKENS
 
     def excess(self, *, at_least: int = 0) -> int:
-        """Returns how many tokens of the prompt have to be removed, so that prompt and answer fit; 0 if unknown.
+        """Returns how many tokens of the prompt have to be removed, so that prompt and answer fit.
+
+        The result is 0 if the context length is unknown.
 
         Args:
-            at_least: The number that is returned if it is larger.
+            at_least: The smallest number to return if the context length is known. Default: 0.
         """
         if self._context_length is None:
             return 0
@@ -141,7 +143,7 @@ class ContextBudget:
         self._estimate.learn(self.prompt_size, error.prompt_tokens)
         prompt_tokens = self._estimate.tokens(self.prompt_size)
         self._context_length = error.context_length or self._context_length or prompt_tokens
-        # If the prompt would have fitted according to the estimate, the estimate is wrong, and a quarter is left out.
+        # If the prompt would have fitted according to the estimate, the estimate is wrong, and a quarter is removed.
         estimate_is_wrong = error.prompt_tokens is None and prompt_tokens < self._context_length
         return self.excess(at_least=prompt_tokens // 4 if estimate_is_wrong else 0)
 

@@ -1,9 +1,9 @@
-"""Chooses the names of tools: the name within a run, and the name in requests that stands for it.
+"""Chooses the names of tools: the name within a run, and the name that stands for it in requests.
 
-Requests use different names because servers accept fewer names than tools may have. LM Studio rewrites names that are
-not in snake case before the model sees them, and OpenAI's rules refuse names of more than 64 characters. The choice
-depends on nothing but the set of names, so that a tool has the same name in every request and the server's prompt cache
-stays valid.
+The two may differ, because servers do not accept every name that a tool may have. LM Studio rewrites names that are not
+in snake case before the model sees them, and OpenAI's rules refuse names of more than 64 characters. The choice depends
+on nothing but the set of names, so that a tool has the same name in every request, and the server's prompt cache stays
+valid.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def names_in_run(tools: Sequence[Tool]) -> list[str]:
 
 
 def name_of_added_tool(tool: Tool, taken: Collection[str]) -> str | None:
-    """Returns the name within the run of a tool that is added to others, whose names do not change.
+    """Returns the name within the run of a tool that is added to others. The names of the others do not change.
 
     Args:
         tool: The tool.

@@ -1,8 +1,8 @@
 """Ranks tools by a query: by the words in their names and descriptions, or by embeddings.
 
 The words are ranked by BM25 (S. Robertson and H. Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond",
-2009). The libraries for it need numpy, which would be the largest dependency of this package, to save the twenty lines
-below: the last release of rank-bm25 is of 2022, and bm25s is made for millions of documents.
+2009). The libraries for it need numpy, which would be the largest dependency of this package, only to save the twenty
+lines below. Besides, the last release of rank-bm25 is from 2022, and bm25s is made for millions of documents.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _SATURATION: Final = 1.2
 _LENGTH_WEIGHT: Final = 0.75
 """The parameter b of BM25: how much the length of a description counts against it."""
 _NAME_WEIGHT: Final = 3
-"""How many times a word in the name of a tool counts."""
+"""How many times a word counts if it is in the name of a tool."""
 _EMBEDDED_CHARACTERS: Final = 1_000
-"""The number of characters of a description that are embedded. Small models embed 512 tokens."""
+"""How many characters of the name and the description of a tool are embedded. Small models embed only 512 tokens."""
 _MOST_VECTORS: Final = 10_000
 """The number of embeddings that an agent remembers."""
 
@@ -54,7 +54,7 @@ class ToolRanker(Protocol):
     """Ranks tools by a query."""
 
     async def rank(self, query: str, tools: Sequence[Tool]) -> list[int]:
-        """Returns the positions of the tools that fit a query, the best first."""
+        """Returns the indexes of the tools that fit a query, the best first."""
         ...
 
 
@@ -62,12 +62,12 @@ class KeywordRanker:
     """Ranks tools by the words that a query shares with their names, descriptions and parameters."""
 
     async def rank(self, query: str, tools: Sequence[Tool]) -> list[int]:
-        """Returns the positions of the tools that share a word with the query, the best first."""
+        """Returns the indexes of the tools that share a word with the query, the best first."""
         return await asyncio.to_thread(_rank_by_keywords, query, tools)
 
 
 class EmbeddingRanker:
-    """Ranks tools by the similarity of their embeddings to that of a query, and by words if that fails.
+    """Ranks tools by how similar their embeddings are to that of a query, or by words if the embeddings fail.
 
     Args:
         source: Lends the client, and remembers the embeddings of the tools.
@@ -79,7 +79,7 @@ class EmbeddingRanker:
         self._model = model
 
     async def rank(self, query: str, tools: Sequence[Tool]) -> list[int]:
-        """Returns the positions of all tools, the most similar first."""
+        """Returns the indexes of all tools, the most similar first. If embeddings fail, see `KeywordRanker`."""
         texts = [f"{tool.name}: {tool.description}"[:_EMBEDDED_CHARACTERS] for tool in tools]
         try:
             wanted, vectors = await self._embed(query, texts)
@@ -89,7 +89,7 @@ class EmbeddingRanker:
         return await asyncio.to_thread(_rank_by_similarity, wanted, vectors)
 
     async def _embed(self, query: str, texts: Sequence[str]) -> tuple[array[float], list[array[float]]]:
-        """Returns the embedding of a query and those of texts, which are requested once.
+        """Returns the embedding of a query, and those of the texts. Each text is embedded only once and remembered.
 
         Raises:
             LLMError: The request failed, or the client cannot embed texts.
@@ -112,7 +112,7 @@ class EmbeddingRanker:
 def _words_of(text: str) -> list[str]:
     """Returns the words of a text or of a name, in lower case and without their English endings."""
     words = _WORD.findall(_CAMEL_CASE.sub(" ", text).lower())
-    # A tool may be called `get`.
+    # If all words are stop words, they are kept: a tool may be called `get`.
     words = [word for word in words if word not in _STOP_WORDS] or words
     return [_ENDINGS.sub("", word) for word in words]
 
@@ -130,14 +130,14 @@ def _document_of(tool: Tool) -> Counter[str]:
 def _rank_by_keywords(query: str, tools: Sequence[Tool]) -> list[int]:
     documents = list(map(_document_of, tools))
     lengths = [document.total() for document in documents]
-    usual_length = sum(lengths) / len(lengths) if any(lengths) else 1.0
+    average_length = sum(lengths) / len(lengths) if any(lengths) else 1.0
     scores = [0.0] * len(tools)
     for word in set(_words_of(query)):
         containing = sum(word in document for document in documents)
         rarity = math.log(1 + (len(tools) - containing + 0.5) / (containing + 0.5))
         for place, document in enumerate(documents):
             if count := document[word]:
-                length = 1 - _LENGTH_WEIGHT + _LENGTH_WEIGHT * lengths[place] / usual_length
+                length = 1 - _LENGTH_WEIGHT + _LENGTH_WEIGHT * lengths[place] / average_length
                 scores[place] += rarity * count * (_SATURATION + 1) / (count + _SATURATION * length)
     return sorted((place for place in range(len(tools)) if scores[place]), key=lambda place: -scores[place])
 

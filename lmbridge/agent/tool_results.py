@@ -1,9 +1,9 @@
 """Turns the result of a tool into text for the model.
 
 msgspec knows most types that functions return: dataclasses, attrs classes, dates, UUIDs, decimals, enums and sets. The
-others are converted here, by their methods and not by their classes, so that pydantic and numpy need not be imported.
-A result that JSON cannot represent is an error. The alternative was its `repr`, but that may hide a part of the
-data, and the model would take it for the whole.
+others are converted here. They are recognized by their methods and not by their classes, so that pydantic and numpy
+need not be imported. A result that JSON cannot represent is an error. The alternative was its `repr`, but a `repr` may
+leave out a part of the data, and the model would take it for the whole.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def as_plain_json(value: Any) -> Any:
 
 
 def _convert(value: Any) -> Any:
-    """Converts an object that msgspec does not know to one that it knows.
+    """Converts an object of a type that msgspec does not know to one of a type that it knows.
 
     Raises:
         TypeError: JSON cannot represent the object.
@@ -92,7 +92,7 @@ def _convert(value: Any) -> Any:
 
 
 def _is_model(value: Any) -> bool:
-    """Returns whether a value is a model of pydantic, of version 2 or 1."""
+    """Returns whether a value is a model of pydantic, in its version 2 or 1."""
     return hasattr(value, "model_dump") or all(hasattr(value, name) for name in ("json", "dict", "parse_raw"))
 
 

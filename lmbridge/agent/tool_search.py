@@ -1,10 +1,10 @@
 """`SearchableToolset`: offers as many tools as fit into a budget, and lets the model find the others.
 
-Tools that do not fit could be left out, as other programs do; then a task that needs one of them fails. Here, the model
-gets one more tool, `find_tools(query)`, and the tools that it finds are offered from then on. They are added at the end
-of the list, so that what precedes them in the prompt remains in the server's cache. A single tool that calls any other
-one by its name would keep the whole prompt in the cache, but small models do not manage to write the arguments of a
-call within the arguments of another.
+Other programs leave out the tools that do not fit; then a task that needs one of them fails. Here, the model gets one
+more tool, `find_tools(query)`, and the tools that it finds are offered from then on. They are added at the end of the
+list, so that what precedes them in the prompt remains in the server's cache. The alternative was a single tool that
+calls any other tool by its name. It would keep the whole prompt in the cache, but small models do not manage to write
+the arguments of a call within the arguments of another one.
 
 A small model may call a tool that is not offered, because it has read the name somewhere. Such a call is made like any
 other, and from then on the tool is offered: the user has given it to the run, and the model has named it correctly.
@@ -31,17 +31,17 @@ from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _MOST_FOUND: Final = 5
-"""The number of tools that one search adds."""
+"""How many tools one search adds at most."""
 _MOST_KNOWN: Final = 3
-"""The number of tools that a search names although they are offered already."""
+"""How many tools that are already offered the result of a search names at most."""
 _RESERVE: Final = 4
-"""One part in this many of the budget is kept for the tools that are found later."""
+"""One part in this many of the budget is kept free for tools that are found later."""
 _LISTED_NAMES: Final = 50
-"""The number of tools that a text lists by their names."""
+"""How many names of tools a text lists at most."""
 _LONGEST_LIST: Final = 1_500
-"""The number of characters of such a list."""
+"""How many characters such a list has at most."""
 _LONGEST_LINE: Final = 200
-"""The number of characters of a tool's description in the result of a search."""
+"""How many characters of a tool's description the result of a search has at most."""
 _FINDER_NAMES: Final = ("find_tools", "search_tools", "find_more_tools", "search_more_tools")
 _QUERY: Final[Mapping[str, Any]] = {
     "type": "object",
@@ -63,7 +63,7 @@ class ToolSearchOptions:
     """The tool that `tool_choice` names, which has to be offered; None if it names none."""
 
     def limit(self, context_length: int | None) -> int | None:
-        """Returns the tokens that the definitions of a run may take; None if all of them are offered."""
+        """Returns how many tokens the definitions of a run may take; None if all tools are offered in any case."""
         if self.mode == "never" or self.ranker is None:
             return None
         return definition_limit(self.max_definition_tokens, context_length)
@@ -75,8 +75,8 @@ class ToolSearchOptions:
 
         Args:
             tools: All tools of the run.
-            growing: Providers that may add others.
-            limit: What `limit` has returned for the run.
+            growing: Providers that may add tools during the run.
+            limit: The result of the method `limit` for the run.
         """
         if limit is None or self.ranker is None:
             return Toolset(tools, growing)
@@ -88,7 +88,7 @@ class ToolSearchOptions:
 
 
 class SearchableToolset(Toolset):
-    """The tools of a run, of which those are offered whose definitions fit into a budget.
+    """The tools of a run. Only those whose definitions fit into a budget are offered; the model can find the others.
 
     Args:
         tools: All tools, in the order in which they are offered.
@@ -96,7 +96,7 @@ class SearchableToolset(Toolset):
         limit: About how many tokens the definitions may take.
         ranker: Ranks the tools by a query of the model.
         pinned: A tool that is offered in any case, or None.
-        log_level: The level of the line in the log which says what does not fit. Default: INFO.
+        log_level: The level of the log line that names the tools that do not fit. Default: INFO.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class SearchableToolset(Toolset):
     async def read_all(
         self, calls: Sequence[Mapping[str, Any]], *, repairs: bool = False, may_be_cut: bool = True
     ) -> list[ReadyCall | InvalidCall]:
-        """Checks the calls of a reply like `Toolset.read_all`, and offers the tools in it that were not offered."""
+        """Checks the calls of a reply like `Toolset.read_all`. The tools that they name are offered from now on."""
         resolve = self.resolve_name if repairs else self.find_request_name
         names = dict.fromkeys(resolve(asked_name(call)) for call in calls)
         called = [name for name in names if name is not None and name in self._hidden]
@@ -144,7 +144,7 @@ class SearchableToolset(Toolset):
             self._hide(hidden)
 
     def _split(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Returns the tools that fit into the budget beside a finder, and the others."""
+        """Returns the names of the tools that fit into the budget beside a finder, and the names of the others."""
         finder = self.finder or self._make_finder(names)
         reserve = self._limit // _RESERVE if finder is not None else 0
         if self.finder is None and finder is not None:
@@ -157,7 +157,7 @@ class SearchableToolset(Toolset):
         return offered, [name for name in names if name not in taken]
 
     def _hide(self, names: Sequence[str]) -> None:
-        """Puts tools behind the search, and offers the search if it is not offered yet."""
+        """Leaves tools to the search, and offers the tool that searches, if it is not offered yet."""
         self._hidden |= {name: self._tools[name] for name in names}
         if self.finder is None and (finder := self._make_finder(names)) is not None:
             self.finder: Tool | None = finder
@@ -174,7 +174,7 @@ class SearchableToolset(Toolset):
         )
 
     def _make_finder(self, hidden: Sequence[str]) -> Tool | None:
-        """Returns the tool that finds tools; None if it would take so much room that little is left for others."""
+        """Returns the tool that finds tools; None if its definition would leave too little room for others."""
         taken = {*self._tools, *self._run_names.values()}
         candidates = chain(_FINDER_NAMES, (f"{_FINDER_NAMES[0]}_{number}" for number in count(2)))
         name = next(each for each in candidates if each not in taken)
@@ -193,7 +193,7 @@ class SearchableToolset(Toolset):
         if not query.strip():
             return f"Say in query what the tool has to do. {self._others()}"
         ranked = [names[place] for place in await self._ranker.rank(query, [self._tools[name] for name in names])]
-        # A search in the same reply may have found some of them meanwhile.
+        # Another search in the same reply may have found some of these tools in the meantime.
         hits = [name for name in ranked if name in self._hidden][:_MOST_FOUND]
         worst = ranked.index(hits[-1]) if hits else len(ranked)
         known = [name for name in ranked[:worst] if name not in self._hidden][:_MOST_KNOWN]
@@ -216,7 +216,7 @@ class SearchableToolset(Toolset):
             del self._hidden[name]
             self._offer([name])
             return line
-        # The model may call it although it is not offered.
+        # The model may call the tool although it is not offered, so it gets the schema in the text.
         if not tool.has_converter:
             self._unprepared.append(tool)
         return f"{line} Its arguments follow this JSON schema: {msgspec.json.encode(tool.sent_parameters).decode()}"
@@ -230,7 +230,7 @@ class SearchableToolset(Toolset):
 
 
 def _listed(names: Collection[str], room: int = _LONGEST_LIST) -> str:
-    """Returns as many names as there is room for, at least one, and how many there are besides."""
+    """Lists as many names as there is room for, but at least one, and says how many others there are."""
     listed: list[str] = []
     for name in names:
         if listed and (len(listed) == _LISTED_NAMES or sum(map(len, listed)) + 2 * len(listed) + len(name) > room):

@@ -49,8 +49,8 @@ class ToolContext:
     """Returns whether the result is no longer needed. A plain function runs in a thread, which cannot be stopped, so a
     function that may take long should call this regularly, and return early if the result is True."""
     tool_timeout: float | None = None
-    """The agent's `tool_timeout` in seconds, or None if the agent has no limit. The agent enforces it unless the tool
-    has a `timeout`; a tool with `timeout=None` can enforce it in its own way."""
+    """The agent's `tool_timeout` in seconds, or None if the agent has no limit. The agent enforces this limit unless
+    the tool has a `timeout` of its own. A tool with `timeout=None` can enforce it in its own way."""
 
 
 @attrs.frozen(eq=False)
@@ -69,20 +69,20 @@ class Tool:
         name: The name of the tool. It may be any text; requests contain a version of it that all servers accept.
         description: What the tool does, for the model. It may be empty.
         parameters: The JSON schema of the arguments, which has to describe an object. The arguments that a model sends
-            are validated against it. Servers receive a simplified version that they can all process.
-        function: The async or plain function. It is called with the arguments as keywords; they are plain JSON values.
-            It can also take the `ToolContext`, as a positional-only first parameter if its arguments may have any
-            names: `async def call(context: ToolContext, /, **arguments)`.
+            are validated against it. Servers receive a simplified version that all of them can process.
+        function: The async or plain function. It is called with the arguments as keywords, which are plain JSON values.
+            It can also take the `ToolContext`. If its arguments may have any names, the context has to be the first
+            parameter, and positional-only: `async def call(context: ToolContext, /, **arguments)`.
         annotations: Further information about the tool, such as the hints of an MCP server. An `approve` callback can
             read it.
-        idempotent: Whether making the same call twice has the same effect as making it once. A run that goes on after
-            an interruption makes such a call again if it had started. The hint `idempotentHint` in `annotations` means
-            the same. Default: False.
+        idempotent: Whether making the same call twice has the same effect as making it once. If the call had started
+            before an interruption of the run, a resumed run makes it again. The hint `idempotentHint` in `annotations`
+            means the same. Default: False.
         server: The name of the server that the tool comes from. It becomes part of the tool's name in a run where
             several tools have the same name.
         timeout: The time limit of a call in seconds. The default, "agent", stands for the agent's `tool_timeout`. None
-            means that the function enforces a limit itself, for example because a part of its work should not count;
-            it finds the agent's limit in `ToolContext.tool_timeout`.
+            means no limit. The function can then enforce one itself, for example because a part of its work should not
+            count; `ToolContext.tool_timeout` is the agent's limit.
 
     Raises:
         LLMValidationError: An argument has the wrong type, or the schema does not describe an object.
@@ -211,7 +211,7 @@ class ToolCall:
     tool: Tool | None = attrs.field(default=None, repr=False)
     """The tool, or None if no tool has this name."""
     repaired: bool = False
-    """Whether the model wrote the name or the arguments with small mistakes, which were put right; see
+    """Whether the model wrote the name or the arguments with small mistakes that were corrected; see
     `Agent(repair_calls=...)`."""
 
 
@@ -219,9 +219,9 @@ class ToolCall:
 class ToolProvider(Protocol):
     """An object that provides tools, which may differ from run to run.
 
-    An agent accepts it among its tools, and calls `list_tools` at the start of each run. If the object also has a
-    method `async new_tools()`, the agent calls it before each round, and adds the tools that it returns to the run, at
-    the end of the list. Tools that the run already has are ignored, so the method may return the same tools again.
+    An agent accepts such an object among its tools, and calls `list_tools` at the start of each run. If the object also
+    has a method `async new_tools()`, the agent calls that method before each round, and adds the tools that it returns
+    at the end of the run's tools. Tools that the run already has are ignored, so the method may return them again.
     """
 
     async def list_tools(self) -> Sequence[Tool]:
@@ -234,7 +234,7 @@ class GrowingToolProvider(ToolProvider, Protocol):
     """A `ToolProvider` that may add tools during a run."""
 
     async def new_tools(self) -> Sequence[Tool]:
-        """Returns the tools that have been added since `list_tools`. It is called often and should return quickly."""
+        """Returns the tools that have been added since `list_tools`. It is called often, and should return quickly."""
         ...
 
 

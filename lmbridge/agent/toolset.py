@@ -1,10 +1,10 @@
 """`Toolset`: the tools of one run, with their definitions for requests. It checks requested calls and executes them.
 
-A tool that a run has been offered stays in the set, under its name and with its definition, until the run ends.
+A tool that a run has offered to its model stays in the set, under its name and with its definition, until the run ends.
 Otherwise a model could call a tool that has just disappeared, and a provider could replace a definition that somebody
-has approved. A provider may add tools, at the end of the list. That alters the beginning of the prompt, so that the
-server has to process the whole conversation again, but a run often cannot go on without them: some servers reveal most
-of their tools only after a call of the first ones.
+has approved. A provider may add tools at the end of the list. That alters the beginning of the prompt, so that the
+server has to process the whole conversation again. But a run often cannot do without the new tools: some servers reveal
+most of their tools only after a call of one of the first.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ logger: logging.Logger = logging.getLogger("lmbridge.agent")
 __all__ = ["InvalidCall", "ReadyCall", "ToolOutcome", "Toolset"]
 
 _MOST_LEVELS: Final = 200
-"""The number of levels of nested arguments beyond which a call is not made. Deeper ones could not always be encoded."""
+"""The levels of nesting in arguments beyond which a call is not made. Deeper arguments could not always be encoded."""
 _QUOTED_CHARACTERS: Final = 200
-"""The number of characters that an error text quotes of an unknown name."""
+"""How many characters of an unknown name an error text quotes."""
 _LISTED_NAMES: Final = 50
-"""The number of tools that an error text lists."""
+"""How many tools an error text lists."""
 _LARGE_ARGUMENTS: Final = 50_000
-"""The number of characters of arguments, or of their keys, beyond which a call is read in a thread."""
+"""The number of characters, keys or items in arguments beyond which a call is read in a thread."""
 
 
 @attrs.define
@@ -66,7 +66,7 @@ class ReadyCall:
     """A requested call whose tool exists and whose arguments are valid."""
 
     call: ToolCall
-    """The call as it was requested. Its `arguments` are JSON values, with values of the wrong type coerced."""
+    """The call as it was requested, except that values of the wrong type in its `arguments` have been coerced."""
     arguments: Mapping[str, Any] = attrs.field(repr=False)
     """The keyword arguments for the function of the tool, converted to the types that it expects."""
     written: str | None = attrs.field(default=None, repr=False)
@@ -80,13 +80,13 @@ class InvalidCall:
     call_id: str
     """The id of the call, as the model or the server gave it."""
     name: str
-    """The name of the tool that the model used."""
+    """The name that the model used for the tool."""
     text: str
     """The text for the model, which says what is wrong and what would be right."""
     bad_arguments: bool
-    """True if the arguments are not a JSON object. They must not be sent again: llama.cpp answers 500 to them."""
+    """Whether the arguments are not a JSON object. Then they must not be sent again: llama.cpp answers 500 to them."""
     tool: str | None = None
-    """The name in requests of the tool whose arguments are wrong; None if the tool does not exist."""
+    """The tool whose arguments are wrong, by its name in requests; None if something else is wrong."""
 
 
 class Toolset:
@@ -101,8 +101,8 @@ class Toolset:
 
     Attributes:
         definitions: The value of `tools` in requests.
-        names: The names in requests of the tools that are offered, in the same order.
-        finder: The tool with which the model finds further tools, or None.
+        names: The names in requests of the tools that are offered, in the same order as `definitions`.
+        finder: The tool with which the model can find further tools, or None.
     """
 
     finder: Tool | None = None
@@ -142,7 +142,7 @@ class Toolset:
         """Adds the tools that providers have added since the last time.
 
         Returns:
-            Whether more tools are offered than the last time, for whatever reason.
+            Whether more tools are offered than at the last call of this method. A search of the model adds tools, too.
 
         Raises:
             LLMError: A provider raised this error.
@@ -179,7 +179,7 @@ class Toolset:
 
     def _offer(self, names: Sequence[str]) -> None:
         """Offers tools of the run, given by their names in requests, at the end of the list."""
-        # Not changed in place, because the list may be part of a request that is being retried.
+        # The lists are not changed in place, because they may be part of a request that is being retried.
         self.names = [*self.names, *names]
         self.definitions = CheckedList([*self.definitions, *(_definition(name, self._tools[name]) for name in names)])
         self._unprepared += (tool for tool in map(self._tools.__getitem__, names) if not tool.has_converter)
@@ -188,7 +188,7 @@ class Toolset:
     async def prepare(self) -> None:
         """Builds the validators of the tools in a thread, because the import of jsonschema would block the event loop.
 
-        Once they are there, this does nothing.
+        If all of them have been built, this does nothing.
         """
         if self._unprepared:
             prepared = tuple(self._unprepared)
@@ -198,9 +198,9 @@ class Toolset:
     async def read_all(
         self, calls: Sequence[Mapping[str, Any]], *, repairs: bool = False, may_be_cut: bool = True
     ) -> list[ReadyCall | InvalidCall]:
-        """Checks the calls of a reply like `read`, without making the event loop stand still.
+        """Checks the calls of a reply like `read`, without blocking the event loop.
 
-        A call whose arguments are large, or hard to check against their schema, is read in a thread.
+        A call is read in a thread if its arguments are large, or take long to check against their schema.
 
         Args:
             calls: The entries of a message's `tool_calls`.
@@ -241,7 +241,7 @@ class Toolset:
         """Checks a call.
 
         Raises:
-            StepLimitError: It takes more steps than are allowed, and may be tried again with more of them.
+            StepLimitError: The check takes more than these steps. It may be tried again with more, in a thread.
         """
         asked = asked_name(call)
         name = self.resolve_name(asked) if repairs else self.find_request_name(asked)
@@ -262,10 +262,10 @@ class Toolset:
         Args:
             call: The call.
             name: The name in requests of its tool; None if the tool does not exist.
-            steps: The number of steps that this may take.
+            steps: The number of steps that the check may take.
 
         Raises:
-            StepLimitError: It takes more steps.
+            StepLimitError: The check takes more than these steps, and more of them are allowed in a thread.
         """
         call_id, asked = str(call.get("id") or ""), asked_name(call)
         decoded, problem, inexact = decode_arguments(arguments_of(call))
@@ -303,7 +303,7 @@ class Toolset:
         repairs: bool = True,
         may_be_cut: bool = False,
     ) -> tuple[str, list[dict[str, Any]]] | None:
-        """Returns the calls that a model wrote into its reply, in the form of `tool_calls`, and the text before them.
+        """Finds the calls that a model wrote into the text of its reply.
 
         Args:
             text: The whole reply. It may begin with the model's reasoning.
@@ -313,8 +313,9 @@ class Toolset:
             may_be_cut: Whether the end of the reply may have been cut off.
 
         Returns:
-            The text and the calls, or None if the reply is an ordinary answer: if it has no calls of existing tools in
-            one of the known syntaxes, if they are quoted, or if it has more than 500,000 characters.
+            The text before the calls, and the calls in the form of `tool_calls`. None if the reply is an ordinary
+            answer: if it has no calls of existing tools in one of the known syntaxes, if the calls are quoted, or if
+            the reply has more than 500,000 characters.
         """
         if mode == "never" or len(text) + len(reasoning) > LONGEST_TEXT_OF_CALLS:
             return None
@@ -342,7 +343,7 @@ class Toolset:
         return calls
 
     def _is_invalid(self, call: Mapping[str, Any]) -> bool:
-        """Returns whether a call cannot be made. JSON or code with text around it is then no call at all."""
+        """Returns whether a call cannot be made. JSON or code with text around it then does not count as a call."""
         try:
             return isinstance(self._read(call, STEPS_AT_ONCE, repairs=False, may_be_cut=False), InvalidCall)
         except StepLimitError:
@@ -372,11 +373,11 @@ class Toolset:
         return self._tools[name].sent_parameters
 
     def find_request_name(self, asked: str) -> str | None:
-        """Returns the name in requests of a tool, given that name or the one in the run; None for an unknown name."""
+        """Returns the name of a tool in requests, given that name or its name in the run; None for an unknown name."""
         return asked if asked in self._tools else self._request_names.get(asked)
 
     def resolve_name(self, asked: str) -> str | None:
-        """Returns the name in requests of the tool that a name is meant for; None if not exactly one is possible."""
+        """Returns the name in requests of the tool that a name is meant for; None if none or several are possible."""
         exact = self.find_request_name(asked)
         if exact is not None or not asked:
             return exact
@@ -397,7 +398,7 @@ class Toolset:
 async def collect_tools(
     tools: Sequence[Tool | Callable[..., Any] | ToolProvider],
 ) -> tuple[list[Tool], list[GrowingToolProvider]]:
-    """Returns tools and those of providers, and the providers that may add others during the run.
+    """Returns the given tools with those of the given providers, and the providers that may add tools during the run.
 
     Raises:
         LLMValidationError: An object is not a tool.

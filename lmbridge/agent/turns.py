@@ -1,8 +1,8 @@
 """`TurnRunner`: makes the calls of one reply, and answers each of them.
 
-Identical calls of one reply are made once. Small models repeat a call many times in a reply, above all when a server's
-grammar lets them, and making it many times would at best waste time and at worst order nine pizzas. They are still
-answered one by one, because servers refuse a conversation in which a call has no result.
+Identical calls of one reply are made only once. Small models repeat a call many times in a reply, above all when a
+server's grammar lets them, and making it many times would at best waste time and at worst order nine pizzas. Each of
+the identical calls still gets a result of its own, because servers refuse a conversation in which a call has none.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class _PlannedCall:
     refusal: str | None = None
     """The refusal that the model reads if the user does not allow the call; None if the call is allowed."""
     edited: ReadyCall | None = None
-    """The call that the user wants in its place, or None."""
+    """The call that the user wants instead of this one, or None."""
     recorded: RecordedResult | None = None
-    """The result that the journal has from before an interruption, so that the call is not made; else None."""
+    """The result that the journal has from before an interruption, so that the call is not made again, or None."""
     is_uncertain: bool = False
-    """Whether the call had started before an interruption, and is not known to have ended, so that it is not made."""
+    """Whether the call had started before an interruption and may have ended, so that it is not made again."""
 
 
 class TurnRunner:
@@ -77,12 +77,12 @@ class TurnRunner:
         is_stopping: Returns True if the run has been cancelled. Tools in threads poll it, because threads cannot be
             cancelled.
         gate: Holds the run before each call while the run is paused.
-        clock: Returns the seconds since the run began to ask its model.
-        journal: Keeps the steps of the run, and repeats those from before an interruption. None without a journal.
+        clock: Returns the seconds since the run first asked its model.
+        journal: Keeps the steps of the run, and repeats those from before an interruption. None if the run has none.
 
     Attributes:
-        wrong_tool: If all calls of the last reply were of one tool, and had wrong arguments, the name of that tool in
-            requests; otherwise None.
+        wrong_tool: The tool, by its name in requests, if all calls of the last reply were calls of this one tool with
+            wrong arguments; otherwise None.
         has_results: Whether a tool has returned something so far, without an error.
     """
 
@@ -114,7 +114,7 @@ class TurnRunner:
         self._bad_calls = BadCallGuard(settings.max_bad_calls)
         self.wrong_tool: str | None = None
         self.has_results: bool = False
-        # The calls whose results, which are no errors, are in the conversation.
+        # The calls whose results are in the conversation and are not errors.
         self._answered: set[tuple[str, bytes]] = set()
 
     @property
@@ -123,7 +123,7 @@ class TurnRunner:
         return "bad_calls" if self._bad_calls.tripped else "repetition" if self._repetition.tripped else None
 
     def has_result_of(self, name: str, arguments: Any) -> bool:
-        """Returns whether the model has the result of such a call, and the result is not an error."""
+        """Returns whether the conversation has a result of such a call that is not an error."""
         return (name, _encode_sorted(arguments)) in self._answered
 
     def forgive_repetitions(self) -> None:
@@ -154,7 +154,7 @@ class TurnRunner:
         return records
 
     async def _read(self, reply: ModelReply) -> Sequence[ReadyCall | InvalidCall]:
-        """Reads the calls of a reply. If the run does not allow calls, none of them can be made."""
+        """Reads the calls of a reply. If the run does not allow calls, each of them becomes an `InvalidCall`."""
         if not forbids_calls(self._settings.sampling):
             repairs, may_be_cut = self._settings.repair_calls, reply.may_have_cut_call
             return await self._toolset.read_all(reply.calls, repairs=repairs, may_be_cut=may_be_cut)
@@ -169,19 +169,19 @@ class TurnRunner:
         return turn
 
     def _as_sent(self, call: WireCall) -> WireCall:
-        """Returns a call with the name that the tool has in requests, which the model may have got wrong."""
+        """Returns a call with the tool's name in requests, in place of another name that the model used for it."""
         function = call["function"]
         name = self._toolset.find_request_name(function["name"])
         return call if name in (None, function["name"]) else {**call, "function": {**function, "name": name}}
 
     async def _plan(self, read: Sequence[ReadyCall | InvalidCall]) -> list[_PlannedCall]:
-        """Returns the calls to make, each once if identical calls are to be made once."""
+        """Returns the calls to make or to refuse. Identical calls become one, unless each is to be made."""
         if len(read) == 1 or not self._settings.deduplicate_calls:
             return await list_in_slices(_PlannedCall(each, [place]) for place, each in enumerate(read))
         return list(dict.fromkeys(await list_in_slices(_unite_identical(read))))
 
     async def _decide(self, planned: Sequence[_PlannedCall]) -> None:
-        """Decides which calls are made: anew, or as the journal has it from before an interruption."""
+        """Decides which calls are made, or repeats the decisions from before an interruption."""
         if self._journal is None:
             await self._ask_for_approval(planned)
         elif recorded := self._journal.calls_of_reply():
@@ -202,7 +202,7 @@ class TurnRunner:
             raise JournalError(
                 "the journal does not have all calls of a reply",
                 problem="mismatch",
-                hint="let the run go on with the options and the version of lmbridge that began it",
+                hint="resume the run with the options and the version of lmbridge with which it began",
             )
         planned.recorded, planned.refusal = call.result, call.refusal
         if not isinstance(planned.read, ReadyCall):
@@ -246,7 +246,7 @@ class TurnRunner:
         """Returns the call that the user wants in place of another one.
 
         Raises:
-            LLMError: It cannot be made.
+            LLMError: The call cannot be made.
         """
         name = self._toolset.find_request_name(edited.name) or edited.name
         call = {"id": requested.id, "function": {"name": name, "arguments": edited.arguments}}
@@ -291,7 +291,8 @@ class TurnRunner:
                     for _ in range(min(len(planned), self._most_at_once)):
                         group.create_task(answer_waiting())
             except BaseExceptionGroup as errors:
-                # A step that could not be written has cancelled the other calls.
+                # A step that could not be written to the journal has cancelled the other calls. The run has to end
+                # with the error of the journal, and not with the group around it.
                 error = next((each for each in errors.exceptions if isinstance(each, JournalError)), None)
                 if error is None:
                     raise
@@ -305,7 +306,7 @@ class TurnRunner:
         return self._with_repetition_warning(await self._make(planned, read, calls, turn))
 
     async def _make(self, planned: _PlannedCall, read: ReadyCall, calls: Sequence[ToolCall], turn: Turn) -> ToolRecord:
-        """Makes a call and keeps its result in the journal, unless the result is known or the call is not allowed."""
+        """Returns the record of a call, which is made unless its result is known or the call is not allowed."""
         if planned.recorded is not None:
             if read.call.tool is self._toolset.finder:
                 # The tools that a search had found have to be offered again.
@@ -372,7 +373,7 @@ class TurnRunner:
 
 
 def _unite_identical(read: Sequence[ReadyCall | InvalidCall]) -> Iterator[_PlannedCall]:
-    """Yields a planned call for each call of a reply; for calls that are identical, it is the same one."""
+    """Yields a planned call for each call of a reply. Identical calls get the same planned call."""
     planned: dict[Any, _PlannedCall] = {}
     for place, each in enumerate(read):
         key: Any = place
@@ -405,7 +406,7 @@ def _recorded(planned: _PlannedCall, result: RecordedResult) -> ToolRecord:
 
 
 def _describe_plan(planned: _PlannedCall) -> RecordedCall:
-    """Returns a call as the journal keeps it before it is made. One that cannot be made has its result at once."""
+    """Returns a call as the journal keeps it before it is made. A call that cannot be made already has its result."""
     read = planned.read
     call = _to_tool_call(read)
     result = RecordedResult(text=read.text, is_error=True) if isinstance(read, InvalidCall) else None
@@ -425,7 +426,7 @@ def _to_tool_call(read: ReadyCall | InvalidCall) -> ToolCall:
 
 
 def _as_meant(call: WireCall, read: ReadyCall | InvalidCall) -> WireCall:
-    """Returns a call as the model should have written it, if it was repaired."""
+    """Returns a repaired call as the model should have written it, and any other call unchanged."""
     if not isinstance(read, ReadyCall) or not read.call.repaired:
         return call
     function = {**call["function"], "name": read.call.name}

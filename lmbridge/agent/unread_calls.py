@@ -1,11 +1,11 @@
 """Recognizes answers that end in a tool call which nothing has read.
 
-`text_calls` reads the calls that a server has left in the text. What it cannot read, such as a call that was cut off or
-that names no tool, is still not an answer, but nothing else about the reply shows that. This module only recognizes it,
-so that the run can warn.
+`text_calls` reads the calls that a server has left in the text. A call that it cannot read, because it was cut off or
+names no tool, is not an answer either, but nothing else about the reply shows that. This module only recognizes such a
+call, so that the run can warn about it.
 
-Only the end of the text is examined. Each syntax is looked for from there, with a plain search for the words that it
-begins with, so that even megabytes of markup take a few milliseconds.
+Only the end of the text is examined. From there, a plain search looks backwards for the opening of each syntax, so that
+even megabytes of markup take only a few milliseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lmbridge.agent.call_syntaxes import AT_LINE_START, CALL_SYNTAXES
 from lmbridge.agent.text_calls import without_template_tokens
 
 _MOST_MENTIONS: Final = 5
-"""How many mentions of the words that a syntax begins with are examined, from the end of the text."""
+"""How many occurrences of an opening are examined, from the end of the text."""
 _EXAMINED_CHARACTERS: Final = 500_000
 """How many characters at the end of an answer are examined."""
 
@@ -30,7 +30,7 @@ _UNREAD_SYNTAXES: Final = tuple(
 )
 """The syntaxes whose calls are recognized even if they name no tool."""
 _SIGNS: Final = ("<", "[", "`", "func")
-"""The opening of each of these syntaxes contains at least one of these."""
+"""Each opening in `_UNREAD_SYNTAXES` contains at least one of these texts."""
 _JSON: Final = re.compile(r"\s*[\[{]")
 _WORD: Final = re.compile(r"[^\W_]")
 _PYTHONIC: Final = re.compile(r"^[ \t]*\[\s*([\w.-]{1,100})\(", re.MULTILINE)
@@ -56,7 +56,7 @@ def describe_markup(text: str, tool_names: Collection[str]) -> str | None:
 
     Args:
         text: The answer.
-        tool_names: The names of the tools. Some syntaxes are those of ordinary texts, unless they name a tool.
+        tool_names: The names of the tools, as for `find_unread_call`.
     """
     text = text[-_EXAMINED_CHARACTERS:]
     answer = without_template_tokens(text)
@@ -69,14 +69,15 @@ def describe_markup(text: str, tool_names: Collection[str]) -> str | None:
 
 
 def find_unread_call(text: str, tool_names: Collection[str]) -> str | None:
-    """Returns the words with which the call begins that an answer ends in, or None.
+    """Returns the opening or the syntax of the call at the end of an answer; None if it does not end in a call.
 
     Args:
         text: The answer.
-        tool_names: The names of the tools. Some syntaxes are those of ordinary texts, unless they name a tool.
+        tool_names: The names of the tools. Some syntaxes, such as JSON, also occur in ordinary texts. They count as
+            calls only if they name a tool.
     """
     text = without_template_tokens(text[-_EXAMINED_CHARACTERS:])
-    # Nearly every answer has none of the signs, and so none of the openings.
+    # Nearly every answer has none of the signs, and therefore none of the openings.
     has_signs = any(sign in text for sign in _SIGNS)
     for syntax in [each for each in _UNREAD_SYNTAXES if each.opening in text] if has_signs else ():
         for position in _last_mentions(text, syntax.opening):
@@ -100,7 +101,7 @@ class JsonCall(NamedTuple):
 
 
 def first_json_call(text: str) -> JsonCall | None:
-    """Returns the call that a text begins with, or None if it begins with something else."""
+    """Returns the JSON call with which a text begins, or None if it begins with something else."""
     begin = _JSON_AT_START.match(text)
     if begin is None:
         return None
@@ -115,9 +116,10 @@ def first_json_call(text: str) -> JsonCall | None:
 
 
 def _only_calls(text: str, tool_names: Collection[str]) -> str | None:
-    """Returns the syntax of an answer that has nothing but calls in JSON, of which the first one names a tool.
+    """Returns "JSON" for an answer that consists of several calls in JSON, of which the first one names a tool.
 
-    The last one need not: a small model that goes on to write calls makes up tools, and arguments that are not JSON.
+    The other calls need not name a tool: a small model that writes call after call makes up tools, and arguments that
+    are not JSON.
     """
     first = first_json_call(text)
     if first is None or first.name not in tool_names:
@@ -136,7 +138,7 @@ def _last_mentions(text: str, words: str) -> Iterator[int]:
 
 
 def _is_last(text: str, content: int, closings: Sequence[str] = ()) -> bool:
-    """Returns whether a call goes on to the end of the text, apart from punctuation. Otherwise it is a quotation."""
+    """Returns whether a call is cut off, or only punctuation follows it. Otherwise the call is only quoted."""
     ends = [end + len(closing) for closing in closings if (end := text.rfind(closing, content)) >= 0]
     if ends:
         return not _WORD.search(_without_closing_tags(text[max(ends) :]))
@@ -173,7 +175,7 @@ def _plain_call(text: str, tool_names: Collection[str]) -> str | None:
 
 
 def _objects_around(text: str, position: int) -> list[int]:
-    """Returns where the JSON objects begin that a position is in, the innermost first."""
+    """Returns the positions at which the JSON objects around a position begin, the innermost object first."""
     objects: list[int] = []
     for each in _BRACE.finditer(text, max(0, position - _CHARACTERS_BEFORE_NAME), position):
         if each[0] == "{":
@@ -184,7 +186,7 @@ def _objects_around(text: str, position: int) -> list[int]:
 
 
 def _are_last(text: str, objects: Sequence[int]) -> bool:
-    """Returns whether the innermost object, or an object around it, goes on to the end of the text."""
+    """Returns whether the innermost object, or an object around it, is the end of the text, as in `_is_last`."""
     if _is_last(text, objects[0]):
         return True
     for begin in objects[1:3]:

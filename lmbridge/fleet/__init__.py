@@ -1,6 +1,6 @@
-"""Fleets: thousands of agent runs in one process, or on a Ray cluster, with the same call.
+"""Fleets: thousands of agent runs with one call, in this process or on a Ray cluster.
 
-Ray is imported when a fleet uses it (extra `ray`).
+Ray needs the extra `ray`, and is imported only when a fleet uses it.
 """
 
 from lmbridge.fleet.fleet import map_runs

@@ -1,4 +1,4 @@
-"""Runs one task of a fleet: several times if it fails, and from the checkpoint if there is one."""
+"""Runs one task of a fleet. If the run fails, it is tried again, and continued from the checkpoint if there is one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lmbridge.fleet.outcome import Outcome
 logger: logging.Logger = logging.getLogger("lmbridge.fleet")
 
 _FINAL_ERRORS: Final = (LLMValidationError, RunIncompleteError, JournalError)
-"""Errors that a second attempt would only repeat: an invalid task, a run at its limits, a journal that is unusable."""
+"""Errors that a second attempt would only repeat: an invalid task, a run at its limits, or an unusable journal."""
 
 
 class RunsTasks(Protocol):
@@ -36,7 +36,7 @@ class RunsTasks(Protocol):
 
 
 AgentFactory: TypeAlias = Callable[[], RunsTasks | Awaitable[RunsTasks] | AbstractAsyncContextManager[RunsTasks]]
-"""Makes the agent of a process: a function, an async one, or one that returns an async context manager."""
+"""A function that returns the agent of a process, or an async context manager of the agent. It may be async."""
 
 
 @attrs.frozen
@@ -44,18 +44,18 @@ class FleetTask:
     """A task of a fleet."""
 
     index: int
-    """The place of the task among all tasks."""
+    """The position of the task among all tasks; the first one is 0."""
     task: Task
     """The task, as the program gave it."""
     run_id: str | None
-    """The id of its run in the checkpoint; None without a checkpoint."""
+    """The id of its run in the checkpoint; None if there is no checkpoint."""
 
 
 class TaskNames:
-    """Gives each task the id of its run, which is the same whenever the same tasks are given.
+    """Gives each task an id for its run. A later fleet with the same tasks gives them the same ids.
 
-    The id depends on the content of the task, and among equal tasks on their order. So tasks may be added to a fleet
-    that has ended.
+    The id depends on the content of the task, and for equal tasks on how many of them came before. So a second fleet
+    with the same checkpoint may have additional tasks.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ async def opened_agent(factory: AgentFactory) -> AsyncIterator[RunsTasks]:
     """Makes the agent of this process, and yields it.
 
     Raises:
-        LLMValidationError: The factory returned something else.
+        LLMValidationError: The factory returned neither an agent nor an async context manager of one.
     """
     made: Any = factory()
     if isinstance(made, Awaitable):
@@ -98,8 +98,9 @@ async def run_task(
     Args:
         agent: The agent.
         task: The task.
-        retries: How many times a run that failed is begun again, or goes on from the checkpoint.
-        entry: Returns the place of a run in the checkpoint, given its id. None without a checkpoint.
+        retries: How many times a run that failed is begun again, or resumed from the checkpoint.
+        entry: Returns the `JournalEntry` of a run in the checkpoint, given the id of the run. None if there is no
+            checkpoint.
     """
     options: Mapping[str, Any] = {}
     if entry is not None and task.run_id is not None:
@@ -130,5 +131,5 @@ async def _run(agent: RunsTasks, task: Task, options: Mapping[str, Any]) -> RunR
         current = asyncio.current_task()
         if current is None or current.cancelling():
             raise
-        # A task group takes a child that ends with this error for a cancelled one: the fleet would lose the task.
+        # With this error, a task group would ignore the end of the child task, and the fleet would lose the outcome.
         raise TaskCancelledError("the run was cancelled, but not by the fleet", error) from error

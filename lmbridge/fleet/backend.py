@@ -1,4 +1,4 @@
-"""`Backend`, the interface of what runs the tasks of a fleet, and the one that runs them in this process."""
+"""`Backend`, which runs the tasks of a fleet somewhere, and `AsyncioBackend`, which runs them in this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmbridge.fleet.outcome import Outcome
 
 
 class Backend(Protocol):
-    """Runs the tasks of a fleet. It is an async context manager, and is open inside its block."""
+    """Runs the tasks of a fleet. It is an async context manager, in whose block `run` can be called."""
 
     async def __aenter__(self) -> Self: ...
 
@@ -26,7 +26,7 @@ class Backend(Protocol):
         """Runs a task.
 
         Args:
-            slot: The number of the slot, from 0. A slot has one run at a time.
+            slot: The number of the slot, beginning with 0. A slot has one run at a time.
             task: The task.
         """
         ...

@@ -1,8 +1,8 @@
 """`map_runs`: runs an agent on many tasks, and yields their outcomes as they finish.
 
-A background task with a task group makes the runs, and the outcomes reach the program through a bounded queue. A
-generator with the task group around its `yield` would be shorter, but a cancellation of the group would then be raised
-in the program, between two outcomes.
+The runs belong to a task group in a background task, and their outcomes reach the program through a bounded queue. A
+generator with the task group around its `yield` would be shorter, but a cancellation by the group would then be raised
+in the code of the program, between two outcomes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lmbridge.fleet.outcome import FleetProgress, Outcome
 from lmbridge.fleet.progress_bar import ProgressBar
 
 BackendName: TypeAlias = Literal["asyncio", "ray"]
-"""Where the runs of a fleet are: in this event loop, or in the processes of a Ray cluster."""
+"""Where the tasks of a fleet run: in this event loop, or in the processes of a Ray cluster."""
 
 _TASKS_HINT: Final = "pass a list or another iterable of tasks, each a string or a list of content parts"
 
@@ -38,31 +38,33 @@ def map_runs(
     checkpoint: Journal | str | os.PathLike[str] | None = None,
     on_progress: Callable[[FleetProgress], object] | None = None,
 ) -> AsyncGenerator[Outcome, None]:
-    """Runs an agent on many tasks, and yields the outcome of each task when it has one, in any order.
+    """Runs an agent on many tasks, and yields the outcome of each task as soon as there is one, in any order.
 
-    A task that fails does not stop the others. Its outcome has the error::
+    A task that fails does not stop the others. Its outcome contains the error::
 
         async for outcome in map_runs(tasks, make_agent, checkpoint="night.db"):
             print(outcome.task, outcome.error or outcome.result.text)
 
-    Leaving the loop early cancels all runs, so that the server stops generating, and awaits their ends. Use
-    `contextlib.aclosing` if the program should not go on before that.
+    If the loop is left early, all runs are cancelled and awaited, so that the server stops generating. Use
+    `contextlib.aclosing` if the program has to wait for that before it goes on.
 
     Args:
-        tasks: The tasks, as for `Agent.run`. An iterator is read as the runs need it, so it may be endless.
-        agent_factory: Returns the agent. It is called once in this process, or once in each process of a cluster. It
-            may be an async function, or return an async context manager of the agent, which is left at the end: then it
-            can open and close the client of the agent.
-        backend: "asyncio" runs the tasks in this event loop, "ray" in the processes of a Ray cluster; the latter needs
-            `lmbridge[ray]`.
+        tasks: The tasks, as for `Agent.run`. An iterator is read only as fast as the tasks are run, so it may be
+            endless.
+        agent_factory: A function that returns the agent. It is called once in this process, or once in each process of
+            a cluster. It may be async. It may also return an async context manager of the agent, which is exited at the
+            end, and can open and close the client of the agent.
+        backend: "asyncio" runs the tasks in this event loop, and "ray" in the processes of a Ray cluster, which needs
+            `lmbridge[ray]`. Default: "asyncio".
         max_in_flight: How many runs may be in progress at the same time, in all processes together. Default: 100.
             More runs than the server has slots are only useful if tools take long. A run fails if one of its requests
             waits longer than the `max_queue` of its client (600 seconds by default).
-        retries: How many times a task that fails is tried again. With a checkpoint, its run goes on where it was. Ray
+        retries: How many times a task that fails is tried again. With a checkpoint, its run continues where it was. Ray
             also repeats a task up to this many times if its process dies. Default: 2.
         checkpoint: A journal that keeps each step of all runs, as for `Agent.run`. A second call with the same tasks
-            takes the results of finished tasks from it, and continues the others. Default: none.
-        on_progress: Is called with a `FleetProgress` after each outcome; `ProgressBar()` draws it. Default: none.
+            takes the results of finished tasks from the journal, and continues the others. Default: none.
+        on_progress: A function that is called with a `FleetProgress` after each outcome, such as a `ProgressBar`, which
+            draws it. Default: none.
 
     Raises:
         LLMValidationError: An argument is invalid.
@@ -116,10 +118,10 @@ class Fleet:
     Args:
         tasks: The tasks.
         backend: Runs them.
-        names: Gives the tasks the ids of their runs; None without a checkpoint.
+        names: Gives the tasks ids for their runs; None if there is no checkpoint.
         slots: How many runs may be in progress at the same time.
         total: How many tasks there are; None if that is unknown.
-        on_progress: Is called after each outcome.
+        on_progress: A function that is called after each outcome, or None.
     """
 
     def __init__(
@@ -141,7 +143,7 @@ class Fleet:
         self._in_flight = 0
         self._done = 0
         self._failed = 0
-        # A program that is slower than the runs slows them down.
+        # The queue is bounded, so that a slow program slows the runs down and outcomes do not pile up.
         self._outcomes: asyncio.Queue[Outcome] = asyncio.Queue(maxsize=slots)
         self._work: asyncio.Task[None] | None = None
 
@@ -163,7 +165,7 @@ class Fleet:
             if getting.done():
                 outcome = getting.result()
             else:
-                # All outcomes have been read, because an outcome wakes its reader before the work ends.
+                # The work has ended, and no outcome is left: each outcome wakes the reader before the work ends.
                 getting.cancel()
                 self._raise_failure()
                 return None

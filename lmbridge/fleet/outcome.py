@@ -1,4 +1,4 @@
-"""What a fleet reports: the outcome of each task, and the progress of all."""
+"""What a fleet reports: the outcome of each task, and the progress of all tasks."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class Outcome:
     """The outcome of one task of a fleet: either a result or an error."""
 
     index: int
-    """The place of the task among the tasks; the first one is 0."""
+    """The position of the task among all tasks; the first one is 0."""
     task: Task
     """The task."""
     result: RunResult | None = None
-    """The result of the run; None if it failed."""
+    """The result of the run; None if the run failed."""
     error: Exception | None = None
     """The error of the last attempt; None if there is a result."""
     attempts: int = 1
-    """How many times this call of `map_runs` has begun or continued the run."""
+    """How many times this call of `map_runs` began or resumed the run."""
 
 
 @attrs.frozen(kw_only=True)
 class FleetProgress:
-    """How far a fleet is."""
+    """The progress of a fleet."""
 
     total: int | None
     """How many tasks there are; None if the tasks are an iterator without a length."""

@@ -41,7 +41,7 @@ class ProgressBar:
         self._progress.update(self._bar, completed=ended, total=progress.total, failed=failed, refresh=True)
 
     def stop(self) -> None:
-        """Stops drawing, and leaves the bar on the screen. The fleet calls it at its end."""
+        """Stops drawing, and leaves the bar on the screen. The fleet calls this method at its end."""
         if self._progress is not None:
             self._progress.stop()
 

@@ -1,12 +1,12 @@
-"""`RayBackend`: the runs of a fleet in the processes of a Ray cluster. The only importer of Ray.
+"""`RayBackend`: runs the tasks of a fleet in the processes of a Ray cluster. No other module imports Ray.
 
-Ray Core does all that a fleet of processes needs: it places the processes, starts a new one when one dies, repeats the
-calls that were lost with it, and ends all of them with the program. Each process is an async actor, which has one
-agent, so one client and one pool of connections, and as many runs at the same time as its share of `max_in_flight`.
-`ray.data` was the alternative; it works on tables, in batches, and would need to learn how to cancel a generation.
+Ray Core does all that a fleet of processes needs: it distributes the processes, starts a new one when one dies, repeats
+the calls that were lost with it, and ends all processes with the program. Each process is an async actor with one
+agent, and therefore with one client and one pool of connections. It has as many runs at the same time as its share of
+`max_in_flight`. `ray.data` was the alternative, but it works on tables in batches, and cannot cancel a generation.
 
-The checkpoint is a file on one machine, so an actor on the machine of the program has it, and the others write through
-it.
+The checkpoint is a file on one machine. So an actor on the machine of the program opens the file, and all other
+processes write through this actor.
 
 Facts about Ray: https://docs.ray.io/en/latest/ray-core/fault_tolerance/actors.html (restarts and repeated calls),
 https://docs.ray.io/en/latest/ray-core/actors/async_api.html (async actors, cancellation).
@@ -44,13 +44,16 @@ except ImportError as _error:
     raise ImportError("the backend 'ray' needs Ray: pip install 'lmbridge[ray]'", name="ray") from _error
 
 _CLOSE_SECONDS: Final = 30.0
-"""How long the runs of a fleet that is left early have for their clean-up, in seconds."""
+"""How long the runs may take for their clean-up when a fleet is closed, in seconds."""
 _OTHER_CALLS: Final = 4
-"""The calls that an actor can take besides its runs."""
+"""How many other calls an actor can execute beside its runs, such as the one that closes it."""
 
 
 class _Keeper:
-    """The actor that has the checkpoint. Errors are returned, because Ray would wrap those that are raised."""
+    """The actor that has the file of the checkpoint open.
+
+    Its methods return errors instead of raising them, because Ray would wrap an error that is raised.
+    """
 
     def __init__(self, path: str) -> None:
         self._store = FileStore(path)
@@ -66,7 +69,7 @@ class _Keeper:
 
 
 class _RemoteStore:
-    """Writes the steps of runs through the actor that has the file. It implements `RunStore`."""
+    """A `RunStore` that writes the steps of runs through the actor with the file."""
 
     def __init__(self, path: str, keeper: Any) -> None:
         self._path = path
@@ -89,7 +92,7 @@ class _RemoteStore:
 
 @attrs.frozen
 class _RemoteEntry(JournalEntry):
-    """The place of a run in a journal that another process has."""
+    """A run in a journal that another process has open."""
 
     store: RunStore | None = attrs.field(default=None, kw_only=True)
 
@@ -99,21 +102,21 @@ class _RemoteEntry(JournalEntry):
 
 @attrs.frozen
 class _Checkpoint:
-    """Where the checkpoint is. Its actor is known by a name, because a handle would not survive a restart."""
+    """The path of the checkpoint, and the name of its actor, because a handle would not survive a restart."""
 
     path: str
     keeper: str
 
 
 async def _find_entries(checkpoint: _Checkpoint) -> Callable[[str], JournalEntry]:
-    """Returns a function that returns the place of a run in the checkpoint."""
+    """Returns a function that makes the `JournalEntry` of a run in the checkpoint, given the id of the run."""
     keeper = await asyncio.to_thread(ray.get_actor, checkpoint.keeper)
     journal, store = Journal(checkpoint.path), _RemoteStore(checkpoint.path, keeper)
     return lambda run_id: _RemoteEntry(journal, run_id=run_id, store=store)
 
 
 class _Worker:
-    """The actor that has an agent and some of the runs."""
+    """An actor with an agent, which runs some of the tasks."""
 
     def __init__(self, factory: AgentFactory, retries: int, checkpoint: _Checkpoint | None) -> None:
         self._factory = factory
@@ -132,7 +135,7 @@ class _Worker:
                 if self._agent is None:
                     self._entry = None if self._checkpoint is None else await _find_entries(self._checkpoint)
                     self._agent = await self._stack.enter_async_context(opened_agent(self._factory))
-        # The program gets the error that the factory raises, whatever it is.
+        # The factory may raise any error, which the program has to get.
         except Exception as error:  # noqa: BLE001
             return _portable_error(error)
         run = asyncio.ensure_future(run_task(self._agent, task, retries=self._retries, entry=self._entry))
@@ -152,12 +155,13 @@ class _Worker:
 
 
 class RayBackend:
-    """Has the runs in async actors of a Ray cluster: one for each of its processors.
+    """Runs the tasks in async actors of a Ray cluster, with at most one actor for each processor of the cluster.
 
-    If the program has not connected to a cluster by `ray.init`, this does, and leaves it at the end.
+    If the program has not called `ray.init` itself, the backend does so, and disconnects from the cluster at the end.
 
     Args:
-        factory: Makes the agent, in each process. It is sent there by Ray, so it must not hold a connection.
+        factory: Makes the agent in each process. Ray sends the function to the processes, so it must not hold a
+            connection.
         slots: How many runs may be in progress at the same time.
         retries: How many times a run that failed, or that was lost with its process, is tried again.
         checkpoint: The path of the journal of the fleet, or None.
@@ -184,7 +188,8 @@ class RayBackend:
         if self._checkpoint is not None:
             checkpoint = _Checkpoint(self._checkpoint, f"lmbridge-checkpoint-{os.urandom(8).hex()}")
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            # Its calls are not repeated: a step whose writing is uncertain makes its run fail, and go on from the file.
+            # Ray does not repeat calls of this actor. If it is uncertain whether a step was written, the run fails, and
+            # the next attempt continues from what is in the file.
             options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000, "scheduling_strategy": here}
             self._keeper = ray.remote(_Keeper).options(name=checkpoint.keeper, **options).remote(checkpoint.path)
         # This function of Ray has no types.
@@ -210,13 +215,13 @@ class RayBackend:
             lost = LLMError(
                 f"the process of the run was lost: {error}",
                 error,
-                hint="see the log of Ray; the run can go on from the checkpoint, if there is one",
+                hint="see the log of Ray; if there is a checkpoint, the run can be resumed from it",
                 context={"operation": "agent run"},
             )
             return Outcome(index=task.index, task=task.task, error=lost, attempts=self._retries + 1)
         if isinstance(outcome, Exception):
             raise outcome
-        # The task itself has not changed on its way.
+        # The program gets its own task object, and not the copy that came back from the other process.
         return attrs.evolve(outcome, task=task.task)
 
     async def __aexit__(
@@ -243,7 +248,7 @@ async def _awaited(reference: Awaitable[Any]) -> None:
     try:
         await reference
     except RayError:
-        # The process is gone, and its connections with it.
+        # The process is gone, and so are its connections.
         return
 
 
@@ -263,7 +268,10 @@ def _raised(value: Any) -> Any:
 
 
 def _portable(outcome: Outcome) -> Outcome:
-    """Returns an outcome that can be sent to another process: without functions, and without raw results of tools."""
+    """Returns an outcome that can be sent to another process.
+
+    It has neither the tools and their raw results, nor the calls that `approve` returned in place of others.
+    """
     result = None if outcome.result is None else _portable_result(outcome.result)
     error = None if outcome.error is None else _portable_error(outcome.error)
     return attrs.evolve(outcome, result=result, error=error)
@@ -285,7 +293,7 @@ def _portable_result(result: RunResult) -> RunResult:
 
 
 def _portable_error(error: Exception) -> Exception:
-    """Returns an error that can be sent to another process: the error itself, if possible."""
+    """Returns an error that can be sent to another process: the error itself if it can be pickled."""
     if isinstance(error, LLMError) and isinstance(error.partial, RunResult):
         error.partial = _portable_result(error.partial)
     try:

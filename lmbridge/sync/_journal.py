@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 
 class Journal(Wrapper):
-    """A file that keeps the steps of agent runs, so that a run can go on after its program was interrupted.
+    """A file that keeps the steps of agent runs, so that a run can be resumed after its program was interrupted.
 
-    The file is made by the first run that uses it, and any number of runs and of processes on one machine share it::
+    The first run that uses the file creates it. Any number of runs and of processes on one machine can share it::
 
         result = agent.run("Summarise the reports.", journal="runs.db")
 
-    After an interruption, `Agent.resume` lets the run go on::
+    After an interruption, `Agent.resume` continues the run::
 
         result = Agent.resume("runs.db", client=client, tools=[read_report])
 
-    It is a SQLite database, which only its owner can read. It must be on a disk of this machine: SQLite's journals do
-    not work on network drives.
+    The file is a SQLite database, which only its owner can read. It must be on a disk of this machine, because SQLite's
+    write-ahead log, which it uses, does not work on network drives.
 
     Args:
-        path: The path of the file. It need not exist yet.
+        path: The path of the file, which need not exist yet.
     """
 
     wraps = "lmbridge.agent.journal.journal:Journal"
@@ -52,7 +52,7 @@ class Journal(Wrapper):
         return result
 
     def export(self, run_id: str) -> str:
-        """Returns everything about a run as JSON: an object with its start, and its steps in order.
+        """Returns all that the journal has about a run as JSON: an object with its start, and its steps in order.
 
         Raises:
             JournalError: The journal does not have the run, or it cannot be read.

@@ -4,12 +4,12 @@ At run time they are plain dicts. TypedDicts won over classes because a reply is
 because a request can be written as a literal.
 
 - `replies`: what `chat_completion`, `text_completion`, `embeddings` and `create_response` return.
-- `requests`: what one sends in a chat: messages by role, content parts, tools, `tool_choice`, `response_format`. No
-  program has to use these: a method that takes messages takes any list of dicts.
+- `requests`: the parts of a chat request: messages by role, content parts, tools, `tool_choice`, `response_format`.
+  No program has to use these types: a method that takes messages accepts any list of dicts.
 - `lmstudio`: the replies of LM Studio's own API.
 
-A field is required where lmbridge guarantees it: it raises an error about a reply without the field, or fills it in as
-the class says. All other fields may be missing, because servers leave out what they do not know.
+A field is required where lmbridge guarantees it: if a reply lacks the field, lmbridge raises an error, or fills it in
+as the class says. All other fields may be missing, because servers leave out what they do not know.
 """
 
 from lmbridge.types.lmstudio import DownloadStatus, LMStudioInstance, LMStudioLoad, LMStudioModel, LMStudioUnload

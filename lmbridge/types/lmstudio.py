@@ -38,7 +38,7 @@ class LMStudioModel(TypedDict, total=False):
     loaded_instances: Required[list[LMStudioInstance]]
     """The loaded instances. The list is empty if the model is not loaded."""
     max_context_length: int
-    """The most tokens of context that the model supports. A loaded instance may have fewer; see its `config`."""
+    """The longest context that the model supports, in tokens. A loaded instance may have less; see its `config`."""
     format: str | None
     """The format of the model file, such as "gguf" or "mlx"."""
     capabilities: dict[str, Any]
@@ -57,7 +57,7 @@ class LMStudioLoad(TypedDict, total=False):
     type: str
     """The kind of model: "llm" or "embedding"."""
     instance_id: Required[str]
-    """The id of the new instance: the name to ask for, and to pass to `unload`."""
+    """The id of the new instance. It is the model name to request, and what `unload` takes."""
     load_time_seconds: float
     """The seconds that loading took."""
     status: str
@@ -77,7 +77,7 @@ class DownloadStatus(TypedDict, total=False):
     """The progress of one of LM Studio's downloads."""
 
     job_id: str
-    """The id of the download; it is missing if the model was downloaded already."""
+    """The id of the download; it is missing if the model had already been downloaded."""
     status: Required[str]
     """The state of the download: "downloading", "paused", "completed", "failed" or "already_downloaded"."""
     total_size_bytes: int

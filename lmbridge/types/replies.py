@@ -17,7 +17,7 @@ class FunctionCall(TypedDict):
 
 
 class MessageToolCall(TypedDict):
-    """A tool call that the model asks for.
+    """A tool call that the model requests.
 
     Some servers leave out the id, the type or empty arguments of a call. lmbridge fills them in.
     """
@@ -39,13 +39,13 @@ class Message(TypedDict, total=False):
     """The answer; None or empty if the model only called tools. lmbridge fills in None where a server sends nothing,
     and joins the texts of a content that a server sends in parts."""
     refusal: str | None
-    """The model's words if it refused to answer in the form that was asked for."""
+    """The model's words if it refused to answer in the requested form."""
     reasoning_content: str | None
     """The model's reasoning, as llama.cpp, LM Studio and vLLM name the field."""
     reasoning: str | None
     """The model's reasoning, as Ollama and some other servers name the field."""
     tool_calls: list[MessageToolCall]
-    """The tool calls that the model asks for; the field is missing if it asks for none."""
+    """The tool calls that the model requests; the field is missing if there are none."""
     function_call: FunctionCall | None
     """The only call of a message, from servers that do not know `tool_calls` yet."""
     annotations: list[dict[str, Any]]
@@ -129,7 +129,7 @@ class RunUsage(TypedDict):
 
 
 class CompletionEnvelope(TypedDict, total=False):
-    """What chat completions, text completions and their chunks have around their choices."""
+    """The fields that chat completions, text completions and their chunks have in addition to their choices."""
 
     id: str
     """The id that the server gave the reply. All chunks of a stream have the same one."""
@@ -138,11 +138,12 @@ class CompletionEnvelope(TypedDict, total=False):
     created: int
     """The time of the reply, in seconds since 1970."""
     model: str
-    """The model that answered, in the server's words."""
+    """The model that answered, as the server names it."""
     system_fingerprint: str | None
     """A name for the version of the server and its settings."""
     usage: Usage | None
-    """None in most chunks. Of a stream, it is sent only with `stream_options={"include_usage": True}`."""
+    """The numbers of tokens; None in most chunks. A stream has them only if the request had
+    `stream_options={"include_usage": True}`."""
     timings: dict[str, Any]
     """What llama.cpp measured, such as the tokens per second."""
 
@@ -155,7 +156,7 @@ class ChatChoice(TypedDict, total=False):
     message: Required[Message]
     """The message that the model wrote."""
     finish_reason: str | None
-    """Why the model stopped: "stop", "length", "tool_calls", ... After `collect` it is always there."""
+    """Why the model stopped, such as "stop", "length" or "tool_calls". After `collect`, the field is always present."""
     logprobs: dict[str, Any] | None
     """The log probabilities of the tokens; None if the request did not ask for them."""
 
@@ -201,7 +202,7 @@ class TextChoice(TypedDict, total=False):
     text: Required[str]
     """The text that continues the prompt; in a chunk, the next piece of it."""
     finish_reason: str | None
-    """Why the model stopped, such as "stop", "length" or "tool_calls"; None while it goes on."""
+    """Why the model stopped, such as "stop" or "length"; None while it goes on."""
     logprobs: dict[str, Any] | None
     """The log probabilities of the tokens; None if the request did not ask for them."""
 
@@ -227,7 +228,7 @@ class Embedding(TypedDict, total=False):
     """The embedding of one input."""
 
     index: Required[int]
-    """The position of the input that this is the embedding of; the first one is 0."""
+    """The position of the embedded input among the inputs; the first one is 0."""
     object: str
     """The kind of object, in the words of OpenAI's API."""
     embedding: Required[Any]
@@ -308,7 +309,7 @@ class Response(TypedDict, total=False):
     """A plain reply of `/v1/responses`."""
 
     id: str
-    """The name of the response, for `previous_response_id`."""
+    """The id of the response, which a later request can name as its `previous_response_id`."""
     object: str
     """The kind of object, in the words of OpenAI's API."""
     created_at: float
@@ -326,7 +327,7 @@ class Response(TypedDict, total=False):
     error: dict[str, Any] | None
     """What went wrong; None in a response that did not fail."""
     incomplete_details: dict[str, Any] | None
-    """Why the response is incomplete, such as `{"reason": "max_output_tokens"}`; else None."""
+    """Why the response is incomplete, such as `{"reason": "max_output_tokens"}`; otherwise None."""
     previous_response_id: str | None
     """The id of the response that this one continues; None if it continues none."""
 

@@ -1,4 +1,4 @@
-"""What one sends in a chat: messages by role, their content parts, tools, and the choice among them.
+"""The parts of a chat request: messages by role, content parts, tools, `tool_choice` and `response_format`.
 
 The annotations are evaluated (there is no `from __future__ import annotations` here), because a TypedDict whose
 annotations are strings does not know at run time which of its fields are required.
@@ -22,7 +22,7 @@ class TextPart(TypedDict):
 
 
 class ImageURL(TypedDict, total=False):
-    """Where an image is."""
+    """The image itself as a data URL, or its address."""
 
     url: Required[str]
     """A data URL, as `image_part` makes it. Few local servers fetch an image from the web."""
@@ -94,7 +94,7 @@ ContentPart: TypeAlias = TextPart | ImagePart | AudioPart | FilePart
 
 
 class SystemMessage(TypedDict, total=False):
-    """Instructions that stand above the conversation."""
+    """Instructions for the whole conversation."""
 
     role: Required[Literal["system"]]
     """The role of the author: "system"."""
@@ -138,13 +138,13 @@ class AssistantMessage(TypedDict, total=False):
     name: str
     """A name of the author, to distinguish several of the same role."""
     tool_calls: Sequence[MessageToolCall]
-    """The calls that the model asked for. Each has to be answered by a tool message."""
+    """The calls that the model requested. Each of them has to be answered by a tool message."""
     function_call: FunctionCall | None
     """The only call, for servers that do not know `tool_calls` yet."""
     reasoning_content: str | None
     """The reasoning before the answer, for servers that want it back."""
     audio: Mapping[str, Any] | None
-    """The `id` of an earlier reply in sound."""
+    """A dict with the `id` of an earlier reply in sound."""
 
 
 class ToolMessage(TypedDict):
@@ -159,7 +159,7 @@ class ToolMessage(TypedDict):
 
 
 ChatMessage: TypeAlias = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage | Message
-"""A message of a chat, of any role. The message of a reply is one, too, so it can be appended without changes."""
+"""A message of a chat, of any role. It may also be the message of a reply, which can be appended without changes."""
 
 
 # Tools
@@ -218,7 +218,7 @@ class TextFormat(TypedDict):
 
 
 class JSONObjectFormat(TypedDict):
-    """Asks for some JSON object."""
+    """Asks for any JSON object."""
 
     type: Literal["json_object"]
     """The kind of answer: "json_object"."""

@@ -1,4 +1,4 @@
-"""Journals: files that keep the steps of agent runs, so that a run can go on after its program was interrupted."""
+"""Journals: files that keep the steps of agent runs, so that a run can be resumed after its program was interrupted."""
 
 from lmbridge.agent.journal.journal import Journal, JournaledRun
 from lmbridge.agent.journal.resuming import JournalEntry

@@ -1,11 +1,11 @@
 """The SQLite database behind a journal, and the translation of its errors.
 
-A journal is an ordinary SQLite database, so that `sqlite3 runs.db` and every other tool for it can read it. Its steps
-are rows that are only ever added, in the order in which they happened; nothing is updated but the state of a run.
+A journal is an ordinary SQLite database, so that `sqlite3 runs.db` and other tools can read it. Its steps are rows that
+are only ever added, in the order in which they happened. Nothing is updated except the state of a run.
 
-The file is recognised before SQLite opens it, by the first bytes: SQLite would create its own files beside a database
-of another program, and would take an empty file for a new database. A new journal is made under another name and then
-linked to its own, so that a program that is killed in between does not leave half a journal.
+The file is recognised by its first bytes, before SQLite opens it: SQLite would create its own files beside a database
+of another program, and would take an empty file for a new database. A new journal is created under a temporary name and
+then linked to its real name, so that a program that is killed in between does not leave half a journal.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from lmbridge.agent.journal.locks import RunLocks
 from lmbridge.errors import JournalError, JournalProblem
 
 _APPLICATION_ID: Final = 0x6C6D626A
-"""The number in the header of a SQLite database that says what it is: "lmbj"."""
+"""The application id in the header of the file, by which a journal is recognised: "lmbj" in ASCII."""
 _VERSION: Final = 1
-"""The version of the schema and of the steps. A change that older or newer versions cannot read raises it."""
+"""The version of the schema and of the steps. It is increased with each change that other versions cannot read."""
 _HEADER_BYTES: Final = 100
 _MAGIC: Final = b"SQLite format 3\x00"
 _MODE: Final = 0o600
 _BUSY_SECONDS: Final = 60.0
-"""How long a write waits for another process, in seconds. A write of a journal takes milliseconds."""
+"""How long a write waits until another process has finished its own, in seconds. Each takes milliseconds."""
 
 _SCHEMA: Final = f"""
 PRAGMA application_id = {_APPLICATION_ID};
@@ -46,8 +46,8 @@ CREATE TABLE steps (
 """
 
 _PROBLEMS: Final[dict[int, tuple[JournalProblem, str]]] = {
-    sqlite3.SQLITE_FULL: ("full", "make room on the disk, and let the run go on with Agent.resume"),
-    sqlite3.SQLITE_IOERR: ("unwritable", "check the disk, and let the run go on with Agent.resume"),
+    sqlite3.SQLITE_FULL: ("full", "make room on the disk, and resume the run with Agent.resume"),
+    sqlite3.SQLITE_IOERR: ("unwritable", "check the disk, and resume the run with Agent.resume"),
     sqlite3.SQLITE_READONLY: ("unwritable", "the file and its folder must be writable for this user"),
     sqlite3.SQLITE_CANTOPEN: ("unwritable", "the folder must exist, and must be writable for this user"),
     sqlite3.SQLITE_PERM: ("unwritable", "the file and its folder must be writable for this user"),
@@ -56,7 +56,7 @@ _PROBLEMS: Final[dict[int, tuple[JournalProblem, str]]] = {
     sqlite3.SQLITE_CORRUPT: ("damaged", "a part of it is missing or was overwritten; nothing was written to it"),
     sqlite3.SQLITE_NOTADB: ("damaged", "a part of it is missing or was overwritten; nothing was written to it"),
 }
-"""What the primary error codes of SQLite mean for a journal, and what to do."""
+"""For primary error codes of SQLite: the problem of the journal, and what the user can do about it."""
 
 
 class StoredRun(NamedTuple):
@@ -96,7 +96,9 @@ class Database:
         with self._translated("open"):
             if not path.exists():
                 if not create:
-                    raise self._error("missing", "does not exist", "check the path; a run with journal= creates it")
+                    raise self._file_error(
+                        "missing", "does not exist", "check the path; a run with journal= creates it"
+                    )
                 _create(path)
             self._check_header()
             self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
@@ -113,20 +115,22 @@ class Database:
         with self._path.open("rb") as file:
             header = file.read(_HEADER_BYTES)
         if not header:
-            raise self._error("damaged", "is empty", "a journal never is; delete the file to begin a new one")
+            raise self._file_error(
+                "damaged", "is empty", "a journal is never empty; delete the file to begin a new one"
+            )
         if not header.startswith(_MAGIC[: len(header)]):
-            raise self._error("foreign", "is not a journal", "name another file; nothing was written to this one")
+            raise self._file_error("foreign", "is not a journal", "name another file; nothing was written to this one")
         if len(header) < _HEADER_BYTES:
-            raise self._error("damaged", "is cut off", "a part of it is missing; nothing was written to it")
+            raise self._file_error("damaged", "is cut off", "a part of it is missing; nothing was written to it")
         if int.from_bytes(header[68:72], "big") != _APPLICATION_ID:
             hint = "name another file; nothing was written to this one"
-            raise self._error("foreign", "is a database of another program", hint)
+            raise self._file_error("foreign", "is a database of another program", hint)
         version = int.from_bytes(header[60:64], "big")
         if version != _VERSION:
-            raise self._error(
+            raise self._file_error(
                 "version",
                 f"has version {version}, and this version of lmbridge reads version {_VERSION}",
-                "let its runs go on with the version of lmbridge that began them; nothing was written to it",
+                "resume its runs with the version of lmbridge that began them; nothing was written to it",
             )
 
     @property
@@ -135,16 +139,16 @@ class Database:
         return str(self._path)
 
     def close(self) -> None:
-        """Closes the file, and releases the runs."""
+        """Closes the file, and releases all runs."""
         self._connection.close()
         self.locks.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Makes a transaction of the block: either all that it writes is stored, or nothing.
+        """Runs the block in a transaction: either everything that the block writes is stored, or nothing.
 
         Raises:
-            JournalError: It could not be written.
+            JournalError: The transaction could not be written.
         """
         with self._translated("write to"):
             self._connection.execute("BEGIN IMMEDIATE")
@@ -163,7 +167,7 @@ class Database:
         return [self._checked(StoredRun, row) for row in rows]
 
     def run(self, run_id: str) -> StoredRun | None:
-        """Returns a run, or None if the journal does not have it."""
+        """Returns the run with an id, or None if the journal does not have it."""
         rows = self._execute("SELECT id, began, state, start FROM runs WHERE id = ?", run_id)
         return self._checked(StoredRun, rows[0]) if rows else None
 
@@ -188,7 +192,7 @@ class Database:
         self._execute("INSERT INTO runs VALUES (?, ?, ?, ?)", run_id, time.time(), state, start)
 
     def add_steps(self, run_id: str, first_number: int, steps: Sequence[tuple[str, str]]) -> None:
-        """Adds steps to a run. Each is a kind and its data."""
+        """Adds steps to a run. Each step is given by its kind and its data."""
         now = time.time()
         for number, (kind, data) in enumerate(steps, first_number):
             self._execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?)", run_id, number, kind, now, data)
@@ -202,15 +206,15 @@ class Database:
         return JournalError(message, problem=problem, hint=hint, path=str(self._path))
 
     def _checked(self, kind: type[_Row], row: tuple[Any, ...]) -> _Row:
-        """Returns a row whose columns have the types that lmbridge writes; SQLite stores a value of any type."""
+        """Returns a row, after a check of the types of its columns, because SQLite stores values of any type."""
         try:
             return msgspec.convert(row, kind)
         except ValueError as exc:
-            raise self._error(
+            raise self._file_error(
                 "damaged", f"has a row that cannot be read: {exc}", "something else has changed it"
             ) from exc
 
-    def _error(self, problem: JournalProblem, what: str, hint: str) -> JournalError:
+    def _file_error(self, problem: JournalProblem, what: str, hint: str) -> JournalError:
         return self.error(problem, f"the journal {str(self._path)!r} {what}", hint)
 
     def _execute(self, query: str, *values: Any) -> list[Any]:
@@ -219,16 +223,16 @@ class Database:
 
     @contextmanager
     def _translated(self, action: str) -> Iterator[None]:
-        """Translates the errors of SQLite and of the system.
+        """Translates the errors of SQLite and of the operating system.
 
         Raises:
-            JournalError: One of them was raised.
+            JournalError: The block raised such an error.
         """
         try:
             yield
         except sqlite3.Error as exc:
             code = getattr(exc, "sqlite_errorcode", None) or 0
-            # The lowest byte is the primary code, which the others refine.
+            # The lowest byte is the primary code. The other bytes only refine it.
             problem, hint = _PROBLEMS.get(code & 0xFF, ("damaged", "nothing was written to it"))
             raise JournalError(
                 f"could not {action} the journal {str(self._path)!r}: {exc}",

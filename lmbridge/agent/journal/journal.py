@@ -1,4 +1,4 @@
-"""`Journal`: lists the runs in a file, with the task of each and how far it is."""
+"""`Journal`: lists the runs in a file, and exports their steps."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _T = TypeVar("_T")
 JournalState = Literal["unfinished", "failed", "finished"]
 """The state of a run in a journal.
 
-"unfinished": it is in progress, or was interrupted. "failed": it ended with an error, and can go on. "finished": it has
-its result.
+"unfinished": it is in progress, or was interrupted. "failed": it ended with an error, and can be resumed. "finished":
+it has a result.
 """
 
 _LISTED_RUNS: Final = 10
@@ -39,33 +39,33 @@ class JournaledRun:
     id: str
     """The id of the run, for `Agent.resume` and `Journal.export`."""
     state: JournalState
-    """True once the run has ended."""
+    """Whether the run is "unfinished", has "failed" or is "finished"; see `JournalState`."""
     began: datetime
-    """When the run was begun, in UTC."""
+    """The time at which the run began, in UTC."""
     updated: datetime
-    """When its last step was written, in UTC."""
+    """The time at which its last step was written, in UTC."""
     task: str | list[Any]
     """The task, as a string or as content parts."""
     model: str | None
-    """The requested model; None if the server chooses it, or if the run has not been admitted yet."""
+    """The model with which the run was admitted, or the requested one before that; None if neither is named."""
 
 
 class Journal:
-    """A file that keeps the steps of agent runs, so that a run can go on after its program was interrupted.
+    """A file that keeps the steps of agent runs, so that a run can be resumed after its program was interrupted.
 
-    The file is made by the first run that uses it, and any number of runs and of processes on one machine share it::
+    The first run that uses the file creates it. Any number of runs and of processes on one machine can share it::
 
         result = await agent.run("Summarise the reports.", journal="runs.db")
 
-    After an interruption, `Agent.resume` lets the run go on::
+    After an interruption, `Agent.resume` continues the run::
 
         result = await Agent.resume("runs.db", client=client, tools=[read_report])
 
-    It is a SQLite database, which only its owner can read. It must be on a disk of this machine: SQLite's journals do
-    not work on network drives.
+    The file is a SQLite database, which only its owner can read. It must be on a disk of this machine, because SQLite's
+    write-ahead log, which it uses, does not work on network drives.
 
     Args:
-        path: The path of the file. It need not exist yet.
+        path: The path of the file, which need not exist yet.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -90,7 +90,7 @@ class Journal:
         return await read_journal(self, lambda database: [_describe_run(database, run) for run in database.runs()])
 
     async def export(self, run_id: str) -> str:
-        """Returns everything about a run as JSON: an object with its start, and its steps in order.
+        """Returns all that the journal has about a run as JSON: an object with its start, and its steps in order.
 
         Raises:
             JournalError: The journal does not have the run, or it cannot be read.
@@ -113,14 +113,14 @@ async def read_journal(journal: Journal, function: Callable[[Database], _T]) -> 
 
 
 def find_run(database: Database, run_id: str | None) -> StoredRun:
-    """Returns the run that is to go on.
+    """Returns the run that is to be resumed.
 
     Args:
         database: The journal.
         run_id: The id of the run. None means the only run that has no result, or the only run at all.
 
     Raises:
-        JournalError: The run does not exist, or the journal has several.
+        JournalError: The run does not exist, or several runs can be meant.
     """
     runs = database.runs()
     if run_id is not None:
@@ -134,14 +134,14 @@ def find_run(database: Database, run_id: str | None) -> StoredRun:
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
-        message = f"the journal has {len(candidates)} runs that can go on"
+        message = f"the journal has {len(candidates)} runs that can be resumed"
     else:
         message = f"all {len(runs)} runs of the journal are finished" if runs else "the journal has no runs"
     raise database.error("run", message, _name_one(database, candidates or runs))
 
 
 def _name_one(database: Database, runs: Sequence[StoredRun]) -> str:
-    """Returns the hint to name one of several runs."""
+    """Returns the hint that tells the user to name one of several runs."""
     if not runs:
         return "begin a run with agent.run(task, journal=...)"
     described = [f"{run.id} ({run.state}: {_shown_task(database, run)})" for run in runs[:_LISTED_RUNS]]
@@ -167,7 +167,7 @@ def _describe_run(database: Database, run: StoredRun) -> JournaledRun:
 
 
 def begun_model(database: Database, run: StoredRun) -> str | None:
-    """Returns the model of a run: the one with which it was admitted, or else the one that was requested for it."""
+    """Returns the model with which a run was admitted, or the requested one if it has not been admitted yet."""
     first = database.first_step(run.id)
     begun = None if first is None else read_step(run.id, first, path=database.path)
     return begun.model if isinstance(begun, Begun) else read_start(database, run).model
@@ -205,7 +205,7 @@ def read_step(run_id: str, stored: StoredStep, *, path: str) -> Step:
     """Returns a step of a run in the journal at a path.
 
     Raises:
-        JournalError: It cannot be read.
+        JournalError: The step cannot be read.
     """
     try:
         return decode_step(stored)
@@ -217,7 +217,7 @@ def read_recording(run_id: str, stored: Sequence[StoredStep], *, path: str) -> R
     """Returns the steps of a run in the journal at a path, in the form in which they are repeated.
 
     Raises:
-        JournalError: They cannot be read, or contradict each other.
+        JournalError: The steps cannot be read, or contradict each other.
     """
     steps = [read_step(run_id, each, path=path) for each in stored]
     try:
@@ -227,10 +227,10 @@ def read_recording(run_id: str, stored: Sequence[StoredStep], *, path: str) -> R
 
 
 def read_start(database: Database, run: StoredRun) -> RunStart:
-    """Returns the task and the options with which a run was begun.
+    """Returns the task and the options with which a run began.
 
     Raises:
-        JournalError: It cannot be read.
+        JournalError: They cannot be read.
     """
     try:
         return decode(run.start, RunStart)
@@ -239,5 +239,5 @@ def read_start(database: Database, run: StoredRun) -> RunStart:
 
 
 def damaged(message: str, *, path: str) -> JournalError:
-    """Returns the error of a journal whose rows are not what lmbridge has written."""
+    """Returns the error about a journal whose rows are not what lmbridge has written."""
     return JournalError(message, problem="damaged", hint="something else has changed the journal", path=path)

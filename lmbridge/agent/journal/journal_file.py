@@ -1,12 +1,12 @@
 """`JournalFile`: an open journal with a thread of its own, which does everything that blocks.
 
-Each step of a run waits until the disk has it, which takes milliseconds, and a connection of SQLite belongs to one
-thread. So each journal has one thread, for all runs of the process. It takes all steps that wait for it and writes
-them in one transaction: the tools of a reply that end at the same time, or the steps of a hundred runs, share one flush
-of the disk. A pool of threads would need a connection and a flush for each of them.
+A run waits until each of its steps is on disk, which takes milliseconds, and a connection of SQLite belongs to one
+thread. So each journal has one thread for all runs of the process. The thread takes all steps that wait for it, and
+writes them in one transaction: tools of a reply that end at the same time, or the steps of a hundred runs, share one
+flush of the disk. In a pool, each thread would need a connection and flushes of its own.
 
-The thread ends when the journal is no longer used, and is a daemon, so that it never keeps a program from ending. Steps
-that are lost in that case do no harm, because a run goes on only after its step has been written.
+The thread ends when the journal is no longer used. It is a daemon, so that it never keeps a program from ending. Steps
+that are lost when the program ends do no harm, because a run continues only after its step has been written.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lmbridge.agent.journal.database import Database
 _T = TypeVar("_T")
 
 _MOST_AT_ONCE: Final = 500
-"""The most pieces of work in one transaction."""
+"""The largest number of pieces of work in one transaction."""
 
 
 @attrs.define(eq=False)
 class _Work:
-    """A piece of work that waits for the thread."""
+    """A piece of work that waits for the thread of the journal."""
 
     function: Callable[[Database], Any]
     create: bool
@@ -41,11 +41,11 @@ class _Work:
 
 
 class JournalFile:
-    """An open journal, shared by all runs of the process that use it. Make it with `open`, and `release` it."""
+    """An open journal, shared by all runs of the process that use it. Get it from `open`, and `release` it later."""
 
     _files: ClassVar[dict[str, JournalFile]] = {}
-    # The threads of journals that are being closed, by path. The next one for the same path waits for its predecessor,
-    # whose locks would otherwise conflict with its own.
+    # The threads of journals that are being closed, by path. The next thread for the same path waits until its
+    # predecessor has ended, because both would otherwise hold locks on the same file.
     _closing: ClassVar[dict[str, threading.Thread]] = {}
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
@@ -78,7 +78,7 @@ class JournalFile:
             return file
 
     def release(self) -> None:
-        """Closes the journal when all work is done, unless others use it."""
+        """Closes the journal when all its work is done, unless another run still uses it."""
         with JournalFile._lock:
             self._users -= 1
             if not self._users:
@@ -92,7 +92,7 @@ class JournalFile:
         The work is done even if the future is cancelled.
 
         Args:
-            function: The work. An exception that it raises undoes what it has written.
+            function: The work. If it raises an exception, what it has written is undone.
             create: Whether the file is created if it does not exist.
         """
         loop = asyncio.get_running_loop()
@@ -126,7 +126,7 @@ class JournalFile:
                 del JournalFile._closing[self._path]
 
     def _next_batch(self) -> tuple[list[_Work], bool]:
-        """Waits for work, and returns all of it, and whether more may follow."""
+        """Waits for work. Returns all work that is waiting, and whether more may follow."""
         batch: list[_Work] = []
         item = self._queue.get()
         while item is not None:
@@ -141,7 +141,7 @@ class JournalFile:
 
 
 def _do_together(batch: list[_Work], database: Database) -> None:
-    """Does several pieces of work in one transaction; if that fails, each in a separate transaction."""
+    """Does several pieces of work in one transaction; if that fails, each piece in a transaction of its own."""
     try:
         with database.transaction():
             results = [each.function(database) for each in batch]
@@ -165,7 +165,7 @@ def _deliver(work: _Work, result: Any, error: Exception | None) -> None:
         else:
             work.future.set_exception(error)
 
-    # If the loop has been closed, no task waits any more.
+    # If the loop has been closed, no task is waiting for the result.
     with contextlib.suppress(RuntimeError):
         work.loop.call_soon_threadsafe(deliver)
 
@@ -176,7 +176,7 @@ def _release_opened(opening: asyncio.Future[JournalFile]) -> None:
 
 
 def _forget_after_fork() -> None:
-    """Forgets the journals of the parent process: threads do not survive a fork, and connections must not."""
+    """Forgets the journals of the parent process, whose threads are gone, and whose connections must not be used."""
     JournalFile._lock = threading.Lock()  # noqa: SLF001 - a function of the class's own module
     _of_parent.extend(JournalFile._files.values())  # noqa: SLF001 - as above
     JournalFile._files.clear()  # noqa: SLF001 - as above

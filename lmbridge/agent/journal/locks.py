@@ -1,9 +1,10 @@
-"""`RunLocks`: which runs of a journal are in progress, known to all processes, and forgotten when a process dies.
+"""`RunLocks`: marks the runs of a journal that are in progress, so that all processes see it until this one ends.
 
-Two programs that let the same run go on would make its calls twice. A flag in the database would survive a program that
-was killed, and a time limit on it would have to be renewed while a tool takes hours. So each run in progress is a lock
-on a byte of a file beside the journal: the system releases it when the process ends, however it ends. SQLite's own file
-cannot be used for that, because closing it anywhere in the process would release the locks of SQLite, too.
+Two programs that resumed the same run would make its calls twice. A flag in the database would survive a program that
+was killed, and a flag with a time limit would have to be renewed while a tool takes hours. So each run in progress
+holds a lock on a byte of a file beside the journal. The operating system releases the lock when the process ends,
+however it ends. SQLite's own file cannot be used for this, because closing it anywhere in the process would also
+release the locks of SQLite.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ else:
 
 
 class RunLocks:
-    """The runs that this process has in progress in one journal.
+    """The runs of one journal that this process has in progress.
 
-    A process has one object for each journal at a time: the locks of a process are released when it closes the file
-    anywhere, and do not conflict with each other.
+    A process must have only one such object for a journal at a time. The locks of one process do not conflict with each
+    other, and if a process closes the file of locks anywhere, it loses all its locks on it.
 
     Args:
         journal: The path of the journal. The locks are in a file with "-lock" at the end of its name.
@@ -61,11 +62,11 @@ class RunLocks:
         self._owners: dict[str, object] = {}
 
     def claim(self, run_id: str, owner: object) -> bool:
-        """Marks a run as in progress. Returns False if it already is for another owner, here or in another process."""
+        """Marks a run as in progress. Returns False if another owner, in any process, has already marked it."""
         if run_id in self._owners:
             return self._owners[run_id] is owner
         if self._file is None:
-            # Python opens all files so that other programs do not inherit them.
+            # Python opens files in such a way that child programs do not inherit them, so only this process has it.
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, _MODE)
         if not _try_lock(self._file, _byte_of(run_id)):
             return False
@@ -87,5 +88,5 @@ class RunLocks:
 
 
 def _byte_of(run_id: str) -> int:
-    """Returns the place of a run in the file of locks, which has no content. It is below 2 to the power of 56."""
+    """Returns the number of the byte that a run locks, below 2 to the power of 56. The file itself stays empty."""
     return int.from_bytes(hashlib.sha256(run_id.encode()).digest()[:7], "big")

@@ -32,8 +32,8 @@ class RunRecorder:
 
     Args:
         store: Writes the steps into the file.
-        run_id: The id of the run. If the journal has a run with this id, that one goes on.
-        start: The task and the options of the run. For a run that goes on, they are those with which it was begun.
+        run_id: The id of the run. If the journal already has a run with this id, that run is resumed.
+        start: The task and the options of the run. They are only written if the run is new.
     """
 
     def __init__(self, store: RunStore, run_id: str, start: RunStart) -> None:
@@ -41,12 +41,12 @@ class RunRecorder:
         self._run_id = run_id
         self._start = start
         self._recording = Recording()
-        # The number of replies so far, and how many of them have been repeated from the journal.
+        # The number of replies so far, and how many of them were repeated from the journal.
         self._replies = 0
         self._repeated = 0
         self._next_number = 0
-        # The numbers of the last replies that had no calls. If they make the run fail, the model has to give them
-        # again.
+        # The numbers of the replies without calls since the last one with calls. If the run fails because of them, the
+        # model is asked again when the run is resumed.
         self._without_calls: list[int] = []
         self._repeated_seconds = 0.0
         self._resumed_at = time.monotonic()
@@ -81,7 +81,7 @@ class RunRecorder:
         if begun is None:
             await self._add(Begun(model=model, tools=list(tool_names)))
         elif model != begun.model:
-            message = f"the run {self._run_id!r} began with model {begun.model!r}, and would go on with {model!r}"
+            message = f"the run {self._run_id!r} began with model {begun.model!r}, and would be resumed with {model!r}"
             raise self._mismatch(message, "use the same model")
         elif missing := [name for name in begun.tools if name not in tool_names]:
             message = f"the run {self._run_id!r} lacks tools that it began with: {', '.join(missing)}"
@@ -96,7 +96,7 @@ class RunRecorder:
             raise self._mismatch(
                 f"reply {reply.number + 1} of the run {self._run_id!r} belongs to round {recorded.round}, and not to"
                 f" round {round_number}",
-                f"the run was begun by lmbridge {self._start.version}; let it go on with that version",
+                f"the run was begun by lmbridge {self._start.version}; resume it with that version",
             )
         self._repeated += 1
         self._replies = self._repeated

@@ -31,10 +31,10 @@ def _as_journal(journal: Journal | str | os.PathLike[str]) -> Journal:
 
 @attrs.frozen
 class JournalEntry:
-    """The place of one run in a journal, which `journal=` accepts in place of a path.
+    """One run of a journal, which `journal=` accepts instead of a path.
 
-    If the journal has a run with this id, that run goes on; if it is finished, its result is returned. So a program
-    that is started again can simply make the same call::
+    If the journal already has a run with this id, that run is resumed, or its result is returned if it is finished. So
+    a program that is started again can simply make the same call::
 
         result = await agent.run(order.text, journal=JournalEntry("orders.db", run_id=f"order-{order.number}"))
     """
@@ -44,35 +44,37 @@ class JournalEntry:
     run_id: str | None = attrs.field(default=None, kw_only=True)
     """The id of the run. Default: a new random one."""
     extra: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True)
-    """Data that the program needs to open the tools of the run again. It is kept with the run, and has to be JSON."""
+    """Data that the program needs to open the tools of the run again. They are kept with the run, and must be JSON."""
 
     def __attrs_post_init__(self) -> None:
         check_text("run_id", self.run_id, optional=True)
 
     def open_store(self) -> RunStore:
-        """Returns what writes the steps of the run."""
+        """Returns the store that writes the steps of the run."""
         return FileStore(self.journal.path)
 
 
 @attrs.frozen(kw_only=True)
 class FoundRun:
-    """A run of a journal that is to go on."""
+    """A run of a journal that is to be resumed."""
 
     entry: JournalEntry
-    """Its place in the journal."""
+    """The journal, and the id of the run in it."""
     start: RunStart
-    """The task and the options that the run was begun with."""
+    """The task and the options with which the run began."""
     model: str | None
-    """The model that it has to keep."""
+    """The model of the run, which has to stay the same."""
 
     def settings(self, given: Settings) -> Settings:
         """Returns the options of the run.
 
         Args:
-            given: The options of the agent, of which the functions and types are used.
+            given: The options of the agent that resumes the run. Its functions and types are used, because a journal
+                cannot keep them.
 
         Raises:
-            JournalError: The run needs a function or a type that is not given, or has options of another version.
+            JournalError: The run needs a function or a type that is not given, or has options that this version of
+                lmbridge does not know.
         """
         if self.start.has_approve and given.approve is None:
             raise self._mismatch("its calls have to be approved", "pass the function approve=")
@@ -83,23 +85,23 @@ class FoundRun:
         try:
             return attrs.evolve(given, **self.start.settings)
         except TypeError as exc:
-            hint = f"let it go on with lmbridge {self.start.version}, which began it"
+            hint = f"resume it with lmbridge {self.start.version}, which began it"
             raise self._mismatch(f"its options are unknown: {exc}", hint) from exc
 
     def _mismatch(self, reason: str, hint: str) -> JournalError:
-        message = f"the run {self.entry.run_id!r} cannot go on: {reason}"
+        message = f"the run {self.entry.run_id!r} cannot be resumed: {reason}"
         return JournalError(message, problem="mismatch", hint=hint, path=self.entry.journal.path)
 
 
 async def find(journal: Journal | str | os.PathLike[str], run_id: str | None) -> FoundRun:
-    """Returns the run that is to go on.
+    """Returns the run that is to be resumed.
 
     Args:
         journal: The journal, or its path.
         run_id: The id of the run. None means the only run that has no result, or the only run at all.
 
     Raises:
-        JournalError: The run does not exist, or the journal has several.
+        JournalError: The run does not exist, or several runs can be meant.
     """
     opened = _as_journal(journal)
 
@@ -122,7 +124,7 @@ def new_recorder(
     """Returns the recorder of a run.
 
     Raises:
-        LLMValidationError: The journal is neither a journal nor a path, or the run has an option that JSON cannot hold.
+        LLMValidationError: The journal is neither a journal nor a path, or an option of the run cannot be kept as JSON.
     """
     entry = journal if isinstance(journal, JournalEntry) else JournalEntry(journal)
     start = RunStart(
@@ -145,5 +147,5 @@ def _is_stored(attribute: attrs.Attribute[Any], _value: Any) -> bool:
 
 
 def _through_json(value: Any) -> Any:
-    """Returns what remains of a value that is written as JSON and read again."""
+    """Returns a value as it is after it was written as JSON and read again."""
     return msgspec.json.decode(encode_body({"value": value}))["value"]

@@ -1,7 +1,7 @@
 """`RunStore`: writes the steps of runs, either itself or through another process that has the file open.
 
 The recorder of a run knows the file only through this protocol. In a fleet of several machines, the file is on one of
-them, because SQLite needs a local disk, and the other machines write through an actor there.
+them, because SQLite needs a local disk. The other machines write through an actor on that machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 class RunStore(Protocol):
-    """The runs of one journal that are in progress."""
+    """Writes the steps of those runs of one journal that are in progress."""
 
     @property
     def path(self) -> str:
@@ -44,12 +44,14 @@ class RunStore(Protocol):
         ...
 
     async def release_run(self, run_id: str) -> None:
-        """Releases a run when its steps are on disk. It is idempotent."""
+        """Releases a run as soon as all its steps are on disk. It is idempotent."""
         ...
 
 
 class FileStore:
-    """The runs of one owner in a file. The file is open while at least one run is.
+    """Writes the steps of runs into a file, which is open as long as at least one of the runs is in progress.
+
+    A store owns the runs that it has opened: until it releases a run, no other store can open it.
 
     Args:
         path: The path of the journal.
@@ -102,7 +104,7 @@ class FileStore:
         if file is None:
             return
         released = file.submit(lambda database: database.locks.release(run_id, self))
-        # Closing fails if the file could not be opened. `open_run` has already reported that.
+        # The release fails if the file could not be opened, which `open_run` has already reported.
         released.add_done_callback(mark_exception_retrieved)
         file.release()
         await asyncio.wait([released])

@@ -1,4 +1,4 @@
-"""The steps of a run as JSON, and the records of a run that are read from its steps.
+"""The steps of a run, as they are stored in JSON, and `Recording`, the form in which a resumed run repeats them.
 
 A journal has these kinds of steps:
 
@@ -9,7 +9,7 @@ summary   the model has written a summary, because its context was full
 planned   the calls of the last reply are about to be made, or will not be made, with the reason
 started   a call is about to be made
 done      a call has ended: its result
-failed    the run ended with an error, and can go on
+failed    the run ended with an error, and can be resumed
 ended     the run has ended: its stop reason and its answer
 ========  ==========================================================================================
 
@@ -40,24 +40,24 @@ _encode: Final = msgspec.json.Encoder().encode
 
 @attrs.frozen(kw_only=True)
 class RunStart:
-    """The task and the options with which a run was begun, and what is needed to continue it."""
+    """The task and the options with which a run began, and what is needed to resume it."""
 
     task: Any
     """The task, as a string or as content parts."""
     messages: list[dict[str, Any]] | None
-    """The conversation that the run continues."""
+    """The conversation that the run continues; None for a new one."""
     model: str | None
     """The model that was requested for this run; None means the agent's."""
     settings: dict[str, Any]
-    """The options of the agent and of the run, except for functions and types."""
+    """The options of the agent and of the run, without functions, objects and types."""
     has_approve: bool
     """True if calls had to be approved."""
     output_schema: Any
     """The JSON schema of the output; None if the run has no output type."""
     extra: dict[str, Any]
-    """What the program that began the run needs to open its tools again, such as names of MCP servers."""
+    """What the program needs to open the tools of the run again, such as the names of MCP servers."""
     version: str
-    """The version of lmbridge."""
+    """The version of lmbridge that began the run."""
 
 
 @attrs.frozen(kw_only=True)
@@ -92,7 +92,7 @@ class Summary:
 
 @attrs.frozen(kw_only=True)
 class EditedCall:
-    """The call that the user wanted in place of another one."""
+    """The call that the user wanted instead of the requested one."""
 
     name: str
     arguments: dict[str, Any]
@@ -157,7 +157,7 @@ class Failed:
     error: str
     kind: str
     dropped: list[int]
-    """The numbers of the replies because of which the run failed, and which the model has to give again."""
+    """The numbers of the replies because of which the run failed. The model is asked for them again."""
 
 
 @attrs.frozen(kw_only=True)
@@ -212,7 +212,7 @@ def decode(data: str, kind: type[_T]) -> _T:
     """Returns a start or the data of a step.
 
     Raises:
-        ValueError: The JSON is not that of such an object.
+        ValueError: The JSON does not describe such an object.
     """
     return msgspec.json.decode(data, type=kind)
 
@@ -226,7 +226,7 @@ def decode_step(stored: StoredStep) -> Step:
     """Returns a step.
 
     Raises:
-        ValueError: Its kind is unknown, or its data are not those of that kind.
+        ValueError: The kind of the step is unknown, or the data do not belong to this kind.
     """
     if stored.kind not in _KINDS:
         raise ValueError(f"unknown kind of step: {stored.kind!r}")
@@ -310,13 +310,13 @@ class Recording:
     replies: list[tuple[ReplyStep, RecordedReply]] = attrs.field(factory=list)
     """The replies, in order."""
     summaries: dict[int, list[ModelReply]] = attrs.field(factory=dict)
-    """The replies with summaries, by the number of the next reply."""
+    """The replies with summaries. The keys are the numbers of the replies that follow the summaries."""
     calls: dict[int, dict[int, RecordedCall]] = attrs.field(factory=dict)
-    """The planned calls, by the number of their reply and their place in it."""
+    """The planned calls. The keys are the numbers of the replies, and the places of the calls in them."""
     call_seconds: dict[int, float] = attrs.field(factory=dict)
-    """How long the run had been working at the last step of the calls of each reply, in seconds."""
+    """How long the run had been working when the last step of the calls of a reply was recorded, in seconds."""
     seconds: float = 0.0
-    """How long the run had been working at its last step, in seconds."""
+    """How long the run had been working when its last step was recorded, in seconds."""
 
     @classmethod
     def of(cls, steps: Sequence[Step]) -> Recording:

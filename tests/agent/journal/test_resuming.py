@@ -358,7 +358,7 @@ async def test_a_run_whose_model_was_swapped_meanwhile_raises(scripted_server: S
         with pytest.raises(ModelChangedDuringExecutionError):
             await Agent.resume(journal, client=client, tools=[add])
     async with LLMClient(scripted_server.api_base, "second") as client:
-        with pytest.raises(JournalError, match="began with model None, and would go on with 'second'") as caught:
+        with pytest.raises(JournalError, match="began with model None, and would be resumed with 'second'") as caught:
             await Agent.resume(journal, client=client, tools=[add])
     assert caught.value.problem == "mismatch"
 
@@ -417,7 +417,7 @@ async def test_one_of_several_runs_has_to_be_named(
     agent = Agent(client)
     for task in ("Read the first report.", "Read the second report."):
         await interrupt_after(scripted_server, agent, journal, task=task)
-    with pytest.raises(JournalError, match=r"2 runs that can go on.*unfinished: Read the first report") as caught:
+    with pytest.raises(JournalError, match=r"2 runs that can be resumed.*unfinished: Read the first report") as caught:
         await Agent.resume(journal, client=client)
     assert caught.value.problem == "run"
     first, second = await Journal(journal).runs()
