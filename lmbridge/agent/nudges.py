@@ -26,7 +26,7 @@ from lmbridge.agent.reply import ModelReply
 from lmbridge.agent.result import Nudge, NudgeKind
 from lmbridge.agent.text_calls import has_quoted_calls
 from lmbridge.agent.toolset import Toolset
-from lmbridge.agent.unread_calls import find_unread_call
+from lmbridge.agent.unread_calls import find_unread_call, repeats_its_call
 
 _EXAMINED_CHARACTERS: Final = 400
 """How many characters at the end of a reply are searched for its last sentence."""
@@ -37,8 +37,6 @@ A sentence would be an example: asked again after "(The reply was empty.)", a sm
 """
 AFTER_CALLS: Final = "I have called the tools."
 """Replaces the model's own reply when it is asked to answer without tools. It is true, should the model repeat it."""
-_WRITES_CALLS: Final[tuple[NudgeKind, ...]] = ("unreadable_call", "promise")
-"""The flaws of replies in which a model wants to call further tools. If they recur, it is asked for its answer."""
 _LONGEST_TASK: Final = 500
 """The number of characters up to which a task is repeated at the end of the conversation."""
 
@@ -131,7 +129,7 @@ class Nudges:
             is_repetition: Whether the reply begins with a call whose result the model already has.
         """
         has_failed = kind in self._given
-        goes_on_calling = has_results and has_failed and kind in _WRITES_CALLS
+        goes_on_calling = has_results and has_failed and _wants_to_call(kind, reply)
         asks_to_answer = reply.may_call and (is_repetition or goes_on_calling)
         if (has_failed and not asks_to_answer) or len(self._given) >= self._most_per_round or not self._left:
             return None
@@ -158,6 +156,15 @@ class Nudges:
         properties = definition.get("parameters", {}).get("properties", {})
         arguments = {each: _placeholder(schema) for each, schema in properties.items()}
         return f"<tool_call>\n{msgspec.json.encode({'name': name, 'arguments': arguments}).decode()}\n</tool_call>"
+
+
+def _wants_to_call(kind: NudgeKind, reply: ModelReply) -> bool:
+    """Returns whether the model wants to call further tools. If it does so again, it is asked for its answer.
+
+    A call that was cut off counts only if the reply repeats an earlier one. Otherwise the model may be writing a long
+    file, and must not be led to say that it has done so.
+    """
+    return kind in ("unreadable_call", "promise") or (kind == "cut_call" and repeats_its_call(reply.text))
 
 
 def request_answer(task: str) -> str:

@@ -115,6 +115,12 @@ def first_json_call(text: str) -> JsonCall | None:
     return JsonCall(name, arguments_in(call), end)
 
 
+def repeats_its_call(text: str) -> bool:
+    """Returns whether a text begins with a JSON call, and has the same call again later. Such a text rarely ends."""
+    call = first_json_call(text)
+    return call is not None and text.find(text[: call.end].strip(), call.end) >= 0
+
+
 def _only_calls(text: str, tool_names: Collection[str]) -> str | None:
     """Returns "JSON" for an answer that consists of several calls in JSON, of which the first one names a tool.
 

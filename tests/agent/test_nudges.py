@@ -233,11 +233,16 @@ async def test_without_nudges_the_model_is_not_asked_again(
 # Asking for an answer without tools
 
 RESULT = calls(asks("add", a=1, b=2))
+NEXT_CALL = '{"name": "add", "arguments": {"a": 3, "b": 2}}'
 
 
 @pytest.mark.parametrize(
     ("kind", "flawed"),
-    [("promise", answer("I will call add now.")), ("unreadable_call", answer(UNREADABLE))],
+    [
+        ("promise", answer("I will call add now.")),
+        ("unreadable_call", answer(UNREADABLE)),
+        ("cut_call", answer(f"{NEXT_CALL}\n{NEXT_CALL}\n{NEXT_CALL[:20]}", finish_reason="length")),
+    ],
 )
 async def test_a_model_with_results_that_goes_on_to_call_is_asked_to_answer_without_tools(
     scripted_server: ScriptedServer, client: LLMClient, kind: str, flawed: Behaviour
@@ -256,6 +261,22 @@ async def test_a_model_with_results_that_goes_on_to_call_is_asked_to_answer_with
     ]
     check_valid(requests[3]["messages"])
     check_valid(result.messages)
+
+
+@pytest.mark.parametrize(
+    "flawed",
+    [
+        answer(f"{NEXT_CALL}\n{NEXT_CALL[:20]}", finish_reason="length"),
+        calls(asks_raw("add", '{"a": 1'), finish_reason="length"),
+    ],
+)
+async def test_a_model_whose_calls_are_too_long_is_not_asked_to_answer_without_them(
+    scripted_server: ScriptedServer, client: LLMClient, flawed: Behaviour
+) -> None:
+    scripted_server.script(RESULT, flawed, flawed)
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert result.stop_reason == "length"
+    assert [(nudge.kind, nudge.without_tools) for nudge in result.log[1].nudges] == [("cut_call", False)]
 
 
 @pytest.mark.parametrize("flawed", [answer(""), answer("", reasoning="Hm.")])
