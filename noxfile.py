@@ -59,7 +59,8 @@ def oldest(session: nox.Session) -> None:
 # The newest versions of all dependencies, also those that were released after the last change of a lock or an image.
 @nox.session
 def newest(session: nox.Session) -> None:
-    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[cli,gateway,mcp,otel]", *DEV)
+    extras = "cli,gateway,langchain,mcp,openai-agents,otel,pydantic-ai"
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", f".[{extras}]", *DEV)
     session.run("python", "-m", "pytest", "-n", "auto", "-m", "not slow and not real", *session.posargs)
 
 

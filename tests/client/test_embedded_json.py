@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lmbridge.client.embedded_json import EmbeddedValue, find_only_value
@@ -28,10 +28,11 @@ def test_an_object_is_found_whatever_prose_is_around_it(before: str, value: dict
 
 
 @given(values=st.lists(VALUES, min_size=2, max_size=4), prose=PROSE)
-def test_different_objects_are_never_told_apart(values: list[dict[str, Any]], prose: str) -> None:
-    texts = [json.dumps(value) for value in values]
-    found = find_only_value(f"a {prose.join(texts)}", with_arrays=False)
-    assert (found is not None) == all(value == values[0] for value in values)
+@example(values=[{"": 0}, {"": False}], prose="")
+def test_an_object_is_found_only_if_all_objects_are_the_same(values: list[dict[str, Any]], prose: str) -> None:
+    found = find_only_value(f"a {prose.join(map(json.dumps, values))}", with_arrays=False)
+    # 0 and False are equal in Python, but not the same in JSON.
+    assert (found is not None) == (len({json.dumps(value, sort_keys=True) for value in values}) == 1)
 
 
 @pytest.mark.parametrize(
