@@ -189,10 +189,12 @@ class _Parser:
 
     def _group(self) -> Part:
         flags = self._flags
-        lookahead = None
+        is_negative: bool | None = None
         if self._take("?"):
-            if self._take("=") or self._peek("!"):
-                lookahead = self._take("!")
+            if self._take("="):
+                is_negative = False
+            elif self._take("!"):
+                is_negative = True
             elif self._take("#"):
                 self._until(")")
                 return SequencePart(())
@@ -205,7 +207,7 @@ class _Parser:
         if not self._take(")"):
             raise UnsupportedPatternError("it has a parenthesis that is never closed")
         self._flags = flags
-        return part if lookahead is None else LookaheadPart(part, lookahead)
+        return part if is_negative is None else LookaheadPart(part, is_negative)
 
     def _read_flags(self) -> bool:
         """Reads flags such as `i:` or `i)`, and returns whether a group follows them."""

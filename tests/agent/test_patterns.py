@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
+from typing import Final
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lmbridge.agent.pattern_syntax import UnsupportedPatternError
@@ -45,6 +47,8 @@ def test_a_pattern_matches_what_python_matches(pattern: str, text: str, flags: s
         (r"^\d{4}-\d{2}-\d{2}$", ["2026-01-31"], ["2026-1-31", "x2026-01-31", "2026-01-31\n"]),
         (r"^[a-zA-Z0-9._%+-]+@[a-zA-Z0-9.-]+\.[a-zA-Z]{2,}$", ["a.b@c.de"], ["a@b", "@c.de"]),
         (r"^(?=.*\d)(?=.*[a-z])(?!.*\s).{6,}$", ["abc123"], ["abcdef", "abc 123", "a1"]),
+        (r"^(?=!)..$", ["!x"], ["xx"]),
+        (r"^(?!!)..$", ["xx"], ["!x"]),
         (r"^(?i)abc$", ["ABC", "abc"], ["abd"]),
         (r"(?i:a)b", ["Ab"], ["AB"]),
         (r"(?i)^[^a]+$", ["b", "B"], ["a", "A", "bA"]),
@@ -100,6 +104,33 @@ def test_everything_else_is_refused(pattern: str) -> None:
 def test_any_source_is_compiled_or_refused(source: str, text: str) -> None:
     with contextlib.suppress(UnsupportedPatternError):
         compile_pattern(source).search(text)
+
+
+# Pieces of syntax, so that sources that are joined from them are often valid.
+_PIECES: Final = [
+    "(", "(?:", "(?=", "(?!", "(?i:", "(?s:", "(?m:", "(?P<n>", "(?#", "(?i)", ")", "[", "[^", "]", "{", "}", "{1,2}",
+    "{,2}", "*", "+", "?", "|", "^", "$", ".", "-", ",", ":", "=", "!", "<", ">", "#", "&", "~", "a", "b", "B", "1",
+    r"\d", r"\W", r"\s", r"\b", r"\B", r"\A", r"\x41", r"\u0041", r"\.", r"\]", r"\-", r"\\",
+]  # fmt: skip
+
+
+@settings(max_examples=500)
+@given(st.lists(st.sampled_from(_PIECES), max_size=8).map("".join), st.text("aAbB1 !=<>:-^]", min_size=1, max_size=5))
+@example("^(?=!)", "!x")
+@example("^(?!!)", "!x")
+@example("^(?==)", "=x")
+@example("^(?::)", ":x")
+@example("^(?P<n>>)", ">x")
+def test_a_source_that_python_compiles_too_means_the_same(source: str, text: str) -> None:
+    with warnings.catch_warnings():
+        # Python warns about sources such as `[[`, whose meaning it may change some day.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            expected = re.compile(source)
+            pattern = compile_pattern(source)
+        except (re.error, UnsupportedPatternError):
+            return
+    assert pattern.search(text) is (expected.search(text) is not None)
 
 
 @pytest.mark.parametrize(
