@@ -157,8 +157,9 @@ class RunHandle(NotCopyable, Generic[OutputT]):
     def pause(self) -> bool:
         """Holds the run before its next generation or tool call, until `resume` is called.
 
-        A generation or a tool in progress is not interrupted. The time until `resume` does not count towards
-        `max_seconds`. A paused run can be cancelled. Calling this method again does nothing.
+        A generation or a tool in progress is not interrupted. If the run has already had its last generation, there is
+        nothing left to hold, and it ends. The time until `resume` does not count towards `max_seconds`. A paused run
+        can be cancelled. Calling this method again does nothing.
 
         Returns:
             False if the run had already ended.
@@ -171,14 +172,14 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         return True
 
     def resume(self) -> bool:
-        """Lets a paused run go on. Calling it for a run that is not paused does nothing.
+        """Resumes a paused run. Calling it for a run that is not paused does nothing.
 
         Returns:
             False if the run had already ended.
         """
         if self._gate.is_closed:
             self._gate.open()
-            if self._seconds_left is not None and self._time_limit is not None and not self.done:
+            if self._seconds_left is not None and self._time_limit is not None:
                 self._time_limit.reschedule(asyncio.get_running_loop().time() + self._seconds_left)
             self._seconds_left = None
         return not self.done
@@ -353,6 +354,10 @@ class RunHandle(NotCopyable, Generic[OutputT]):
                 raise
             self._record.truncate()
             return "budget"
+        finally:
+            # A timeout whose block has been left cannot be changed. A caller may still pause or resume the run, whose
+            # result is being prepared, and this must not change the limit.
+            self._time_limit = None
 
     async def _run_when_admitted(self) -> StopReason:
         await self._admission.enter(self.permit)

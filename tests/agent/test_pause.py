@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from lmbridge import Agent, LLMClient, RoundFinished, TaskCancelledError
 from lmbridge.agent import ask_user
 from lmbridge.agent.pause import PauseGate
 from lmbridge.errors import LLMValidationError
+from lmbridge.observe import ObservedEvent, RunEnded
 from lmbridge.testing import ScriptedServer, answer
 from tests.agent.support import add, asks, calls, generations, tool_texts
 
@@ -113,6 +115,40 @@ async def test_a_run_that_ends_in_a_pause_is_no_longer_paused(
     gate.set()
     assert (await handle.result()).text == "Hello."
     assert not handle.is_paused
+    await events.aclose()
+
+
+@pytest.mark.parametrize("has_journal", [False, True])
+@pytest.mark.parametrize("paused_before", [False, True])
+async def test_a_run_whose_last_generation_has_ended_ends_although_it_is_paused_or_resumed(
+    scripted_server: ScriptedServer, client: LLMClient, tmp_path: Path, paused_before: bool, has_journal: bool
+) -> None:
+    done: list[bool] = []
+
+    class Pauser:
+        def on_event(self, event: ObservedEvent) -> None:
+            """Pauses the run when its time limit no longer applies, and its task has not ended yet."""
+            if isinstance(event, RunEnded):
+                done.append(handle.done)
+                if paused_before:
+                    handle.resume()
+                done.append(handle.pause())
+                done.append(handle.is_paused)
+
+    gate = asyncio.Event()
+    scripted_server.script(answer("Hello.", gate=gate))
+    agent = Agent(client, max_seconds=60, observers=[Pauser()])
+    handle = agent.start("Hi.", journal=tmp_path / "runs.db" if has_journal else None)
+    events = handle.events()
+    await anext(events)
+    while not generations(scripted_server):
+        await asyncio.sleep(0.001)
+    if paused_before:
+        handle.pause()
+    gate.set()
+    result = await handle.result()
+    assert (result.text, result.stop_reason, done) == ("Hello.", "stop", [False, True, True])
+    assert (handle.is_paused, handle.pause(), handle.resume()) == (False, False, False)
     await events.aclose()
 
 
