@@ -546,15 +546,18 @@ class Agent(NotCopyable):
         run_id: str | None = None,
         open_tools: OpenTools | None = None,
         approve: Approve | None = None,
+        gate: Gate | TrueFalse | str | None = None,
         output_type: Any = None,
+        observers: Sequence[Observer] = (),
     ) -> RunResult[Any]:
         """Resumes a run whose program was interrupted, and returns its result.
 
-        The run has the same options, model and id as before, except that it has no observers. Its conversation, usage
-        and limits continue where they were. A call that had ended is not made again. A call that had started, and of
-        which it is not known whether it ended, is made again only if its tool is `idempotent`; otherwise the model
-        reads that it may have happened. If the run is already finished, its result is returned. So this method can be
-        called again and again until it returns::
+        The run has the same options, model and id as before. Only the functions, objects and types that a journal
+        cannot keep have to be passed again. The conversation, the usage and the limits of the run continue where they
+        were. A call that had ended is not made again. A call that had started, and of which it is not known whether it
+        ended, is made again only if its tool is `idempotent`; otherwise the model reads that it may have happened. If
+        the run is already finished, its result is returned. So this method can be called again and again until it
+        returns::
 
             result = await Agent.resume("runs.db", client=client, tools=[read_report])
 
@@ -564,8 +567,11 @@ class Agent(NotCopyable):
             tools: The tools of the run, which have to include those with which it began.
             run_id: The id of the run. Default: the only run that has no result yet, or the only run of the journal.
             open_tools: Opens the tools of the run, as for `Agent`.
-            approve: Decides about calls, as for `Agent`. It is required if the run began with an `approve` or a `gate`.
+            approve: Decides about calls, as for `Agent`. If the run began with an `approve` or a `gate`, one of the two is
+                required. Calls that were decided about before the interruption keep their decisions.
+            gate: A question about each call, as for `Agent`.
             output_type: The type of the output. It is required if the run began with one.
+            observers: Objects that are notified of what happens in the run from now on. Default: none.
 
         Returns:
             The result, as `run` returns it. The calls in its `log` that were made before the interruption have no
@@ -576,7 +582,15 @@ class Agent(NotCopyable):
                 elsewhere, or its model, tools or options are not those with which it began.
             LLMError: The run failed, as for `run`.
         """
-        agent = cls(client, tools=tools, open_tools=open_tools, approve=approve, output_type=output_type)
+        agent = cls(
+            client,
+            tools=tools,
+            open_tools=open_tools,
+            approve=approve,
+            gate=gate,
+            output_type=output_type,
+            observers=observers,
+        )
         handle = await agent._start_again(path, run_id)
         return await handle.result()
 

@@ -388,7 +388,7 @@ class DynamicAutonomousAgent(NotCopyable):
         """Continues a run whose program was interrupted, with the MCP servers that the run began with.
 
         `Agent.resume` describes what is restored, and what happens to calls that had started. The client, the tools,
-        and the functions `approve` and `output_type` are those of this agent.
+        `approve`, `gate`, `output_type` and `observers` are those of this agent.
 
         Args:
             path: The journal of the run, or its path.

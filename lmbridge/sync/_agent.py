@@ -115,8 +115,9 @@ class RunHandle(Wrapper, Generic[OutputT]):
     def pause(self) -> bool:
         """Holds the run before its next generation or tool call, until `resume` is called.
 
-        A generation or a tool in progress is not interrupted. The time until `resume` does not count towards
-        `max_seconds`. A paused run can be cancelled. Calling this method again does nothing.
+        A generation or a tool in progress is not interrupted. If the run has already had its last generation, there is
+        nothing left to hold, and it ends. The time until `resume` does not count towards `max_seconds`. A paused run
+        can be cancelled. Calling this method again does nothing.
 
         Returns:
             False if the run had already ended.
@@ -125,7 +126,7 @@ class RunHandle(Wrapper, Generic[OutputT]):
         return result
 
     def resume(self) -> bool:
-        """Lets a paused run go on. Calling it for a run that is not paused does nothing.
+        """Resumes a paused run. Calling it for a run that is not paused does nothing.
 
         Returns:
             False if the run had already ended.
@@ -575,15 +576,18 @@ class Agent(Wrapper):
         run_id: str | None = None,
         open_tools: OpenTools | None = None,
         approve: Approve | None = None,
+        gate: Gate | TrueFalse | str | None = None,
         output_type: Any = None,
+        observers: Sequence[Observer] = (),
     ) -> RunResult[Any]:
         """Resumes a run whose program was interrupted, and returns its result.
 
-        The run has the same options, model and id as before, except that it has no observers. Its conversation, usage
-        and limits continue where they were. A call that had ended is not made again. A call that had started, and of
-        which it is not known whether it ended, is made again only if its tool is `idempotent`; otherwise the model
-        reads that it may have happened. If the run is already finished, its result is returned. So this method can be
-        called again and again until it returns::
+        The run has the same options, model and id as before. Only the functions, objects and types that a journal
+        cannot keep have to be passed again. The conversation, the usage and the limits of the run continue where they
+        were. A call that had ended is not made again. A call that had started, and of which it is not known whether it
+        ended, is made again only if its tool is `idempotent`; otherwise the model reads that it may have happened. If
+        the run is already finished, its result is returned. So this method can be called again and again until it
+        returns::
 
             result = Agent.resume("runs.db", client=client, tools=[read_report])
 
@@ -593,8 +597,11 @@ class Agent(Wrapper):
             tools: The tools of the run, which have to include those with which it began.
             run_id: The id of the run. Default: the only run that has no result yet, or the only run of the journal.
             open_tools: Opens the tools of the run, as for `Agent`.
-            approve: Decides about calls, as for `Agent`. It is required if the run began with an `approve` or a `gate`.
+            approve: Decides about calls, as for `Agent`. If the run began with an `approve` or a `gate`, one of the two is
+                required. Calls that were decided about before the interruption keep their decisions.
+            gate: A question about each call, as for `Agent`.
             output_type: The type of the output. It is required if the run began with one.
+            observers: Objects that are notified of what happens in the run from now on. Default: none.
 
         Returns:
             The result, as `run` returns it. The calls in its `log` that were made before the interruption have no
@@ -613,7 +620,9 @@ class Agent(Wrapper):
                 run_id=run_id,
                 open_tools=open_tools,
                 approve=approve,
+                gate=gate,
                 output_type=output_type,
+                observers=observers,
             )
         )
         return result

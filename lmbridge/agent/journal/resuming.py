@@ -77,7 +77,7 @@ class FoundRun:
                 lmbridge does not know.
         """
         if self.start.has_approve and given.approve is None:
-            raise self._mismatch("its calls have to be approved", "pass the function approve=")
+            raise self._mismatch("its calls have to be approved", "pass the approve= or the gate= with which it began")
         schema = None if given.output_type is None else answer_format_of(given.output_type).schema
         if _through_json(schema) != self.start.output_schema:
             problem = "it needs its output type" if schema is None else "its output type was another one"

@@ -26,8 +26,10 @@ from lmbridge import (
     ToolCall,
     image_part,
 )
+from lmbridge import Gate as DecisionGate
 from lmbridge.agent.journal import database
 from lmbridge.agent.run_journal import UNCERTAIN_RESULT
+from lmbridge.observe import ObservedEvent, RunBegun, RunEnded
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply, stall
 from tests.agent.journal.support import Counted, hold_writes, interrupt, interrupt_after
 from tests.agent.support import Gate, add, asks, calls, check_valid, generations, sent, tool_texts
@@ -154,6 +156,52 @@ async def test_a_planned_call_is_made_as_it_was_decided(
     assert (uncertain, refused, made) == (UNCERTAIN_RESULT, "Refused: not today", "yes is done")
     assert edited == '[The user changed this call: act({"name":"edited"}) was made.]\nedited is done'
     assert "there is no tool 'unknown'" in unknown
+
+
+async def test_a_run_that_began_with_a_gate_needs_one_again(
+    scripted_server: ScriptedServer, client: LLMClient, journal: Path
+) -> None:
+    tool, question = Counted(), "Is this call free of harm?"
+    gate = DecisionGate(question, threshold=0.5)
+    passes = {"type": "noul", "noul": 0.9}
+    scripted_server.on_path("/v1/systemone", reply(200, {"model": "m", "answers": {"gate": passes}}))
+    agent = Agent(client, tools=[tool.act], gate=gate)
+    await interrupt_after(scripted_server, agent, journal, calls(asks("act", "a", name="a")))
+    with pytest.raises(JournalError, match=r"its calls have to be approved.*gate=") as caught:
+        await Agent.resume(journal, client=client, tools=[tool.act])
+    assert caught.value.problem == "mismatch"
+    scripted_server.script(calls(asks("act", "b", name="b")), answer("Both are done."))
+    result = await Agent.resume(journal, client=client, tools=[tool.act], gate=gate)
+    assert (result.text, tool.calls) == ("Both are done.", ["a", "b"])
+    decided = [each.json["state"]["arguments"] for each in scripted_server.requests if each.path == "/v1/systemone"]
+    assert decided == [{"name": "a"}, {"name": "b"}]
+
+
+async def test_a_gate_of_a_resumed_run_is_asked_before_its_approve(
+    scripted_server: ScriptedServer, client: LLMClient, journal: Path
+) -> None:
+    tool, asked = Counted(), []
+
+    def approve(call: ToolCall) -> bool:
+        asked.append(call.id)
+        return True
+
+    agent = Agent(client, tools=[tool.act], approve=approve)
+    await interrupt_after(scripted_server, agent, journal, calls(asks("act", "a", name="a")))
+    refuses = {"type": "noul", "noul": 0.1}
+    scripted_server.on_path("/v1/systemone", reply(200, {"model": "m", "answers": {"gate": refuses}}))
+    scripted_server.script(calls(asks("act", "b", name="b")), answer("I may not."))
+    await Agent.resume(journal, client=client, tools=[tool.act], approve=approve, gate="Is this call free of harm?")
+    assert (tool.calls, asked) == (["a"], ["a"])
+
+
+async def test_a_resumed_run_has_observers(scripted_server: ScriptedServer, client: LLMClient, journal: Path) -> None:
+    events: list[ObservedEvent] = []
+    tool, observer = Counted(), SimpleNamespace(on_event=events.append)
+    await interrupt_after(scripted_server, Agent(client, tools=[tool.act]), journal, calls(asks("act", name="a")))
+    scripted_server.script(answer("Done."))
+    await Agent.resume(journal, client=client, tools=[tool.act], observers=[observer])
+    assert [type(each) for each in (events[0], events[-1])] == [RunBegun, RunEnded]
 
 
 async def test_a_call_that_was_edited_and_made_keeps_its_record(
