@@ -166,7 +166,8 @@ class Agent(NotCopyable):
         tool_choice: Whether the model calls a tool: "none", "auto", "required", or a dict that names one. A choice that
             forces a call applies only to the first round, because the run would otherwise never end.
         parallel_tool_calls: Whether the model may call several tools in one reply.
-        extra_body: Further fields of each request, such as `{"top_k": 20}`, which replace fields of the same name.
+        extra_body: Further fields of each request, such as `{"top_k": 20}`, which replace fields of the same name. A
+            `tool_choice` in it follows the rules of the option `tool_choice`.
         priority: How urgent the requests of the agent's runs are: "interactive", "normal", "batch" or an integer, as in
             `LLMClient`. A run that a tool starts has the priority of the run that called the tool. Default: the
             client's priority.
@@ -567,7 +568,7 @@ class Agent(NotCopyable):
             tools: The tools of the run, which have to include those with which it began.
             run_id: The id of the run. Default: the only run that has no result yet, or the only run of the journal.
             open_tools: Opens the tools of the run, as for `Agent`.
-            approve: Decides about calls, as for `Agent`. If the run began with an `approve` or a `gate`, one of the two is
+            approve: Decides about calls, as for `Agent`. If the run began with `approve` or `gate`, one of the two is
                 required. Calls that were decided about before the interruption keep their decisions.
             gate: A question about each call, as for `Agent`.
             output_type: The type of the output. It is required if the run began with one.

@@ -66,7 +66,7 @@ class ConstrainedRetry:
             params: The fields of the request.
         """
         is_possible = self._is_enabled and model not in self._source.models_without_schemas
-        is_free = "tools" in params and "response_format" not in {**params, **params.get("extra_body", {})}
+        is_free = "tools" in params and "response_format" not in params
         self._requested = self._tool if is_possible and is_free else None
         return self._requested
 

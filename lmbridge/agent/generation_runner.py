@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
+from lmbridge._checks import is_integer
 from lmbridge._tasks import end_task, list_in_slices, pause_after
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.chat_client import ChunkStream
@@ -123,7 +124,10 @@ class GenerationRunner:
             finally:
                 if watching is not None:
                     await end_task(watching)
-        reply.max_tokens, reply.has_stop_texts = params["max_tokens"], "stop" in params
+        # A `max_tokens` in `extra_body` may be anything; llama.cpp takes -1 for no limit.
+        max_tokens = params["max_tokens"]
+        reply.max_tokens = max_tokens if is_integer(max_tokens) and max_tokens > 0 else None
+        reply.has_stop_texts = "stop" in params
         self._check_complete(reply)
         if self._output is not None and reply.is_only_reasoning and not reply.calls:
             reply.text = answer_in_reasoning(reply.reasoning)

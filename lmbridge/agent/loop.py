@@ -311,7 +311,7 @@ class RunLoop:
                     flaw,
                     reply,
                     task=self._history.task_text,
-                    max_tokens=self._context.max_tokens(),
+                    max_tokens=reply.max_tokens or self._context.max_tokens(),
                     has_results=self._turns.has_results,
                     is_repetition=self._repeats_call(reply),
                 )

@@ -24,6 +24,7 @@ from lmbridge.agent.record import RunRecord
 from lmbridge.agent.result import ENDINGS, OutputT, RunResult, StopReason
 from lmbridge.agent.run_journal import FinishedRun, RunJournal
 from lmbridge.agent.run_tools import RunInfo, ToolSources
+from lmbridge.agent.sampling import request_fields
 from lmbridge.agent.settings import Settings
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.switching import RunAdmission, RunPermit
@@ -384,7 +385,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
 
     def _search_options(self) -> ToolSearchOptions:
         settings = self._settings
-        choice = settings.sampling.get("tool_choice")
+        choice = request_fields(settings.sampling).get("tool_choice")
         function = choice.get("function") if isinstance(choice, Mapping) else None
         return ToolSearchOptions(
             mode=settings.tool_search,

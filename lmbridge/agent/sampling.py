@@ -33,6 +33,8 @@ class SamplingOptions(TypedDict, total=False):
 
 _OWN_FIELDS: Final = ("messages", "model", "stream", "tools")
 """Fields of a request that the run itself sets."""
+_KNOWN_FIELDS: Final = ("tool_choice", "parallel_tool_calls", "stop", "max_tokens", "response_format")
+"""Fields that the run has rules for, or by which it reads replies. They can be in `extra_body`, too."""
 
 
 def check_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,13 +74,24 @@ def _check_option(name: str, value: Any) -> None:
         raise LLMValidationError(f"extra_body has {' and '.join(own)}, which the run sets itself", hint="leave it out")
 
 
+def request_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a run, or the fields of one of its requests, as the server gets them.
+
+    Where `extra_body` has a field that the run has to know, it replaces the option of that name.
+    """
+    fields = dict(options)
+    extra = dict(fields.pop("extra_body", {}))
+    fields |= {name: extra.pop(name) for name in _KNOWN_FIELDS if name in extra}
+    return {**fields, "extra_body": extra} if extra else fields
+
+
 def sampling_params(sampling: Mapping[str, Any], *, has_tools: bool, is_first_round: bool) -> dict[str, Any]:
     """Returns the fields for one request of a run.
 
     Fields about calls are left out if the request has no tools. A `tool_choice` that forces a call is left out after
     the first round.
     """
-    params = dict(sampling)
+    params = request_fields(sampling)
     choice = params.get("tool_choice")
     if not has_tools:
         params.pop("tool_choice", None)
@@ -89,11 +102,8 @@ def sampling_params(sampling: Mapping[str, Any], *, has_tools: bool, is_first_ro
 
 
 def forbids_calls(sampling: Mapping[str, Any]) -> bool:
-    """Returns whether the options of a run say that the model must not call a tool.
-
-    A `tool_choice` in `extra_body` replaces the option of that name.
-    """
-    return {**sampling, **sampling.get("extra_body", {})}.get("tool_choice") == "none"
+    """Returns whether the options of a run say that the model must not call a tool."""
+    return request_fields(sampling).get("tool_choice") == "none"
 
 
 def allows_calls(params: Mapping[str, Any]) -> bool:

@@ -104,8 +104,11 @@ class Summarizer:
     async def _generate(self, messages: list[Message], max_tokens: int) -> ModelReply:
         # With the same tools as in the rounds, the server has most of the prompt in its cache.
         has_tools = bool(self._toolset.definitions)
-        params: dict[str, Any] = {"max_tokens": max_tokens, "stream_options": {"include_usage": True}}
+        params: dict[str, Any] = {"stream_options": {"include_usage": True}}
         params |= sampling_params(self._settings.sampling, has_tools=has_tools, is_first_round=False)
+        # The length and the form of a summary are decided here, whatever the options say about answers.
+        params["max_tokens"] = max_tokens
+        params.pop("response_format", None)
         if has_tools:
             params |= {"tools": self._toolset.definitions, "tool_choice": "none"}
         async with self._source.lease(self._record.model) as client:

@@ -27,7 +27,7 @@ from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply, WireCall
 from lmbridge.agent.result import StopReason, ToolRecord
 from lmbridge.agent.run_journal import UNCERTAIN_RESULT, RecordedCall, RecordedResult, RunJournal
-from lmbridge.agent.sampling import forbids_calls
+from lmbridge.agent.sampling import forbids_calls, request_fields
 from lmbridge.agent.settings import Approve, Settings
 from lmbridge.agent.tools import ToolCall, ToolContext
 from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
@@ -108,7 +108,7 @@ class TurnRunner:
         self._record = record
         self._channel = channel
         self._is_stopping = is_stopping
-        in_parallel = settings.sampling.get("parallel_tool_calls") is not False
+        in_parallel = request_fields(settings.sampling).get("parallel_tool_calls") is not False
         self._most_at_once = settings.max_parallel_tools if in_parallel else 1
         self._repetition = RepetitionGuard(settings.repetition_limit)
         self._bad_calls = BadCallGuard(settings.max_bad_calls)

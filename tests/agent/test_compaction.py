@@ -152,6 +152,23 @@ async def test_a_summary_replaces_the_oldest_turns_when_shortening_is_not_enough
     assert result.rounds == 26, "a summary is not a round"
 
 
+async def test_extra_body_changes_neither_the_length_nor_the_form_of_a_summary(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    fields = {"tool_choice": "auto", "max_tokens": 5, "response_format": {"type": "json_object"}, "top_k": 20}
+    await run_long(scripted_server, client, tool=short_page, count=25, extra_body=fields)
+    requests = [request.json for request in generations(scripted_server)]
+    summaries = [each for each in requests if "Write notes" in str(each["messages"][-1]["content"])]
+    assert summaries
+    for each in requests:
+        assert each["top_k"] == 20
+        if each in summaries:
+            assert (each["tool_choice"], "response_format" in each) == ("none", False)
+            assert each["max_tokens"] > 5
+        else:
+            assert {name: each[name] for name in fields} == fields
+
+
 async def test_the_tokens_of_a_summary_are_counted(scripted_server: ScriptedServer, client: LLMClient) -> None:
     used = {"prompt_tokens": 0, "completion_tokens": 7, "total_tokens": 7}
     events = await run_long(

@@ -53,7 +53,9 @@ async def test_nothing_is_sent_by_default_and_no_choice_of_tools_without_tools()
     transport = MockTransport(answer)
     client = LLMClient(transport=transport)
     await Agent(client).run("Hello")
-    await Agent(client, tool_choice="required", parallel_tool_calls=True).run("Hello")
+    of_calls: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": True}
+    await Agent(client, **of_calls).run("Hello")
+    await Agent(client, extra_body=of_calls).run("Hello")
     for sent in chats(transport):
         assert set(sent) == {"messages", "stream", "stream_options", "max_tokens"}
 
@@ -112,7 +114,8 @@ async def test_a_model_that_goes_on_with_forbidden_calls_ends_the_run() -> None:
     assert (await agent.run("Hello")).stop_reason == "bad_calls"
 
 
-async def test_calls_that_must_not_be_parallel_are_made_one_after_the_other() -> None:
+@pytest.mark.parametrize("options", [{"parallel_tool_calls": False}, {"extra_body": {"parallel_tool_calls": False}}])
+async def test_calls_that_must_not_be_parallel_are_made_one_after_the_other(options: dict[str, Any]) -> None:
     running, most = 0, 0
 
     async def work(number: int) -> int:
@@ -133,14 +136,26 @@ async def test_calls_that_must_not_be_parallel_are_made_one_after_the_other() ->
             return answer(request)
         return [{"choices": [{"index": 0, "delta": {"tool_calls": requested}, "finish_reason": "tool_calls"}]}]
 
-    agent = Agent(LLMClient(transport=MockTransport(handler)), tools=[work], parallel_tool_calls=False)
-    await agent.run("Hello")
+    client = LLMClient(transport=MockTransport(handler))
+    await Agent(client, tools=[work], **options).run("Hello")
     assert most == 1
-    await agent.run("Hello", parallel_tool_calls=True)
+    await Agent(client, tools=[work]).run("Hello")
     assert most == 4
 
 
-async def test_a_forced_tool_choice_holds_for_the_first_round() -> None:
+NAMED_TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"tool_choice": "required"}, "required"),
+        ({"extra_body": {"tool_choice": "required"}}, "required"),
+        ({"extra_body": {"tool_choice": NAMED_TOOL}}, NAMED_TOOL),
+        ({"tool_choice": "auto", "extra_body": {"tool_choice": "required"}}, "required"),
+    ],
+)
+async def test_a_forced_tool_choice_holds_for_the_first_round(options: dict[str, Any], first: Any) -> None:
     call = {"index": 0, "id": "c1", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
 
     def handler(request: MockRequest) -> Any:
@@ -149,8 +164,42 @@ async def test_a_forced_tool_choice_holds_for_the_first_round() -> None:
         return [{"choices": [{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]}]
 
     transport = MockTransport(handler)
-    await Agent(LLMClient(transport=transport), tools=[add], tool_choice="required").run("Add 1 and 2.")
-    assert [sent.get("tool_choice") for sent in chats(transport)] == ["required", None]
+    await Agent(LLMClient(transport=transport), tools=[add], **options).run("Add 1 and 2.")
+    assert [sent.get("tool_choice") for sent in chats(transport)] == [first, None]
+
+
+@pytest.mark.parametrize("options", [{"stop": "END"}, {"extra_body": {"stop": "END"}}])
+async def test_a_call_that_a_stop_text_may_have_cut_is_not_completed(options: dict[str, Any]) -> None:
+    call = {"index": 0, "id": "c1", "function": {"name": "add", "arguments": '{"a": 1, "b": 2'}}
+
+    def handler(request: MockRequest) -> Any:
+        if request.method == "GET" or request.json["messages"][-1]["role"] == "tool":
+            return answer(request)
+        usage = {"prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 18}
+        choices = [{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]
+        return [{"choices": choices, "usage": usage}]
+
+    client = LLMClient(transport=MockTransport(handler))
+    for given, is_error in (({}, False), (options, True)):
+        (record,) = (await Agent(client, tools=[add], **given).run("Add 1 and 2.")).log[0].tool_calls
+        assert record.is_error is is_error
+
+
+async def test_a_limit_in_extra_body_is_the_one_that_replies_are_judged_by() -> None:
+    call = {"index": 0, "id": "c1", "function": {"name": "add", "arguments": '{"a": 1, "b": 2'}}
+
+    def handler(request: MockRequest) -> Any:
+        if request.method == "GET" or request.json["messages"][-1]["role"] == "tool":
+            return answer(request)
+        usage = {"prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 18}
+        choices = [{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]
+        return [{"choices": choices, "usage": usage}]
+
+    client = LLMClient(transport=MockTransport(handler))
+    # A reply that has as many tokens as it may have was probably cut. -1 means no limit to llama.cpp.
+    for limit, is_error in ((10, False), (9, True), (-1, True)):
+        result = await Agent(client, tools=[add], extra_body={"max_tokens": limit}).run("Add 1 and 2.")
+        assert result.log[0].tool_calls[0].is_error is is_error
 
 
 @pytest.mark.parametrize(

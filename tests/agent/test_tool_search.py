@@ -100,12 +100,13 @@ async def test_all_tools_are_offered_if_the_user_wants_that(
     assert len(offered(scripted_server)) == 9
 
 
+@pytest.mark.parametrize("in_extra_body", [False, True])
 async def test_a_tool_that_tool_choice_names_is_always_offered(
-    scripted_server: ScriptedServer, client: LLMClient
+    scripted_server: ScriptedServer, client: LLMClient, in_extra_body: bool
 ) -> None:
     scripted_server.script(answer("Done."))
-    choice = {"type": "function", "function": {"name": "paint_7"}}
-    await agent(client).run("Go.", tool_choice=choice)
+    options: dict[str, Any] = {"tool_choice": {"type": "function", "function": {"name": "paint_7"}}}
+    await agent(client).run("Go.", **({"extra_body": options} if in_extra_body else options))
     assert "paint_7" in offered(scripted_server)
 
 
