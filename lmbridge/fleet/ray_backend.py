@@ -177,13 +177,20 @@ class RayBackend:
         self._workers: list[Any] = []
 
     async def __aenter__(self) -> Self:
-        await settle(asyncio.to_thread(self._start))
+        try:
+            await settle(asyncio.to_thread(self._start))
+        except BaseException:
+            # `__aexit__` is not called now. The thread may have connected to the cluster and created actors, also if
+            # the caller was cancelled. The actors have no runs yet, which would have to be cancelled.
+            await settle(asyncio.to_thread(self._kill))
+            raise
         return self
 
     def _start(self) -> None:
         if not ray.is_initialized():
-            ray.init(log_to_driver=False)
+            # Set first, so that the processes are ended even if only a part of them could be started.
             self._owns_connection = True
+            ray.init(log_to_driver=False)
         checkpoint = None
         if self._checkpoint is not None:
             checkpoint = _Checkpoint(self._checkpoint, f"lmbridge-checkpoint-{os.urandom(8).hex()}")
@@ -204,7 +211,8 @@ class RayBackend:
             max_concurrency=share + _OTHER_CALLS,
             scheduling_strategy="SPREAD",
         )
-        self._workers = [actor.remote(self._factory, self._retries, checkpoint) for _ in range(number)]
+        for _ in range(number):
+            self._workers.append(actor.remote(self._factory, self._retries, checkpoint))
 
     async def run(self, slot: int, task: FleetTask) -> Outcome:
         """See `Backend`."""
@@ -238,10 +246,12 @@ class RayBackend:
         await asyncio.to_thread(self._kill)
 
     def _kill(self) -> None:
-        for actor in itertools.chain(self._workers, [] if self._keeper is None else [self._keeper]):
-            ray.kill(actor, no_restart=True)
-        if self._owns_connection:
-            ray.shutdown()
+        try:
+            for actor in itertools.chain(self._workers, [] if self._keeper is None else [self._keeper]):
+                ray.kill(actor, no_restart=True)
+        finally:
+            if self._owns_connection:
+                ray.shutdown()
 
 
 async def _awaited(reference: Awaitable[Any]) -> None:
