@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import pickle
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -32,13 +31,14 @@ from lmbridge.agent.journal.journal import JournalState
 from lmbridge.agent.journal.run_store import FileStore, RunStore
 from lmbridge.agent.journal.steps import RunStart, Step
 from lmbridge.agent.result import RunResult
-from lmbridge.errors import LLMError
+from lmbridge.errors import LLMError, RunIncompleteError
 from lmbridge.fleet.attempts import AgentFactory, FleetTask, RunsTasks, opened_agent, run_task
 from lmbridge.fleet.outcome import Outcome
 
 try:
     import ray
-    from ray.exceptions import RayError
+    from ray import cloudpickle
+    from ray.exceptions import RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as _error:
     raise ImportError("the backend 'ray' needs Ray: pip install 'lmbridge[ray]'", name="ray") from _error
@@ -220,8 +220,10 @@ class RayBackend:
         try:
             outcome: Outcome | Exception = await worker.run.remote(task)
         except RayError as error:
+            # Ray raises a RayTaskError if the process is still there, and something in it went wrong.
+            problem = "Ray could not run the task" if isinstance(error, RayTaskError) else "its process was lost"
             lost = LLMError(
-                f"the process of the run was lost: {error}",
+                f"the run has no outcome, because {problem}: {error}",
                 error,
                 hint="see the log of Ray; if there is a checkpoint, the run can be resumed from it",
                 context={"operation": "agent run"},
@@ -278,13 +280,27 @@ def _raised(value: Any) -> Any:
 
 
 def _portable(outcome: Outcome) -> Outcome:
-    """Returns an outcome that can be sent to another process.
+    """Returns an outcome that can be sent to another process. It has neither the tools nor their raw results.
 
-    It has neither the tools and their raw results, nor the calls that `approve` returned in place of others.
+    If the output of the run cannot be sent, the outcome is an error that says so.
     """
-    result = None if outcome.result is None else _portable_result(outcome.result)
-    error = None if outcome.error is None else _portable_error(outcome.error)
-    return attrs.evolve(outcome, result=result, error=error)
+    if outcome.error is not None:
+        return attrs.evolve(outcome, error=_portable_error(outcome.error))
+    if outcome.result is None:
+        return outcome
+    result = _portable_result(outcome.result)
+    problem = _pickling_error(result.output)
+    if problem is None:
+        return attrs.evolve(outcome, result=result)
+    error = LLMError(
+        f"the output of the run, of type {type(result.output).__name__}, cannot be sent from its process to the"
+        f" program: {problem}",
+        problem,
+        hint="use an output_type whose instances can be pickled, or backend='asyncio'",
+        context={"operation": "agent run", "model": result.model},
+        partial=attrs.evolve(result, output=None),
+    )
+    return attrs.evolve(outcome, result=None, error=error)
 
 
 def _portable_result(result: RunResult) -> RunResult:
@@ -293,21 +309,36 @@ def _portable_result(result: RunResult) -> RunResult:
         attrs.evolve(
             each,
             tool_calls=tuple(
-                attrs.evolve(record, call=attrs.evolve(record.call, tool=None), raw=None, edited=None)
+                attrs.evolve(
+                    record,
+                    call=attrs.evolve(record.call, tool=None),
+                    edited=None if record.edited is None else attrs.evolve(record.edited, tool=None),
+                    raw=None,
+                )
                 for record in each.tool_calls
             ),
         )
         for each in result.log
     )
-    return attrs.evolve(result, tool_calls=calls, log=rounds)
+    errors = {name: _portable_error(error) for name, error in result.errors.items()}
+    return attrs.evolve(result, tool_calls=calls, log=rounds, errors=errors)
 
 
 def _portable_error(error: Exception) -> Exception:
     """Returns an error that can be sent to another process: the error itself if it can be pickled."""
     if isinstance(error, LLMError) and isinstance(error.partial, RunResult):
         error.partial = _portable_result(error.partial)
+    if isinstance(error, RunIncompleteError) and isinstance(error.result, RunResult):
+        error.result = _portable_result(error.result)
+    return error if _pickling_error(error) is None else LLMError(f"{type(error).__name__}: {error}")
+
+
+def _pickling_error(value: Any) -> Exception | None:
+    """Returns the error with which a value cannot be pickled as Ray does it, or None if it can."""
+    # The functions of Ray's pickler have no types.
+    pickler: Any = cloudpickle
     try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - the bytes come from this line
-    except Exception:  # noqa: BLE001 - a foreign class may raise anything here
-        return LLMError(f"{type(error).__name__}: {error}")
-    return error
+        pickler.loads(pickler.dumps(value))
+    except Exception as error:  # noqa: BLE001 - a foreign class may raise anything here
+        return error
+    return None

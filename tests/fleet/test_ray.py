@@ -12,9 +12,10 @@ from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
-from lmbridge import Agent, LLMResponseError, LocalServer
+from lmbridge import Agent, LLMError, LLMResponseError, LocalServer
 from lmbridge.fleet import Outcome, map_runs
 from lmbridge.gateway import Gateway
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply, stall
@@ -76,6 +77,23 @@ async def test_errors_and_results_come_back_as_they_were(scripted_server: Script
     assert [outcome.result and outcome.result.text for outcome in outcomes] == ["Did 0.", None, "Did 2."]
     assert isinstance(outcomes[1].error, LLMResponseError)
     assert (outcomes[1].attempts, outcomes[1].error.status) == (2, 400)
+
+
+@pytest.mark.usefixtures("cluster")
+async def test_an_output_that_cannot_be_sent_to_the_program_is_a_named_error(scripted_server: ScriptedServer) -> None:
+    @attrs.define
+    class Locked:
+        number: int
+
+        def __reduce__(self) -> str:
+            raise TypeError("it holds a lock")
+
+    scripted_server.default = answer('{"number": 3}')
+    factory = agent_factory(scripted_server.api_base, output_type=Locked)
+    (outcome,) = [each async for each in map_runs(["0"], factory, backend="ray")]
+    assert "the output of the run, of type Locked, cannot be sent" in str(outcome.error)
+    assert isinstance(outcome.error, LLMError)
+    assert outcome.error.partial.text == '{"number": 3}'
 
 
 @pytest.mark.usefixtures("cluster")
