@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import attrs
@@ -85,8 +86,13 @@ class ToolCallFinished:
 
     @property
     def call(self) -> ToolCall:
-        """The call, as the model requested it."""
+        """The call, as the model requested it. If `approve` returned another one, that one is `edited`."""
         return self.record.call
+
+    @property
+    def edited(self) -> ToolCall | None:
+        """The call that was made instead, as in `ToolCallStarted`; None if the call was made as requested."""
+        return self.record.edited
 
     @property
     def text(self) -> str:
@@ -104,9 +110,19 @@ class ToolCallFinished:
         return self.record.raw
 
     @property
+    def images(self) -> tuple[Mapping[str, Any], ...]:
+        """The images of the result, as content parts, whether or not the model can see them."""
+        return self.record.images
+
+    @property
     def seconds(self) -> float:
         """How long the call took, in seconds."""
         return self.record.seconds
+
+    @property
+    def started(self) -> float:
+        """When the call began, in seconds since the run first asked its model; 0 if the tool was not called."""
+        return self.record.started
 
     @property
     def repaired(self) -> bool:

@@ -17,6 +17,7 @@ from lmbridge import (
     ToolCall,
     ToolCallFinished,
     ToolCallStarted,
+    ToolRecord,
 )
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.history import History
@@ -439,6 +440,31 @@ async def test_an_edited_call_is_made_in_place_of_the_requested_one(
     assert (record.edited.name, record.edited.arguments) == ("add", {"a": 10, "b": 20})
     assert tool_texts(result.messages) == ['[The user changed this call: add({"a":10,"b":20}) was made.]\n30']
     check_valid(result.messages)
+
+
+async def test_the_events_of_an_edited_call_name_the_call_that_is_made(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    def edit(call: ToolCall) -> ToolCall:
+        return attrs.evolve(call, arguments={"a": 10, "b": 20})
+
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer("30"))
+    events = await collect_events(Agent(client, tools=[add], approve=edit), "1 + 2?")
+    (started,) = (each for each in events if isinstance(each, ToolCallStarted))
+    (finished,) = (each for each in events if isinstance(each, ToolCallFinished))
+    assert started.call == finished.edited
+    assert started.call.arguments == {"a": 10, "b": 20}
+    assert (finished.call.id, finished.call.arguments) == (started.call.id, {"a": 1, "b": 2})
+
+
+async def test_the_event_of_a_finished_call_has_all_fields_of_its_record(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer("3"))
+    events = await collect_events(Agent(client, tools=[add]), "1 + 2?")
+    (finished,) = (each for each in events if isinstance(each, ToolCallFinished))
+    for field in attrs.fields(ToolRecord):
+        assert getattr(finished, field.name) == getattr(finished.record, field.name)
 
 
 async def test_an_edited_call_may_be_of_another_tool(scripted_server: ScriptedServer, client: LLMClient) -> None:
