@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 from lmbridge.agent.chat_client import EmbedsTexts
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.tools import Tool
-from lmbridge.errors import LLMError, LLMValidationError
+from lmbridge.errors import LLMValidationError
 
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
@@ -83,8 +83,10 @@ class EmbeddingRanker:
         texts = [f"{tool.name}: {tool.description}"[:_EMBEDDED_CHARACTERS] for tool in tools]
         try:
             wanted, vectors = await self._embed(query, texts)
-        except LLMError as error:
-            logger.warning("tools are found by words, because the embeddings failed: %s", error)
+        # A client of the program's own may raise anything, and may return anything.
+        except Exception as error:  # noqa: BLE001
+            name = type(error).__name__
+            logger.warning("tools are found by words, because the embeddings failed: %s: %s", name, error)
             return await KeywordRanker().rank(query, tools)
         return await asyncio.to_thread(_rank_by_similarity, wanted, vectors)
 
@@ -92,21 +94,27 @@ class EmbeddingRanker:
         """Returns the embedding of a query, and those of the texts. Each text is embedded only once and remembered.
 
         Raises:
-            LLMError: The request failed, or the client cannot embed texts.
+            LLMError: The request failed, the client cannot embed texts, or there are too few or too many embeddings.
+            Exception: The reply of a client of the program's own is not what it must be.
         """
         known = self._source.embeddings
-        vectors = {text: known.get((self._model, text)) for text in texts}
-        missing = [text for text, vector in vectors.items() if vector is None]
+        vectors = {text: known[self._model, text] for text in texts if (self._model, text) in known}
+        missing = [text for text in dict.fromkeys(texts) if text not in vectors]
         async with self._source.lease(self._model) as client:
             if not isinstance(client, EmbedsTexts):
                 raise LLMValidationError("the agent's client has no method embeddings()", hint="use an LLMClient")
             reply = await client.embeddings([query, *missing], model=self._model)
-        wanted, *others = [_unit_vector(each["embedding"]) for each in reply["data"]]
+        entries = reply["data"]
+        if len(entries) != 1 + len(missing):
+            message = f"the client returned {len(entries)} embeddings for {1 + len(missing)} texts"
+            raise LLMValidationError(message, hint="its method embeddings() must return one for each text, in order")
+        wanted, *others = [_unit_vector(each["embedding"]) for each in entries]
         found = dict(zip(missing, others, strict=True))
         if len(known) + len(found) > _MOST_VECTORS:
             known.clear()
         known.update({(self._model, text): vector for text, vector in found.items()})
-        return wanted, [vectors[text] or found[text] for text in texts]
+        vectors |= found
+        return wanted, [vectors[text] for text in texts]
 
 
 def _words_of(text: str) -> list[str]:

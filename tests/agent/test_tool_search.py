@@ -405,6 +405,38 @@ async def test_words_rank_the_tools_if_the_server_has_no_embeddings(
     assert "tools are found by words, because the embeddings failed" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ([{"embedding": [1.0]}], "1 embeddings for 10 texts"),
+        ([{"embedding": [1.0]}] * 11, "11 embeddings for 10 texts"),
+        ([], "0 embeddings for 10 texts"),
+        ([{"embedding": ["one"]}] * 10, "TypeError"),
+        ([{"vector": [1.0]}] * 10, "KeyError"),
+        (None, "TypeError"),
+        (OSError("the embedder is gone"), "the embedder is gone"),
+    ],
+)
+async def test_words_rank_the_tools_if_a_client_of_the_programs_own_returns_no_embeddings(
+    scripted_server: ScriptedServer, client: LLMClient, caplog: pytest.LogCaptureFixture, data: Any, problem: str
+) -> None:
+    class OwnClient:
+        model = client.model
+        chat_completion = staticmethod(client.chat_completion)
+
+        async def embeddings(self, input: Any, *, model: str | None = None) -> Any:  # noqa: A002 - as in the API
+            if isinstance(data, Exception):
+                raise data
+            return {"data": data}
+
+    scripted_server.script(calls(asks("find_tools", query="weather")), answer("Done."))
+    own: Any = OwnClient()
+    result = await agent(own, embedding_model="embedder").run("Go.")
+    assert "- get_weather" in tool_texts(result.messages)[0]
+    assert "tools are found by words, because the embeddings failed" in caplog.text
+    assert problem in caplog.text
+
+
 class ChatOnly:
     """A client that cannot embed texts."""
 
