@@ -5,11 +5,14 @@ are only ever added, in the order in which they happened. Nothing is updated exc
 
 The file is recognised by its first bytes, before SQLite opens it: SQLite would create its own files beside a database
 of another program, and would take an empty file for a new database. A new journal is created under a temporary name and
-then linked to its real name, so that a program that is killed in between does not leave half a journal.
+then linked to its real name, so that a program that is killed in between does not leave half a journal. To rename it
+could replace a journal that another process has created in the meantime. File systems such as exFAT, and some folders
+of the host in a container, have no hard links. There, an empty file takes the name first, and the journal replaces it.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import sys
@@ -259,20 +262,47 @@ def _create(path: Path) -> None:
         with closing(sqlite3.connect(draft, isolation_level=None)) as connection:
             connection.executescript(_SCHEMA)
         try:
-            os.link(draft, path)
+            _give_name(draft, path)
         except FileExistsError:
             return
         _sync(path.parent)
     finally:
-        draft.unlink()
+        draft.unlink(missing_ok=True)
+
+
+def _give_name(draft: Path, path: Path) -> None:
+    """Gives a file its real name, and never replaces another file.
+
+    Raises:
+        FileExistsError: There is a file with this name.
+        OSError: The file cannot be given the name.
+    """
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    # The errors of file systems without hard links differ. If the reason is another one, what follows fails as well.
+    except OSError:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _MODE))
+        try:
+            draft.replace(path)
+        except BaseException:
+            path.unlink()
+            raise
 
 
 def _sync(folder: Path) -> None:
-    """Makes sure that the entries of a folder are on the disk. Windows cannot open folders, and does it by itself."""
+    """Makes sure that the entries of a folder are on the disk, if the system can do that.
+
+    Windows cannot open folders, and does it by itself. Some file systems, such as those on the network, cannot do it.
+    """
     if sys.platform == "win32":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import sqlite3
@@ -92,6 +93,72 @@ async def test_only_its_owner_can_read_it(scripted_server: ScriptedServer, clien
         os.umask(old)
     assert names == {"runs.db", "runs.db-wal", "runs.db-shm", "runs.db-lock"}
     assert modes == {0o600}
+
+
+@pytest.fixture(params=[errno.EPERM, errno.ENOTSUP, errno.EINVAL])
+def no_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the disk one without hard links, as file systems differ in saying it."""
+
+    def link(source: Path, target: Path) -> None:
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "File exists", str(target))
+        raise OSError(request.param, os.strerror(request.param), str(source))
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.usefixtures("no_links")
+async def test_a_disk_without_hard_links_can_have_journals(
+    scripted_server: ScriptedServer, client: LLMClient, path: Path
+) -> None:
+    scripted_server.script(answer("Done."), answer("Done."))
+    for _ in range(2):
+        await Agent(client).run("Go.", journal=path)
+    assert [run.state for run in await Journal(path).runs()] == ["finished", "finished"]
+    assert list(path.parent.glob("*.new")) == []
+    if sys.platform != "win32":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.usefixtures("no_links")
+def test_a_journal_that_appears_in_the_meantime_is_not_replaced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linked = os.link
+
+    def link_late(source: Path, target: Path) -> None:
+        try:
+            linked(source, target)
+        finally:
+            monkeypatch.undo()
+            make(path)
+
+    monkeypatch.setattr(os, "link", link_late)
+    database = Database(path, create=True)
+    assert [run.id for run in database.runs()] == ["one"]
+    database.close()
+    assert list(path.parent.glob("*.new")) == []
+
+
+@pytest.mark.usefixtures("no_links")
+def test_a_journal_that_cannot_be_created_leaves_nothing_behind(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_source: Path, _target: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(JournalError, match="could not open the journal") as caught:
+        Database(path, create=True)
+    assert caught.value.problem == "unwritable"
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_synced_can_have_journals(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    make(path)
+    database = Database(path, create=False)
+    assert [run.id for run in database.runs()] == ["one"]
+    database.close()
 
 
 async def test_every_step_is_flushed_to_the_disk(path: Path) -> None:
