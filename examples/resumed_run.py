@@ -1,10 +1,10 @@
-"""Kills a run in the middle of its work, and lets it go on in another process.
+"""Kills a run in the middle of its work, and resumes it in another process.
 
     python examples/resumed_run.py
     python examples/resumed_run.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b
 
 The program starts itself twice. The first child process begins a run, whose tool kills the process after the second
-call, as a power failure would. The second one lets the run go on from its journal: no letter is posted twice. Without
+call, as a power failure would. The second one resumes the run from its journal: no letter is posted twice. Without
 `--api-base` and without LMBRIDGE_API_BASE in the environment, it starts the embedded server, which needs the extra
 `lmbridge[local]`.
 """
@@ -75,7 +75,7 @@ async def show(api_base: str, model: str | None) -> None:
 
 async def main() -> None:
     """Reads the arguments, and shows both parts or does one of them."""
-    parser = argparse.ArgumentParser(description="Kills a run, and lets it go on in another process.")
+    parser = argparse.ArgumentParser(description="Kills a run, and resumes it in another process.")
     parser.add_argument("folder", nargs="?", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=["begin", "go_on"], help=argparse.SUPPRESS)
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")

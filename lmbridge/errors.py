@@ -440,13 +440,13 @@ JournalProblem = Literal[
 "missing": the file does not exist. "foreign": it is a file of another program. "version": it was written by another
 version of lmbridge. "damaged": a part of the file is missing or was overwritten. "unwritable": it cannot be opened or
 written. "full": the disk is full. "busy": another process holds the file. "run": the journal does not have the run, or
-has several among which one must be named. "in_use": the run is in progress. "mismatch": the run cannot go on, because
-its model, its tools or its options are missing or different.
+has several among which one must be named. "in_use": the run is in progress. "mismatch": the run cannot be resumed,
+because its model, its tools or its options are missing or different.
 """
 
 
 class JournalError(LLMError):
-    """A journal of agent runs cannot be read or written, or a run cannot go on from it.
+    """A journal of agent runs cannot be read or written, or a run cannot be resumed from it.
 
     Attributes:
         problem: Why the journal cannot be used, as one of the words of `JournalProblem`.

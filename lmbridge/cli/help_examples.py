@@ -26,7 +26,7 @@ _LINES: Final[Mapping[str, tuple[str, ...]]] = {
         'lmbridge run --mcp time "What time is it in Tokyo?"',
         'lmbridge run --mcp files --approve none "Which of my notes mention the deadline?"',
         'lmbridge run --mcp all --max-rounds 10 --json "Tidy up the inbox" > events.jsonl',
-        'lmbridge run --journal run.db --mcp files "Sort my notes"    (continue it with: lmbridge resume run.db)',
+        'lmbridge run --journal run.db --mcp files "Sort my notes"    (resume it with: lmbridge resume run.db)',
         'cat error.log | lmbridge run --mcp git "Which commit broke this?"',
     ),
     "resume": (

@@ -1,4 +1,4 @@
-"""`lmbridge resume`: continues a run that `lmbridge run --journal` has begun."""
+"""`lmbridge resume`: resumes a run that `lmbridge run --journal` has begun."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def resume(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continues a run whose program was interrupted.
+    """Resumes a run whose program was interrupted.
 
     The run keeps its model, its options and its MCP servers. Calls that had ended are not made again. If it is not
     known whether a call has happened, the model is told so. If the run is finished already, its answer is printed. The
@@ -56,15 +56,15 @@ def resume(
             _show_runs(await Journal(journal).runs(), terminal, as_json=as_json)
             return ExitStatus.OK
         view = RunView(terminal=terminal, as_json=as_json, reasoning=reasoning)
-        return await _go_on(journal, run_id, server, options, view)
+        return await _resume_run(journal, run_id, server, options, view)
 
     run(work, debug=debug)
 
 
-async def _go_on(
+async def _resume_run(
     journal: Path, run_id: str | None, server: ServerOptions, options: ToolOptions, view: RunView
 ) -> ExitStatus:
-    """Continues the run, and shows it until its end.
+    """Resumes the run, and shows it until its end.
 
     Raises:
         JournalError: The journal cannot be used, or does not have the run.

@@ -1,4 +1,4 @@
-"""Runs one task of a fleet. If the run fails, it is tried again, and continued from the checkpoint if there is one."""
+"""Runs one task of a fleet. If the run fails, it is tried again, and resumed from the checkpoint if there is one."""
 
 from __future__ import annotations
 

@@ -385,7 +385,7 @@ class DynamicAutonomousAgent(NotCopyable):
     async def resume(
         self, path: Journal | str | os.PathLike[str], *, run_id: str | None = None, full: bool = False
     ) -> str | RunResult:
-        """Continues a run whose program was interrupted, with the MCP servers that the run began with.
+        """Resumes a run whose program was interrupted, with the MCP servers that the run began with.
 
         `Agent.resume` describes what is restored, and what happens to calls that had started. The client, the tools,
         `approve`, `gate`, `output_type` and `observers` are those of this agent.
@@ -397,7 +397,7 @@ class DynamicAutonomousAgent(NotCopyable):
 
         Raises:
             JournalError: The journal cannot be used; it contains no such run, or several that could be meant; the run
-                is in progress elsewhere; or the run cannot be continued in the way in which it began.
+                is in progress elsewhere; or the run cannot be resumed in the way in which it began.
             LLMError: As for `autonomous_with_mcp`.
         """
         hub = self._hub
@@ -482,7 +482,7 @@ class DynamicAutonomousAgent(NotCopyable):
         return result if full else _answer_text(result)
 
     def _open_again(self, hub: McpHub, extra: Mapping[str, Any]) -> OpenTools:
-        """Returns a function that opens the tools of a continued run, given the `extra` that its journal recorded."""
+        """Returns a function that opens the tools of a resumed run, given the `extra` that its journal recorded."""
         return self._open_tools(hub, ServerSelection.from_journal(extra))
 
     def _open_tools(self, hub: McpHub, servers: ServerSelection) -> OpenTools:

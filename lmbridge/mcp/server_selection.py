@@ -40,14 +40,14 @@ class ServerSelection:
 
     @classmethod
     def from_journal(cls, extra: Mapping[str, Any]) -> ServerSelection:
-        """Returns the servers of a continued run, given the `JournalEntry.extra` that `kept_in` created.
+        """Returns the servers of a resumed run, given the `JournalEntry.extra` that `kept_in` created.
 
         Raises:
             JournalError: Another kind of agent began the run.
         """
         if _ON_ERROR_KEY not in extra:
             message = "the run was not begun by a DynamicAutonomousAgent"
-            raise JournalError(message, problem="mismatch", hint="continue it with Agent.resume")
+            raise JournalError(message, problem="mismatch", hint="resume it with Agent.resume")
         return cls(extra[_NAMES_KEY], extra[_ON_ERROR_KEY])
 
     def kept_in(self, journal: AnyJournal) -> JournalEntry:

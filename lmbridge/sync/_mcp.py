@@ -373,7 +373,7 @@ class DynamicAutonomousAgent(Owner):
     def resume(
         self, path: Journal | str | os.PathLike[str], *, run_id: str | None = None, full: bool = False
     ) -> str | RunResult:
-        """Continues a run whose program was interrupted, with the MCP servers that the run began with.
+        """Resumes a run whose program was interrupted, with the MCP servers that the run began with.
 
         `Agent.resume` describes what is restored, and what happens to calls that had started. The client, the tools,
         `approve`, `gate`, `output_type` and `observers` are those of this agent.
@@ -385,7 +385,7 @@ class DynamicAutonomousAgent(Owner):
 
         Raises:
             JournalError: The journal cannot be used; it contains no such run, or several that could be meant; the run
-                is in progress elsewhere; or the run cannot be continued in the way in which it began.
+                is in progress elsewhere; or the run cannot be resumed in the way in which it began.
             LLMError: As for `autonomous_with_mcp`.
         """
         result: str | RunResult = self._await(lambda: self.wrapped.resume(unwrap(path), run_id=run_id, full=full))

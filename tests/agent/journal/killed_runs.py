@@ -4,7 +4,7 @@
 
 KIND says what is counted: "writes" (before and after each transaction of the journal) or "awaits" (each turn of the
 event loop that runs a task or a callback). POINTS is a range such as "0:500:1". For each point, one child process
-begins a run and kills itself there, and further ones let the run go on. A line of JSON says what came of it. The
+begins a run and kills itself there, and further ones resume the run. A line of JSON says what came of it. The
 program ends early when a run has come to its end without having reached its point.
 """
 
