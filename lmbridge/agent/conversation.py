@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from lmbridge.agent.tool_names import LONGEST_NAME
+from lmbridge.client.content import text_of_part
 from lmbridge.client.inputs import check_messages
 from lmbridge.client.json_codec import encode_body
 from lmbridge.errors import LLMValidationError
@@ -29,7 +30,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Mess
     """Returns the system prompt, and copies of the other messages in the form that all servers accept."""
     check_messages(messages)
     read: list[Message] = msgspec.json.decode(encode_body({"messages": messages}))["messages"]
-    system = [_plain_text(each) for each in read if each["role"] in ("system", "developer")]
+    system = [text_of_part(each.get("content")) for each in read if each["role"] in ("system", "developer")]
     others = [
         _normalize(each, number) for number, each in enumerate(read) if each["role"] not in ("system", "developer")
     ]
@@ -99,11 +100,6 @@ def group_by_user_message(messages: list[Message]) -> list[list[Message]]:
             groups.append([])
         groups[-1].append(message)
     return groups
-
-
-def _plain_text(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def sendable_name(name: str) -> str:

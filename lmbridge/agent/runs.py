@@ -31,6 +31,7 @@ from lmbridge.agent.switching import RunAdmission, RunPermit
 from lmbridge.agent.tool_ranking import EmbeddingRanker, KeywordRanker
 from lmbridge.agent.tool_search import ToolSearchOptions
 from lmbridge.agent.toolset import Toolset
+from lmbridge.client.content import text_of_part
 from lmbridge.client.structured import answer_format_of
 from lmbridge.errors import JournalError, LLMError, MaxRoundsExceededError, RunIncompleteError, TaskCancelledError
 from lmbridge.observe.watches import RunWatch
@@ -505,7 +506,7 @@ class RunStream(ClosableStream[RunEvent], Generic[OutputT]):
 
 def _task_text(task: str | list[Any]) -> str:
     """Returns the text of a task that may have other content parts."""
-    return task if isinstance(task, str) else "\n".join(part["text"] for part in task if "text" in part)
+    return task if isinstance(task, str) else "\n".join(filter(None, map(text_of_part, task)))
 
 
 def _ignore_cancel(_error: TaskCancelledError) -> None:

@@ -13,6 +13,7 @@ from lmbridge.client.chat_stream import ChatStream
 from lmbridge.client.completeness import complete_chat_reply
 from lmbridge.client.endpoints import EndpointMethods
 from lmbridge.client.inputs import check_messages
+from lmbridge.client.json_codec import decode_json
 from lmbridge.client.params import ChatParams, shows_params
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ class ChatMethods(EndpointMethods):
         if server.context_overflow is not None:
             from lmbridge.client.context_overflow import check_prompt
 
+            # What is measured is what is sent, in which every mapping is a dict, and every text can be encoded.
+            body = decode_json(request.body or b"{}")
             prompt_size = await check_prompt(server, body)
         if stream:
             choices = body.get("n")

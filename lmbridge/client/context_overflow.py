@@ -109,6 +109,11 @@ async def check_prompt(
 ) -> PromptSize | None:
     """Compares the prompt of a chat completion with the context of its model, as `context_overflow` asks for.
 
+    Args:
+        server: The server, with the options of the call.
+        body: The body as the server reads it; see `estimate_tokens`.
+        timer: The clock. Default: `time.monotonic`.
+
     Returns:
         The size of the prompt, or None if the context length is unknown.
 

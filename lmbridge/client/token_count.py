@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import attrs
 import msgspec
 
-from lmbridge._checks import is_integer
+from lmbridge._checks import MAPPING_TYPES, is_integer
 from lmbridge.client.json_codec import encode_body
 from lmbridge.client.server_api import PROBE_BYTES, PROBE_SECONDS, ServerApi, is_unknown_path
 from lmbridge.errors import LLMError, ModelLoadError
@@ -120,7 +120,12 @@ async def _counted_by(server: ServerApi, body: Mapping[str, Any]) -> int | None:
 
 
 def estimate_tokens(body: Mapping[str, Any]) -> int:
-    """Returns an estimate of the tokens that the messages and tools in the body of a chat completion have."""
+    """Returns an estimate of the tokens that the messages and tools in the body of a chat completion have.
+
+    Args:
+        body: The body as the server reads it: decoded from what is sent. The caller's own may hold other mappings, and
+            halves of characters, which are encoded differently.
+    """
     size = sum(map(size_of, body["messages"])) + (len(_encode(body["tools"])) if body.get("tools") else 0)
     return -(-size // BYTES_PER_TOKEN)
 
@@ -129,8 +134,13 @@ def size_of(message: Mapping[str, Any]) -> int:
     """Returns the bytes that a message takes as JSON. An image counts as 3,000 bytes, whatever its size."""
     content = message.get("content")
     if isinstance(content, list):
-        return sum(IMAGE_BYTES if part.get("type") == "image_url" else len(_encode(part)) for part in content)
+        return sum(IMAGE_BYTES if _is_image(part) else len(_encode(part)) for part in content)
     return len(_encode(message))
+
+
+def _is_image(part: object) -> bool:
+    # Some servers accept strings as parts.
+    return isinstance(part, MAPPING_TYPES) and part.get("type") == "image_url"
 
 
 _encode: Final[Callable[[Any], bytes]] = msgspec.json.Encoder().encode

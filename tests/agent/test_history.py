@@ -129,7 +129,7 @@ def test_there_is_one_leading_system_message() -> None:
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Hi."},
         {"role": "assistant", "content": None},
-        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "developer", "content": ["Be ", {"type": "text", "text": "brief."}]},
     ]
     kept = History("Go.", messages=messages).to_send()
     assert kept[0] == {"role": "system", "content": "Be kind.\n\nBe brief."}

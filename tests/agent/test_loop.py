@@ -27,6 +27,7 @@ from lmbridge import (
     image_part,
 )
 from lmbridge.agent.switching import RunPermit
+from lmbridge.observe import TimelineObserver
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, reply, sse, stall
 from tests.agent.support import (
     Gate,
@@ -883,6 +884,12 @@ async def test_an_image_is_sent(scripted_server: ScriptedServer, client: LLMClie
     image = image_part("data:image/png;base64,iVBORw0KGgo=")
     parts = [{"type": "text", "text": "What is this?"}, image]
     await Agent(client).run(parts)
+    assert sent(scripted_server)["messages"][0]["content"] == parts
+
+
+async def test_parts_of_a_task_that_have_no_text_are_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    parts = [{"type": "text", "text": None}, {"type": "text", "text": "Hello."}]
+    await Agent(client, observers=[TimelineObserver()]).run(parts)
     assert sent(scripted_server)["messages"][0]["content"] == parts
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import UserString
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -10,12 +12,14 @@ import pytest
 from lmbridge import Agent, ContextLengthExceededError, LLMClient, LLMValidationError
 from lmbridge.client.context_overflow import PromptSize
 from lmbridge.testing import ScriptedServer, answer, reply
-from tests.support import MESSAGES
+from tests.support import MESSAGES, read_text
 
 CHAT = "/v1/chat/completions"
 COUNTS = "/v1/chat/completions/input_tokens"
 LONG = [{"role": "user", "content": "word " * 3000}]
 """About 3,000 tokens, which are estimated as 5,000."""
+
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 
 
 def ollama(server: ScriptedServer, *, context: int | None = None, parameters: str = "") -> None:
@@ -123,6 +127,28 @@ async def test_a_server_that_does_not_describe_itself_is_no_obstacle(scripted_se
     scripted_server.on_path("/v1/models", reply(500, "broken"))
     async with LLMClient(scripted_server.api_base, "m", context_overflow="raise", max_retries=0) as client:
         assert await client.chat_completion(LONG)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": "\ud83d\ude42"},
+        MappingProxyType({"role": "user", "content": (MappingProxyType({"type": "text", "text": "Hello"}),)}),
+        {"role": "user", "content": ["Hello"]},
+        {"role": "user", "content": [{"type": "text", "text": UserString("Hello")}]},
+    ],
+    ids=["halves of a character", "other mappings", "a list of strings", "a string of another class"],
+)
+async def test_all_messages_that_can_be_sent_can_be_measured(
+    scripted_server: ScriptedServer, message: Any, stream: bool
+) -> None:
+    ollama(scripted_server, context=4096)
+    options: dict[str, Any] = {"context_overflow": "raise", "model_mismatch": "ignore"}
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", **options) as client:
+        reply = await client.chat_completion([message], stream=stream, tools=(MappingProxyType(TOOL),))
+        assert not stream or await read_text(reply)
+    assert chats(scripted_server) == 1
 
 
 def test_the_option_is_checked() -> None:

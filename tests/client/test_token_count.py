@@ -87,6 +87,11 @@ async def test_an_estimate_includes_the_tools(client: LLMClient) -> None:
     assert with_tools.tokens > without.tokens + 20
 
 
+async def test_content_that_is_a_list_of_strings_is_estimated_by_its_strings(client: LLMClient) -> None:
+    count = await client.count_tokens([{"role": "user", "content": ["x" * 1500, {"type": "text", "text": "x" * 1500}]}])
+    assert 1000 <= count.tokens < 1050
+
+
 async def test_a_model_that_the_router_has_not_loaded_is_estimated_and_asked_about_again(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
