@@ -149,6 +149,8 @@ class FaultProxy:
         relay = asyncio.create_task(self._relay(reader, writer))
         self._relays.add(relay)
         relay.add_done_callback(self._relays.discard)
+        # If the task is cancelled before its first step, nothing else closes the connection.
+        relay.add_done_callback(lambda _: writer.close())
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         damage = _Damage(self._script.popleft() if self._script else self.fault)

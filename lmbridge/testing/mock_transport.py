@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from functools import cached_property
 from typing import Any, Final, TypeAlias
@@ -191,6 +191,9 @@ class _MockSession:
         if self._closed:
             raise faults.connection_failed(faults.BROKEN_BEFORE_RESPONSE)
         task = self._start(_await(answer))
+        if isinstance(answer, Coroutine):
+            # A task that was cancelled before its first step has not awaited it, which Python would warn about.
+            task.add_done_callback(lambda _: answer.close())
         try:
             await asyncio.wait((task,))
         except asyncio.CancelledError:

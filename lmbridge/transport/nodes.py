@@ -19,6 +19,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
@@ -203,11 +204,9 @@ class NodePool(NotCopyable):
         self._guard = LoopGuard("this client")
         if closing is not None and not closing.get_loop().is_closed():
             closing.set_result(None)
-        await settle(self._close_all())
+        await settle(self._close_all(self._forget_look_ups()))
 
-    async def _close_all(self) -> None:
-        look_ups = [task for task in self._look_ups if not task.get_loop().is_closed()]
-        self._look_ups.clear()
+    async def _close_all(self, look_ups: Sequence[asyncio.Task[None]]) -> None:
         for task in look_ups:
             task.cancel()
         if look_ups:
@@ -321,8 +320,23 @@ class NodePool(NotCopyable):
         node.look_up_at = now
         node.look_up = task = asyncio.get_running_loop().create_task(self._look_up(node, find_models))
         self._look_ups.add(task)
-        task.add_done_callback(self._look_ups.discard)
-        task.add_done_callback(mark_exception_retrieved)
+        # The coroutine cannot do this at its end, because it never runs if its task is cancelled before its first step.
+        task.add_done_callback(partial(self._on_look_up_done, node))
+
+    def _on_look_up_done(self, node: Node, task: asyncio.Task[None]) -> None:
+        self._look_ups.discard(task)
+        # Another look-up may have been started meanwhile, if this one was forgotten.
+        if node.look_up is task:
+            node.look_up = None
+        mark_exception_retrieved(task)
+
+    def _forget_look_ups(self) -> list[asyncio.Task[None]]:
+        """Forgets the look-ups, so that the next request starts others. Returns those that may still be running."""
+        running = [task for task in self._look_ups if not task.get_loop().is_closed()]
+        self._look_ups.clear()
+        for node in self._nodes:
+            node.look_up = None
+        return running
 
     async def _look_up(self, node: Node, find_models: FindModels | None) -> None:
         """Asks a server which models it has, which also shows whether it works."""
@@ -341,8 +355,6 @@ class NodePool(NotCopyable):
         else:
             node.note_success()
             node.set_models(models, loop.time())
-        finally:
-            node.look_up = None
 
     # The state in an event loop
 
@@ -350,8 +362,7 @@ class NodePool(NotCopyable):
         if self._guard.enter():
             # The futures and tasks of the former loop are lost.
             self._closing = None
-            for node in self._nodes:
-                node.look_up = None
+            self._forget_look_ups()
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_future()
         return self._closing

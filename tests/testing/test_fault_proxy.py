@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 import pytest_asyncio
@@ -154,6 +155,24 @@ async def test_closing_ends_the_open_connections(scripted_server: ScriptedServer
         assert proxy.open_connections == 0
         with pytest.raises(LLMStreamError):
             await anext(stream)
+
+
+async def test_closing_ends_a_connection_that_was_accepted_a_moment_ago(scripted_server: ScriptedServer) -> None:
+    proxy = FaultProxy(scripted_server.origin)
+    accept, closing = proxy._accept, []
+
+    def accept_and_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accept(reader, writer)
+        for relay in proxy._relays:
+            relay.cancel()
+        closing.append(asyncio.create_task(proxy.close()))
+
+    proxy._accept = accept_and_close  # type: ignore[method-assign]  # this closes before the first step of the task
+    async with proxy:
+        # What the client has sent may not have been read, and then the connection is reset.
+        with suppress(ConnectionResetError):
+            assert await received(proxy) == [b""]
+        await closing[0]
 
 
 async def test_it_can_be_opened_once_and_has_no_address_before(scripted_server: ScriptedServer) -> None:

@@ -408,6 +408,21 @@ async def test_closing_the_transport_cancels_handlers_and_streams() -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
+async def test_a_handler_whose_request_is_cancelled_before_it_has_begun_is_closed() -> None:
+    async def handler(_: MockRequest) -> Any:
+        raise AssertionError
+
+    transport = MockTransport(handler)
+    asked = asyncio.create_task(ask(LLMClient(model="test-model", transport=transport)))
+    while not transport.requests:
+        await turns(1)
+    asked.cancel()
+    await asyncio.wait({asked})
+    assert asked.cancelled()
+    # Python would warn here about a coroutine that was never awaited.
+    gc.collect()
+
+
 async def test_a_client_that_is_closed_leaves_the_transport_usable() -> None:
     transport = MockTransport(lambda _: COMPLETION)
     async with LLMClient(model="test-model", transport=transport) as client:

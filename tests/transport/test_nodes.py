@@ -541,6 +541,52 @@ def test_a_pool_works_in_one_event_loop_after_the_other() -> None:
         assert asyncio.run(ask_once()) in ("one", "two")
 
 
+@STREAM
+async def test_look_ups_of_a_pool_that_is_being_closed_are_started_again(stream: bool, instant_checks: None) -> None:
+    one, two = FakeServer("one"), FakeServer("two")
+    pool = pool_of(one, two)
+    client = LLMClient(transport=pool, model="m")
+    # The close begins first, and goes on in a task that starts after the look-ups were created.
+    await asyncio.gather(pool.close(), ask(client, stream), return_exceptions=True)
+    await ask(client, stream)
+    assert "/v1/models" in one.questions
+    assert "/v1/models" in two.questions
+    assert [node.look_up for node in pool._nodes] == [None, None]
+
+
+async def test_look_ups_that_are_cancelled_before_their_first_step_are_started_again(instant_checks: None) -> None:
+    one, two = FakeServer("one"), FakeServer("two")
+    client = client_of(one, two)
+    asking = asyncio.create_task(client.ask("Hi"))
+    await turns(1)
+    for task in asyncio.all_tasks() - {asyncio.current_task(), asking}:
+        task.cancel()
+    await asking
+    assert not one.questions
+    await client.ask("Hi")
+    assert "/v1/models" in one.questions
+
+
+def test_a_pool_that_is_closed_in_another_event_loop_forgets_its_look_ups(instant_checks: None) -> None:
+    one, two = FakeServer("one"), FakeServer("two")
+    pool = pool_of(one, two)
+    client = LLMClient(transport=pool, model="m")
+    former = asyncio.new_event_loop()
+    asking = former.create_task(client.ask("Hi"))
+    while not all(node.look_up for node in pool._nodes):
+        former.run_until_complete(turns(1))
+    one.questions.clear()
+    # The loop is closed under its tasks, which asyncio.run would not do.
+    lost = [asking, *asyncio.all_tasks(former)]
+    former.close()
+    for task in lost:
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # the loss is intended
+    with pytest.warns(ResourceWarning, match="still open"):
+        asyncio.run(pool.close())
+    asyncio.run(client.ask("Hi"))
+    assert "/v1/models" in one.questions
+
+
 async def test_one_key_that_is_refused_everywhere_is_an_authentication_error() -> None:
     one, two = FakeServer("one"), FakeServer("two")
     one.failure = two.failure = MockResponse(401, json={"error": {"message": "invalid key"}})

@@ -16,6 +16,7 @@ import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -181,6 +182,8 @@ class HttpConnection:
                 self._modern_requests.add(message["id"])
             task = self._start(self._post_request(message, headers))
             self._requests[message["id"]] = task
+            # The coroutine never runs if its task is cancelled before its first step.
+            task.add_done_callback(partial(self._on_request_over, message["id"]))
         elif method == "notifications/cancelled":
             await self._cancel(message, headers)
         else:
@@ -261,10 +264,11 @@ class HttpConnection:
             # Otherwise an unforeseen mistake would make the caller wait forever.
             logger.exception("MCP server %r: reading an answer failed", self._spec.name)
             await self._fail(request_id, RefusedError(f"{describe_error(exc)}{_after_call(message)}"))
-        finally:
-            self._requests.pop(request_id, None)
-            self._finished.append(request_id)
-            self._modern_requests.discard(request_id)
+
+    def _on_request_over(self, request_id: Any, _task: asyncio.Task[None]) -> None:
+        self._requests.pop(request_id, None)
+        self._finished.append(request_id)
+        self._modern_requests.discard(request_id)
 
     async def _on_broken_connection(self, message: dict[str, Any], error: Exception) -> None:
         """Fails a request whose connection broke. Requests on other connections go on."""

@@ -420,6 +420,14 @@ async def test_closing_a_connection_cancels_all_of_its_tasks_at_once_even_if_it_
     assert connection._tasks == set()
 
 
+@pytest.mark.parametrize("headers", [{}, {"mcp-protocol-version": "2026-07-28"}], ids=["older", "modern"])
+async def test_a_request_that_is_cancelled_before_its_first_step_is_forgotten(headers: dict[str, str]) -> None:
+    connection = HttpConnection(ServerSpec(name="a", transport="http", url="http://x/"), None, print, print)
+    await connection.send({"jsonrpc": "2.0", "id": 1, "method": "tools/call"}, headers)
+    await connection.close()
+    assert (connection._requests, connection._modern_requests, list(connection._finished)) == ({}, set(), [1])
+
+
 async def test_a_list_that_is_no_longer_wanted_is_cancelled_at_the_server(
     make_hub: MakeHub, server: HttpServer
 ) -> None:
