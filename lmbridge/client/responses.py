@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from aiohttp_sse_client.client import MessageEvent
 
 _FAILED_WITHOUT_REASON: Final = "the response failed, with no reason given"
+_UNNAMED: Final = "message"
+"""The name that an event without a name has, by the specification of event streams; some servers send it."""
 _FAILURE_EVENTS: Final = frozenset({"response.failed", "response.cancelled"})
 _EXAMPLE_ITEM: Final = "[{'role': 'user', 'content': 'Hello'}]"
 
@@ -42,8 +44,10 @@ class ResponseEvent(NamedTuple):
     """An event of a streamed response.
 
     Attributes:
-        event: The event as the server sent it. Its `type` is the name of the event, and its `data` the text.
-        data: The text of the event, parsed as JSON.
+        event: The event as the server sent it. Its `type` is the name of the event, or the type in its data if the
+            server sends no names. Its `data` is the text.
+        data: The text of the event, parsed as JSON. It always has a `type`, which is the name of the event if the
+            server has not put it into the data.
     """
 
     event: MessageEvent
@@ -92,8 +96,13 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         text = data.decode("utf-8", "replace")
         if _is_error_event(value):
             raise self._server_error(text)
+        # Some servers send the type only as the name of the event, and others only in its data.
         kind = value.get("type")
-        self._add_to_response(value if isinstance(kind, str) and kind else {**value, "type": name}, text)
+        if isinstance(kind, str) and kind:
+            name = kind if name in ("", _UNNAMED) else name
+        elif name or "type" in value:
+            value = {**value, "type": name}
+        self._add_to_response(value, text)
         if self._halves or may_hold_surrogates(data):
             value = dict(join_halves(value, self._halves))
         event = self._event_class(type=name or None, message=name, data=text, origin=self._origin, last_event_id="")
@@ -113,7 +122,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
             self._fail(error)
             raise
         reason = response.get("error") or _reason_of_failure(response)
-        if reason or value["type"] in _FAILURE_EVENTS:
+        if reason or value.get("type") in _FAILURE_EVENTS:
             raise self._fail(self._error_of_failed_event(reason, text))
         if self._accumulator.is_finished:
             self._mark_complete()
@@ -135,7 +144,7 @@ def _is_error_event(value: Mapping[str, Any]) -> bool:
 
 
 def _event_text(event: ResponseEvent) -> str:
-    delta = event.data.get("delta") if event.event.type == "response.output_text.delta" else None
+    delta = event.data.get("delta") if event.data.get("type") == "response.output_text.delta" else None
     return delta if isinstance(delta, str) else ""
 
 

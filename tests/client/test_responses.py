@@ -347,7 +347,7 @@ async def test_events_without_names_are_recognized_by_their_type(
     scripted_server.script(sse(*bare))
     stream = await opened(client)
     event, _ = await anext(stream)
-    assert (event.type, event.message) == (None, "")
+    assert (event.type, event.message) == ("response.created", "response.created")
     assert await collect(stream) == WHOLE
 
 
@@ -357,8 +357,27 @@ async def test_events_without_types_are_recognized_by_their_names(
     data = msgspec.json.encode({"response": WHOLE})
     scripted_server.script(sse(b"event: response.completed\ndata: " + data + b"\n\n"))
     stream = await opened(client)
-    assert (await anext(stream)).data == {"response": WHOLE}
+    event, parsed = await anext(stream)
+    assert parsed == {"type": "response.completed", "response": WHOLE}
+    assert json.loads(event.data) == {"response": WHOLE}
     assert await collect(stream) == WHOLE
+
+
+@pytest.mark.parametrize("names", ["name and type", "type", "name", "message and type"])
+async def test_the_text_is_found_by_the_name_or_by_the_type(
+    scripted_server: ScriptedServer, client: LLMClient, names: str
+) -> None:
+    parts = [event.removeprefix(b"event: ").split(b"\n", 1) for event in ALL]
+    forms = {
+        "name and type": ALL,
+        "type": [data for _, data in parts],
+        "name": [b"event: %b\n%b" % (name, data.replace(b'"type":"%b",' % name, b"")) for name, data in parts],
+        "message and type": [b"event: message\n" + data for _, data in parts],
+    }
+    scripted_server.default = sse(*forms[names])
+    assert [text async for text in (await opened(client)).text()] == ["Hel", "lo"]
+    events = [(event.type, data["type"]) async for event, data in await opened(client)]
+    assert events == [(name.decode(), name.decode()) for name, _ in parts]
 
 
 async def test_comments_empty_events_and_unknown_events_are_accepted(

@@ -156,6 +156,10 @@ async def test_half_a_character_at_the_end_of_other_streams_is_handed_out(
     assert (await anext(stream)).data["delta"] == "?"
     with pytest.raises(LLMStreamError):
         await anext(stream)
+    del delta["type"]
+    scripted_server.script(sse(f"event: response.output_text.delta\ndata: {json.dumps(delta)}\n\n", last, done=False))
+    stream = await client.create_response("Say", stream=True)
+    assert [text async for text in stream.text()] == ["a", "?"]
 
 
 @pytest.mark.parametrize("field", ["id", "system_fingerprint", "logprobs", "role", "finish_reason", "usage", "text"])
