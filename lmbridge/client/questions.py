@@ -25,6 +25,11 @@ def _check_question(_instance: Any, attribute: attrs.Attribute[Any], value: Any)
     check_text(attribute.name, value, hint="ask something, such as 'Which team should handle this?'")
 
 
+def _check_meaning(_instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise wrong_type(attribute.name, "a string or None", value, f"say what {attribute.name!r} means")
+
+
 def _as_options(options: Any) -> dict[str, str | None]:
     """Returns options with their descriptions, from a mapping or from a list of names."""
     if isinstance(options, Mapping):
@@ -97,9 +102,9 @@ class TrueFalse(Question):
         TrueFalse("Is the customer angry?")
     """
 
-    true: str | None = None
+    true: str | None = attrs.field(default=None, validator=_check_meaning)
     """What the answer "true" means, if the question does not say it."""
-    false: str | None = None
+    false: str | None = attrs.field(default=None, validator=_check_meaning)
     """What the answer "false" means, if the question does not say it."""
 
 
@@ -133,17 +138,42 @@ def _from_wire(fields: Mapping[str, Any]) -> Question:
     """Returns the question that a dict stands for, in the form of System One or in that of OpenAI's decisions."""
     kind, text, criteria = fields.get("type"), fields.get("instructions"), fields.get("criteria")
     if kind == "choice":
-        if criteria is None and isinstance(fields.get("choices"), list):
-            criteria = {each["value"]: each.get("description") for each in fields["choices"]}
+        if criteria is None and "choices" in fields:
+            criteria = _options_from(fields["choices"])
         return Choice(text, criteria)  # type: ignore[arg-type]  # the class checks it
     if kind == "score":
-        if criteria is None and isinstance(fields.get("levels"), list):
-            criteria = [each["label"] for each in fields["levels"]]
+        if criteria is None and "levels" in fields:
+            criteria = [each["label"] for each in _checked_items("levels", fields["levels"], "label")]
         return Score(text, criteria)  # type: ignore[arg-type]  # the class checks it
     if kind in ("noul", "predicate"):
         meanings = criteria if isinstance(criteria, Mapping) else {}
         return TrueFalse(text, meanings.get("true"), meanings.get("false"))  # type: ignore[arg-type]  # as above
     raise LLMValidationError(f"unknown type {kind!r}", hint="the types are 'choice', 'score', 'noul' and 'predicate'")
+
+
+def _options_from(choices: Any) -> dict[str, Any]:
+    """Returns the `choices` of OpenAI's form as the options of a `Choice`."""
+    items = _checked_items("choices", choices, "value")
+    options = {each["value"]: each.get("description") for each in items}
+    if len(options) != len(items):
+        raise LLMValidationError("choices must be different strings", hint="leave out what occurs twice")
+    return options
+
+
+def _checked_items(name: str, items: Any, key: str) -> Sequence[Mapping[str, Any]]:
+    """Returns the items of a list in OpenAI's form.
+
+    Raises:
+        LLMValidationError: It is not a list of dicts that have a text in the field `key`.
+    """
+    hint = f"for example [{{{key!r}: 'low'}}, {{{key!r}: 'high'}}]; a list of names can be given as 'criteria'"
+    if not isinstance(items, Sequence) or isinstance(items, str | bytes):
+        raise wrong_type(name, "a list of dicts", items, hint)
+    for number, each in enumerate(items):
+        if not isinstance(each, Mapping):
+            raise wrong_type(f"{name}[{number}]", "a dict", each, hint)
+        check_text(f"{name}[{number}][{key!r}]", each.get(key), hint=hint)
+    return items
 
 
 def systemone_form(question: Question) -> dict[str, Any]:

@@ -322,6 +322,17 @@ async def test_a_cancelled_fallback_stops_the_generation(scripted_server: Script
         ({"q": {"type": "score", "instructions": "How?", "criteria": ["a"]}}, "levels must be 2 to 10"),
         ({"q": {"type": "noul", "instructions": " "}}, "question must be a string that is not blank"),
         ({" ": TrueFalse("So?")}, "the name of a question"),
+        ({"q": {"type": "choice", "instructions": "?", "choices": ["a", "b"]}}, r"choices\[0\] must be a dict, not str"),
+        ({"q": {"type": "choice", "instructions": "?", "choices": [{"name": "a"}]}}, r"choices\[0\]\['value'\] must be"),
+        ({"q": {"type": "choice", "instructions": "?", "choices": [{"value": ["a"]}]}}, r"choices\[0\]\['value'\] must"),
+        ({"q": {"type": "choice", "instructions": "?", "choices": 2 * [{"value": "a"}]}}, "different strings"),
+        ({"q": {"type": "choice", "instructions": "?", "choices": "ab"}}, "choices must be a list of dicts, not str"),
+        ({"q": {"type": "choice", "instructions": "?"}}, "options must be a list or a dict"),
+        ({"q": {"type": "score", "instructions": "?", "levels": ["a", "b"]}}, r"levels\[0\] must be a dict, not str"),
+        ({"q": {"type": "score", "instructions": "?", "levels": [{"label": 1}]}}, r"levels\[0\]\['label'\] must be"),
+        ({"q": {"type": "score", "instructions": "?", "levels": {"label": "a"}}}, "levels must be a list of dicts"),
+        ({"q": {"type": "noul", "instructions": "?", "criteria": {"true": 1}}}, "true must be a string or None, not int"),
+        ({"q": {"type": [], "instructions": "?"}}, "unknown type"),
     ],
 )
 async def test_bad_questions_are_refused_before_anything_is_sent(
@@ -341,6 +352,7 @@ async def test_bad_questions_are_refused_before_anything_is_sent(
         lambda: Choice("", ["a", "b"]),
         lambda: Score("How?", [str(level) for level in range(11)]),
         lambda: Score("How?", "ab"),
+        lambda: TrueFalse("So?", false=1),  # type: ignore[arg-type]  # the wrong value is the case
         lambda: TrueFalse(None),  # type: ignore[arg-type]  # the wrong value is the case
     ],
 )
