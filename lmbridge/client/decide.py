@@ -9,7 +9,8 @@ Three ways are tried, in this order:
 2. `POST /v1/decisions`, the same in the form of OpenAI's API, which LM Studio documents as `openai-compat/decisions`.
 3. A chat completion for each question; see `label_probabilities`.
 
-Which way worked is remembered for each server and model, so that later calls send no request in vain.
+Which way worked is remembered for each server and model, so that later calls send no request in vain. If no model is
+named, the server chooses it, so what is remembered counts only until another model answers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from functools import cache
 from typing import Any, Final, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
+import attrs
 import msgspec
 
 from lmbridge._checks import is_integer
@@ -49,9 +51,16 @@ _LOGPROBS_HINT: Final = (
 )
 
 
+@attrs.frozen
+class _KnownWay:
+    way: _Way
+    served_model: str | None
+    """The model that has answered in this way, as the server names it."""
+
+
 @cache
-def _known_ways() -> WeakKeyDictionary[BaseTransport, dict[str, _Way]]:
-    """The way that has worked for each model of each server."""
+def _known_ways() -> WeakKeyDictionary[BaseTransport, dict[str | None, _KnownWay]]:
+    """The way that has worked for each model of each server. The model None is the one that the server chooses."""
     return WeakKeyDictionary()
 
 
@@ -80,21 +89,20 @@ async def decide(
     state = msgspec.json.decode(encode_body({"state": state}))["state"]
     transport, model = server.transport, body.get("model")
     known = _known_ways().setdefault(transport, {})
-    way = known.get(model) if isinstance(model, str) else None
+    before = known.get(model)
+    way = None if before is None else before.way
     refusal: LLMError | None = None
     if way != "chat" or not fallback:
         for each in _WAYS if way in (None, "chat") else (way,):
             answered = await _ask_decision_model(server, each, state, questions, body)
             if isinstance(answered, Decisions):
-                if isinstance(model, str):
-                    known[model] = each
+                known[model] = _KnownWay(each, answered.model)
                 return answered
             refusal = answered
             if isinstance(refusal, ModelMismatchError):
                 break
     if refusal is not None:
-        if isinstance(model, str):
-            known.pop(model, None)
+        known.pop(model, None)
         if not fallback:
             raise refusal
     check_option_counts(questions)
@@ -105,8 +113,11 @@ async def decide(
             decisions.model,
             refusal.message,
         )
-    if isinstance(model, str):
-        known[model] = "chat"
+    if model is None and before is not None and refusal is None and before.served_model != decisions.model:
+        # The server has chosen another model meanwhile, which may be a decision model.
+        known.pop(model, None)
+    else:
+        known[model] = _KnownWay("chat", decisions.model)
     return decisions
 
 

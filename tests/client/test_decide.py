@@ -76,17 +76,17 @@ async def client(scripted_server: ScriptedServer) -> AsyncIterator[LLMClient]:
         yield client
 
 
-def labelled(*tokens: str, **logprobs: float) -> Any:
+def labelled(*tokens: str, model: str = "test-model", **logprobs: float) -> Any:
     """Returns a streamed chat completion that consists of tokens. The one before the last has alternatives."""
     entries: list[dict[str, Any]] = [{"token": token, "logprob": -0.1, "top_logprobs": []} for token in tokens]
     top = [{"token": token, "logprob": logprob} for token, logprob in logprobs.items()]
     entries[-2] = {"token": tokens[-2], "logprob": logprobs.get(tokens[-2], -9.0), "top_logprobs": top}
     chunks = []
     for entry in entries:
-        chunk = piece(entry["token"])
+        chunk = piece(entry["token"], model=model)
         chunk["choices"][0]["logprobs"] = {"content": [entry]}
         chunks.append(chunk)
-    return sse(*chunks, piece(finish_reason="stop"), done=True)
+    return sse(*chunks, piece(finish_reason="stop", model=model), done=True)
 
 
 BEGINNING = ("{", '"label"', ":", ' "')
@@ -260,6 +260,23 @@ async def test_labels_are_found_however_they_are_split_into_tokens(
     assert answer.winner == winner
     assert answer.expected == (None if expected is None else pytest.approx(expected, abs=1e-3))
     assert sum(answer.probabilities.values()) == pytest.approx(1)
+
+
+async def test_the_way_is_remembered_without_a_model_until_another_model_answers(
+    scripted_server: ScriptedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripted_server.on_path(SYSTEM_ONE, NOT_A_DECISION_MODEL)
+    questions = {"q": TrueFalse("So?")}
+    async with LLMClient(scripted_server.api_base) as client:
+        for model in ("one", "one", "two"):
+            scripted_server.script(labelled(*BEGINNING, "yes", '"}', model=model, yes=-0.5, no=-1.5))
+            assert (await client.decide(STATE, questions)).model == model
+        assert [request.path for request in scripted_server.requests].count(SYSTEM_ONE) == 1
+        assert caplog.text.count("calibrated") == 1
+        scripted_server.on_path(SYSTEM_ONE, reply(200, {**BODY, "answers": {"q": ANSWERS["angry"]}}))
+        for _ in range(2):
+            assert (await client.decide(STATE, questions)).calibrated
+    assert [request.path for request in scripted_server.requests].count(SYSTEM_ONE) == 3
 
 
 async def test_an_option_that_the_server_does_not_list_has_the_smallest_probability_that_it_lists(
