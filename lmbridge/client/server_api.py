@@ -246,6 +246,14 @@ class ServerApi:
             **fields,
         )
 
+    def probe_timeouts(self, max_seconds: float | None = None) -> Timeouts:
+        """Returns the timeouts of a request that asks about the server; `build_get` describes `max_seconds`."""
+        if not self._caps_probes:
+            return self._timeouts
+        seconds = PROBE_SECONDS if max_seconds is None else max_seconds
+        limit = self._timeouts.first_byte
+        return attrs.evolve(self._timeouts, first_byte=seconds if limit is None else min(seconds, limit))
+
     def build_get(self, operation: str, path: str, *, max_seconds: float | None = None, **fields: Any) -> Request:
         """Returns a request that asks about the server: it does not queue behind generations.
 
@@ -256,16 +264,11 @@ class ServerApi:
                 `PROBE_SECONDS`.
             **fields: Fields of the `Request` that differ from the defaults.
         """
-        timeouts = self._timeouts
-        if self._caps_probes:
-            seconds = PROBE_SECONDS if max_seconds is None else max_seconds
-            limit = timeouts.first_byte
-            timeouts = attrs.evolve(timeouts, first_byte=seconds if limit is None else min(seconds, limit))
         request = Request(
             operation=operation,
             method="GET",
             path=path,
-            timeouts=timeouts,
+            timeouts=self.probe_timeouts(max_seconds),
             max_retries=self._max_retries,
             interpreter=_PROBE_INTERPRETER,
             queued=False,

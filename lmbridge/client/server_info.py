@@ -29,7 +29,7 @@ from lmbridge._checks import is_integer
 from lmbridge.client.lmstudio import find_lmstudio
 from lmbridge.client.model_lists import fetch_models
 from lmbridge.client.names import is_same_model
-from lmbridge.client.server_api import PROBE_SECONDS, ServerApi, is_damaged
+from lmbridge.client.server_api import ServerApi, is_damaged
 from lmbridge.errors import LLMError
 from lmbridge.types import LMStudioModel
 
@@ -271,7 +271,7 @@ async def _with_num_ctx(server: ServerApi, info: ServerInfo, model: str) -> Serv
     if not named or any(each.context_length is not None for each in named):
         return info
     request = server.build_post("server info", "/api/show", {"model": model}, model, below_root=True, queued=False)
-    request.timeouts = attrs.evolve(request.timeouts, first_byte=PROBE_SECONDS)
+    request.timeouts = server.probe_timeouts()
     reply = await server.request(request)
     try:
         parameters = server.json_object(reply).get("parameters")

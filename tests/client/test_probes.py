@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lmbridge import (
@@ -10,7 +12,7 @@ from lmbridge import (
     Timeouts,
 )
 from lmbridge.client import llm, server_api
-from lmbridge.testing import ScriptedServer, reset, stall
+from lmbridge.testing import ScriptedServer, reply, reset, stall
 
 
 def test_lists_and_health_checks_have_the_documented_limits() -> None:
@@ -34,6 +36,24 @@ async def test_a_shorter_limit_of_the_client_applies_to_lists(scripted_server: S
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=0.05)) as client:
         with pytest.raises(LLMTimeoutError, match=r"the server did not answer within 0\.05 s"):
             await client.list_models()
+
+
+@pytest.mark.parametrize("place", ["the call", "the client", "probes"])
+async def test_each_limit_applies_to_the_question_about_the_parameters_of_a_model_as_well(
+    scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    scripted_server.on_path("/v1/models", reply(200, {"data": [{"id": "m:latest", "owned_by": "library"}]}))
+    scripted_server.on_path("/api/version", reply(200, {"version": "0.35.0"}))
+    scripted_server.on_path("/api/ps", reply(200, {"models": []}))
+    scripted_server.on_path("/api/show", stall())
+    if place == "probes":
+        monkeypatch.setattr(server_api, "PROBE_SECONDS", 0.05)
+    timeouts = Timeouts(first_byte=0.05) if place == "the client" else Timeouts()
+    options: Any = {"timeout": 0.05} if place == "the call" else {}
+    async with LLMClient(scripted_server.api_base, "m", timeout=timeouts) as client:
+        with pytest.raises(LLMTimeoutError, match=r"the server did not answer within 0\.05 s"):
+            await client.server_info(**options)
+    assert scripted_server.requests[-1].path == "/api/show"
 
 
 async def test_a_health_check_is_not_retried(
