@@ -19,14 +19,16 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
-from typing import Annotated, Any, NamedTuple, NotRequired, Protocol, Required, Union
+from typing import Annotated, Any, NamedTuple, NotRequired, Protocol, Required, TypeVar, Union
 
 import msgspec
 
 from lmbridge.client.pydantic_types import PydanticReader, is_read_by_pydantic
 from lmbridge.client.value_faults import LISTED_FAULTS, ValueFaultError, as_value_fault, describe_alternative
+
+_T = TypeVar("_T")
 
 
 class _TypeReader(Protocol):
@@ -85,6 +87,31 @@ def read_stand_in(type_: Any, value: Any) -> Any:
 
 
 # Types that msgspec supports
+
+
+def cached_for_type(function: Callable[[Any], _T]) -> Callable[[Any], _T]:
+    """Keeps the results of a function of a type.
+
+    `lru_cache` alone would take `Cat | Dog` for `Dog | Cat`, which are equal. But the first alternative that fits is the
+    one that counts.
+    """
+    cached = functools.lru_cache(maxsize=512)(lambda annotation, _order: function(annotation))
+
+    @functools.wraps(function)
+    def look_up(annotation: Any) -> _T:
+        return cached(annotation, _order_of(annotation))
+
+    return look_up
+
+
+def _order_of(annotation: Any) -> Any:
+    """Returns a value in which types that are equal, and differ in the order of their parts, are different."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        # The schema has its values in a fixed order.
+        return None
+    parts = arguments[:1] if origin is Annotated else arguments
+    return tuple(map(_order_of, parts)) if parts else id(annotation)
 
 
 def supported_type(annotation: Any) -> Any:  # noqa: PLR0911 - one return for each kind of type
@@ -391,7 +418,7 @@ def _enum_stand_in(class_: enum.EnumType) -> Any:
     return _stand_in(_EnumReader(class_))
 
 
-@functools.lru_cache(maxsize=512)
+@cached_for_type
 def _class_stand_in(type_: Any) -> Any:
     # pyright does not accept a `cached_property` in place of the property of the protocol.
     return _stand_in(_ClassReader(type_))  # pyright: ignore[reportArgumentType]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Annotated, Any, Final, Generic, TypeVar, get_args, get_origin
 
 import attrs
@@ -22,6 +22,7 @@ from lmbridge.client.collecting import collect
 from lmbridge.client.embedded_json import find_only_value, is_json
 from lmbridge.client.reasoning import split_reasoning
 from lmbridge.client.schemas import simplify_answer_schema
+from lmbridge.client.stand_ins import cached_for_type
 from lmbridge.client.typed_json import TypedJson
 from lmbridge.client.value_faults import describe_fault
 from lmbridge.errors import LLMValidationError
@@ -250,7 +251,7 @@ def answer_format_of(type_: Any) -> AnswerFormat[Any]:
         ) from exc
 
 
-@lru_cache(maxsize=256)
+@cached_for_type
 def _cached_answer_format(type_: Any) -> AnswerFormat[Any]:
     if type_ is None:
         raise TypeError("it has no value but null")

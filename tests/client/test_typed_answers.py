@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import GenericAlias
 from typing import Annotated, Any, Generic, Literal, NotRequired, TypedDict, TypeVar, assert_type
 
 import attrs
@@ -337,6 +338,45 @@ def test_the_wrapper_has_a_name_that_servers_accept_and_people_can_read() -> Non
     format_ = answer_format_of(list[Book] | None)
     assert format_.name == "list[Book] | None"
     assert format_.response_format["json_schema"]["name"] == "list_Book_None"
+
+
+# The order of alternatives
+
+
+@dataclasses.dataclass
+class Disc:
+    radius: float
+
+
+def _page_of(parts: Any) -> Any:
+    # The module `typing` returns the same object for equal parameters, unless it has forgotten it.
+    return GenericAlias(Page, (parts,))
+
+
+@pytest.mark.parametrize(
+    ("make", "value", "read"),
+    [
+        (lambda parts: parts, {"radius": 1}, lambda answer: answer),
+        (lambda parts: list[parts], [{"radius": 1}], lambda answer: answer[0]),
+        (lambda parts: dict[str, tuple[parts, int]], {"a": [{"radius": 1}, 2]}, lambda answer: answer["a"][0]),
+        (lambda parts: Annotated[parts, Field()] | None, {"radius": 1}, lambda answer: answer),
+        (_page_of, {"items": [{"radius": 1}]}, lambda answer: answer.items[0]),
+    ],
+    ids=["a union", "a list", "a dict", "an annotated type", "a generic class"],
+)
+def test_the_first_alternative_that_fits_counts_whichever_order_was_read_before(
+    make: Any, value: Any, read: Any
+) -> None:
+    for _ in range(2):
+        for parts, class_ in ((Circle | Disc, Circle), (Disc | Circle, Disc)):
+            answer = answer_format_of(make(parts)).decode(json.dumps(value))
+            assert type(read(answer)) is class_
+
+
+def test_a_format_is_computed_once_for_each_type() -> None:
+    for type_ in (Circle | Disc, list[Book], Annotated[int, Field(gt=1)], Literal["a", "b"], Page[Disc | Circle]):
+        assert answer_format_of(type_) is answer_format_of(type_)
+    assert answer_format_of(list[Circle | Disc]) is answer_format_of(list[Circle | Disc])
 
 
 # Wrong answers
