@@ -105,6 +105,29 @@ async def settle(work: Awaitable[_T]) -> _T:
     raise cancellation
 
 
+async def run_together(works: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Runs coroutines at the same time, each in a task, and returns their results in the same order.
+
+    If one of them raises an exception, the others are cancelled and awaited, and its exception is raised unchanged. A
+    task group alone would raise a group of exceptions, for which no caller is prepared.
+
+    On cancellation of the caller, all of them are cancelled and awaited.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except BaseExceptionGroup as failed:
+        # The others have failed for the same reason, or in their clean-up.
+        error = failed.exceptions[0]
+    else:
+        return [task.result() for task in tasks]
+    try:
+        raise error
+    finally:
+        # The traceback of the exception refers to this frame, which would keep both alive until a garbage collection.
+        del error
+
+
 async def end_task(task: asyncio.Future[Any], *, grace: float | None = None) -> bool:
     """Cancels a task and waits until it has ended.
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from lmbridge._tasks import LoopGuard, SingleFlight, end_task, settle
-from lmbridge.errors import LLMConnectionError, MCPError, TaskCancelledError
+from lmbridge._tasks import LoopGuard, SingleFlight, end_task, run_together, settle
+from lmbridge.errors import LLMConnectionError, LLMError, MCPError, TaskCancelledError
 from tests.support import turns
 
 # settle
@@ -57,6 +57,65 @@ async def test_a_cancellation_takes_precedence_over_the_error_of_settled_work() 
 
 
 # end_task
+
+
+async def test_coroutines_that_run_together_return_their_results_in_order() -> None:
+    second_is_done = asyncio.Event()
+
+    async def first() -> int:
+        await second_is_done.wait()
+        return 1
+
+    async def second() -> int:
+        second_is_done.set()
+        return 2
+
+    assert await run_together([first(), second()]) == [1, 2]
+    assert await run_together([]) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), LLMError("x"), ExceptionGroup("x", [OSError()]), GeneratorExit()])
+async def test_the_error_of_one_of_them_arrives_unchanged_when_the_others_have_ended(error: BaseException) -> None:
+    ended = []
+
+    async def wait() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.append(True)
+            raise LLMError("in the clean-up")
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        await run_together([wait(), fail(), wait()])
+    assert caught.value is error
+    assert error.__context__ is error.__cause__ is None
+    assert ended == [True, True]
+
+
+async def test_a_cancelled_caller_cancels_what_runs_together() -> None:
+    ended = asyncio.Semaphore(0)
+    begun = asyncio.Semaphore(0)
+
+    async def wait() -> None:
+        begun.release()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.release()
+
+    task = asyncio.create_task(run_together([wait(), wait()]))
+    for _ in range(2):
+        await begun.acquire()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    for _ in range(2):
+        assert not ended.locked()
+        await ended.acquire()
 
 
 async def test_an_ended_task_has_cleaned_up() -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 import attrs
 import msgspec
 
-from lmbridge._tasks import MANY, list_in_slices, pause_after
+from lmbridge._tasks import MANY, list_in_slices, pause_after, run_together
 from lmbridge.agent.calling import ToolOutcome
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.events import RunEvent, ToolCallFinished, ToolCallStarted
@@ -286,17 +286,9 @@ class TurnRunner:
         if len(planned) == 1:
             await answer_waiting()
         else:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(min(len(planned), self._most_at_once)):
-                        group.create_task(answer_waiting())
-            except BaseExceptionGroup as errors:
-                # A step that could not be written to the journal has cancelled the other calls. The run has to end
-                # with the error of the journal, and not with the group around it.
-                error = next((each for each in errors.exceptions if isinstance(each, JournalError)), None)
-                if error is None:
-                    raise
-                raise error from errors
+            # If one of them raises an exception, such as the error of a journal that could not be written, the others are
+            # cancelled.
+            await run_together(answer_waiting() for _ in range(min(len(planned), self._most_at_once)))
         return await list_in_slices(records[place] for place in range(len(calls)))
 
     async def _record_of(self, planned: _PlannedCall, calls: Sequence[ToolCall], turn: Turn) -> ToolRecord:

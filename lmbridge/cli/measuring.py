@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import math
 import random
@@ -13,6 +12,7 @@ from typing import Any, Final
 
 import attrs
 
+from lmbridge._tasks import run_together
 from lmbridge.client import LLMClient
 from lmbridge.client.reasoning import ReasoningSplitter
 from lmbridge.client.server_info import Kind
@@ -130,14 +130,7 @@ async def measure(
         )
 
     started = time.monotonic()
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(ask_in_turn())
-    except ExceptionGroup as failed:
-        # One error is enough, and the others are most likely the same.
-        error = failed.exceptions[0]
-        raise error from error.__cause__
+    await run_together(ask_in_turn() for _ in range(concurrency))
     return Measurement(concurrency=concurrency, samples=tuple(samples), seconds=time.monotonic() - started)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 import attrs
 
 from lmbridge._checks import check_integer, check_seconds, invalid_argument
+from lmbridge._tasks import run_together
 from lmbridge.client.json_codec import decode_json
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.server_api import ServerApi
@@ -74,9 +75,8 @@ async def discover(ports: Iterable[int] = DEFAULT_PORTS, timeout: float = 0.5) -
     """
     check_seconds("timeout", timeout, optional=False)
     checked = _check_ports(ports)
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_look(port, timeout)) for port in checked]
-    return [server for task in tasks if (server := task.result()) is not None]
+    found = await run_together(_look(port, timeout) for port in checked)
+    return [server for server in found if server is not None]
 
 
 def _check_ports(ports: Any) -> list[int]:

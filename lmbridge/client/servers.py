@@ -6,12 +6,12 @@ list of models, are asked of each server, and this module puts the answers toget
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import attrs
 
+from lmbridge._tasks import run_together
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.config import Timeouts
 from lmbridge.errors import LLMError, LLMValidationError
@@ -91,9 +91,8 @@ async def ask_each(server: ServerApi, ask: Callable[[ServerApi], Awaitable[_T]])
             return error
 
     servers = server.each()
-    async with asyncio.TaskGroup() as group:
-        tasks = {each.transport.api_base: group.create_task(answer_or_error(each)) for each in servers}
-    return {url: task.result() for url, task in tasks.items()}
+    outcomes = await run_together(map(answer_or_error, servers))
+    return {each.transport.api_base: outcome for each, outcome in zip(servers, outcomes, strict=True)}
 
 
 async def answers_of(server: ServerApi, ask: Callable[[ServerApi], Awaitable[_T]]) -> list[_T]:

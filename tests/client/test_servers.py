@@ -12,11 +12,13 @@ from lmbridge import (
     LLMValidationError,
     ModelInfo,
     ModelValidator,
+    NodePool,
     ServerInfo,
     Transport,
     sync,
 )
 from lmbridge.client.servers import combined_info
+from lmbridge.testing import MockRequest, MockTransport
 from tests.support import MESSAGES
 from tests.threaded_server import ThreadedServer
 from tests.transport.fake_servers import FakeServer, client_of, pool_of
@@ -85,6 +87,20 @@ async def test_each_server_describes_itself() -> None:
     infos = await client.server_infos(max_retries=0)
     assert isinstance(infos[two.api_base], LLMError)
     assert (await client.server_info(max_retries=0)).models == (ModelInfo(id="a", loaded=True),)
+
+
+@pytest.mark.parametrize("error", [AssertionError("boom"), ExceptionGroup("boom", [OSError()])])
+async def test_an_exception_that_is_not_an_error_of_lmbridge_arrives_unchanged(error: Exception) -> None:
+    def handler(_: MockRequest) -> None:
+        raise error
+
+    for count in (1, 2):
+        transports = [MockTransport(handler, api_base=f"http://s{number}.test/v1") for number in range(count)]
+        client = LLMClient(transport=NodePool(transports), model="m")
+        for ask in (client.list_models, client.server_info, client.server_infos, client.health_check):
+            with pytest.raises(type(error)) as caught:
+                await ask()
+            assert caught.value is error
 
 
 def test_what_servers_have_in_common_is_safe_for_each_of_them() -> None:

@@ -30,7 +30,7 @@ from lmbridge._checks import (
     invalid_argument,
     wrong_type,
 )
-from lmbridge._tasks import LoopGuard
+from lmbridge._tasks import LoopGuard, run_together
 from lmbridge.errors import MCPError, MultiMCPError
 from lmbridge.mcp.config.files import McpConfig, file_fingerprint, find_config, load_config, warn_untrusted
 from lmbridge.mcp.config.server_spec import HeadersFunction
@@ -291,14 +291,8 @@ class McpHub:
             except MCPError as error:
                 errors[server.spec.name] = error
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for server in servers:
-                    group.create_task(collect(server))
-        except ExceptionGroup as failed:
-            # The reason is common to all servers, for example that the SDK is not installed. One error is enough.
-            error = failed.exceptions[0]
-            raise error from error.__cause__
+        # What it raises has a reason that is common to all servers, for example that the SDK is not installed.
+        await run_together(map(collect, servers))
         return definitions
 
     def _emit(self, event: McpEvent) -> None:
