@@ -61,6 +61,7 @@ def _token_usage(usage: object) -> TokenUsage | None:
 
 def cached_tokens(usage: Mapping[str, Any] | None) -> int | None:
     """Returns how many tokens of the prompt came from the server's cache; None if the server does not say."""
-    details = (usage or {}).get("prompt_tokens_details")
+    counts = usage or {}
+    details = counts.get("prompt_tokens_details", counts.get("input_tokens_details"))
     cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
     return cached if isinstance(cached, int) and not isinstance(cached, bool) else None
