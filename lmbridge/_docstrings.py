@@ -30,8 +30,12 @@ _ENTRY_SECTIONS: Final = (
     "Attributes",
 )
 """The sections that have an entry for each parameter or field."""
-_GOOGLE_ENTRY: Final = re.compile(r"(?P<name>\w+)\s*(?:\([^)]*\))?:\s*(?P<text>.*)")
-_NUMPY_ENTRY: Final = re.compile(r"(?P<names>\w+(?:\s*,\s*\w+)*)\s*(?::.*)?")
+_STARS: Final = r"(?:\\?\*){0,2}"
+"""What stands before the names of `*args` and `**kwargs`. Sphinx needs backslashes there."""
+_TYPE: Final = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+"""A type in parentheses, which may have other parentheses in it, such as `(Callable[[int], tuple(int)])`."""
+_GOOGLE_ENTRY: Final = re.compile(rf"{_STARS}(?P<name>\w+)\s*(?:{_TYPE})?:\s*(?P<text>.*)")
+_NUMPY_ENTRY: Final = re.compile(rf"(?P<names>{_STARS}\w+(?:\s*,\s*{_STARS}\w+)*)\s*(?::.*)?")
 _SPHINX_FIELD: Final = re.compile(r":(?P<kind>\w+)(?P<argument>[^:]*):\s*(?P<text>.*)")
 _SPHINX_ENTRIES: Final = ("param", "parameter", "arg", "argument", "key", "keyword", "ivar", "cvar", "var")
 """The kinds of Sphinx fields that describe a parameter or a field."""
@@ -108,7 +112,7 @@ def _read_sphinx_field(lines: Sequence[str]) -> dict[str, str]:
     if field is None or field["kind"] not in _SPHINX_ENTRIES or not field["argument"].strip():
         return {}
     # A type may stand before the name: `:param int days: The number of days.`
-    name = field["argument"].split()[-1].lstrip("*")
+    name = field["argument"].split()[-1].lstrip("\\*")
     # A paragraph that is not indented does not belong to the field.
     text = _joined([field["text"], *_indented_lines(lines[1:])])
     return {name: text} if text else {}
@@ -145,7 +149,7 @@ def _numpy_entries(lines: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         if line.strip() and not line[0].isspace():
             yield from ((name, texts) for name in names)
             entry = _NUMPY_ENTRY.fullmatch(line.strip())
-            names, texts = (re.split(r"\s*,\s*", entry["names"]) if entry else []), []
+            names, texts = (re.findall(r"\w+", entry["names"]) if entry else []), []
         else:
             texts.append(line)
     yield from ((name, texts) for name in names)

@@ -401,6 +401,26 @@ NUMPY = """Does it.
         Seven.
     """
 
+STARS = """Args:
+    a: One.
+    *rest: Others.
+    \\**options (dict[str, int]): More.
+    x (Callable[[int], tuple(f(int))], optional): A call (see: y).
+    y: Z (a): b.
+"""
+
+NUMPY_STARS = """Does it.
+
+Parameters
+----------
+a : int
+    One.
+*rest
+    Others.
+*args, \\**options : int
+    More.
+"""
+
 SPHINX = """Does it.
 
     :param a: One.
@@ -435,6 +455,10 @@ SPHINX = """Does it.
         ("Does it.\n\n    Raises:\n        OSError: never.\n", "Does it.", {}),
         (LONG, "Does it.", {"a": "One.", "b": "Two: more, note: and more.", "c": "Three."}),
         ("Args:\n  a: One.\n", "", {"a": "One."}),
+        (STARS, "", {"a": "One.", "rest": "Others.", "options": "More.", "x": "A call (see: y).", "y": "Z (a): b."}),
+        (NUMPY_STARS, "Does it.", {"a": "One.", "rest": "Others.", "args": "More.", "options": "More."}),
+        (":param a: One.\n:param \\*rest: Others.\n:param **options: More.", "", {
+            "a": "One.", "rest": "Others.", "options": "More."}),
         ("Does it.\n\nArgs:\n    a line without a name\n    a: One.", "Does it.", {"a": "One."}),
     ],
 )
