@@ -22,7 +22,7 @@ from lmbridge._checks import is_integer
 from lmbridge.client.server_api import ServerApi
 from lmbridge.client.server_info import context_length_of, describe
 from lmbridge.client.token_count import count_tokens, estimate_tokens
-from lmbridge.errors import ContextLengthExceededError, LLMError
+from lmbridge.errors import ContextLengthExceededError, LLMError, TaskCancelledError
 from lmbridge.transport import BaseTransport
 
 logger: logging.Logger = logging.getLogger("lmbridge.client")
@@ -170,7 +170,10 @@ def _report_overflow(
 
 
 async def _context_length(server: ServerApi, model: str | None, timer: Callable[[], float]) -> int | None:
-    """Returns the context length of a model. It is requested again after a minute, because it may have changed."""
+    """Returns the context length of a model, or None if it is unknown.
+
+    It is requested once a minute, because it may change, and because a server may be unable to answer for a while.
+    """
     known = _context_lengths().setdefault(server.transport, {})
     length, asked_at = known.get(model, (None, -_ASK_AGAIN_SECONDS))
     if timer() - asked_at < _ASK_AGAIN_SECONDS:
@@ -180,6 +183,8 @@ async def _context_length(server: ServerApi, model: str | None, timer: Callable[
     except LLMError as error:
         # The generation that follows meets the same problem, and reports it.
         logger.debug("the context length of model %r is unknown: %s", model, error)
+        if not isinstance(error, TaskCancelledError):
+            known[model] = None, timer()
         return None
     lengths = [each for each in (context_length_of(info, model) for info in infos) if each is not None]
     known[model] = min(lengths, default=None), timer()

@@ -126,7 +126,22 @@ async def test_num_ctx_of_a_model_that_ollama_has_not_loaded_is_its_context(scri
 async def test_a_server_that_does_not_describe_itself_is_no_obstacle(scripted_server: ScriptedServer) -> None:
     scripted_server.on_path("/v1/models", reply(500, "broken"))
     async with LLMClient(scripted_server.api_base, "m", context_overflow="raise", max_retries=0) as client:
+        for _ in range(3):
+            assert await client.chat_completion(LONG)
+    assert [request.path for request in scripted_server.requests].count("/v1/models") == 1
+
+
+async def test_a_server_that_did_not_describe_itself_is_asked_again_after_a_minute(
+    scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted_server.on_path("/v1/models", reply(500, "broken"))
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", context_overflow="raise", max_retries=0) as client:
         assert await client.chat_completion(LONG)
+        ollama(scripted_server, context=4096)
+        assert await client.chat_completion(LONG)
+        monkeypatch.setattr("lmbridge.client.context_overflow._ASK_AGAIN_SECONDS", 0.0)
+        with pytest.raises(ContextLengthExceededError):
+            await client.chat_completion(LONG)
 
 
 @pytest.mark.parametrize("stream", [False, True])
