@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 from lmbridge import Limits, LLMValidationError
+from lmbridge._http_access import is_same_key
 from lmbridge.gateway import Gateway
 from lmbridge.gateway.access import Access
 from lmbridge.gateway.problems import Problem
@@ -403,6 +404,13 @@ def test_a_key_takes_as_long_to_compare_wherever_it_differs(monkeypatch: pytest.
     with pytest.raises(Problem):
         Access("127.0.0.1", "k" * 100).check_key({"X-Api-Key": guess})
     assert len(compared) == 1
+
+
+@pytest.mark.parametrize("key", ["abc?", "abc\ufffd", "abc\u00ff"])
+def test_a_byte_that_is_not_valid_utf8_matches_no_character_of_a_key(key: str) -> None:
+    assert is_same_key(key, key)
+    for sent in ("abc\udcff", "abc\ud83d"):
+        assert not is_same_key(sent, key)
 
 
 async def test_a_flood_of_connections_is_served(gateway: Gateway, http: aiohttp.ClientSession) -> None:
