@@ -58,21 +58,22 @@ def rest_of_halves(halves: Halves) -> dict[str, Any] | None:
     Halves in calls are left out, as they are in a chunk with a finish reason.
 
     Args:
-        halves: What was held back. It is empty afterwards.
+        halves: What was held back. What the piece replaces is removed, so further calls return further pieces.
 
     Returns:
         A chunk, or an event of a response; None if nothing is left.
     """
     choices: dict[Any, dict[str, Any]] = {}
-    event: dict[str, Any] | None = None
     for path in halves:
         if path[0] == _OF_EVENT:
+            # An event has one text, while a chunk has those of all answers.
+            del halves[path]
             event = {key: value for key, value in zip(_EVENT_KEYS, path[1:], strict=True) if value is not None}
-            event["delta"] = _REPLACEMENT
-        elif all(isinstance(key, str) for key in path[1:]):
+            return {**event, "delta": _REPLACEMENT}
+        if all(isinstance(key, str) for key in path[1:]):
             _append(choices.setdefault(path[0], {"index": path[0]}), path[1:], _REPLACEMENT)
     halves.clear()
-    return {"choices": list(choices.values())} if choices else event
+    return {"choices": list(choices.values())} if choices else None
 
 
 def _join_in_choice(choice: dict[str, Any], halves: Halves) -> dict[str, Any]:

@@ -274,6 +274,21 @@ async def test_other_fields_of_a_chunk_have_whole_characters(
     assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["Hi ", f"{SMILE}!"]
 
 
+async def test_each_item_of_a_response_gets_the_end_of_its_text(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    deltas = [
+        {"type": f"response.{kind}.delta", "item_id": item, "output_index": number, "delta": "a\ud83d"}
+        for number, (kind, item) in enumerate((("reasoning_text", "r"), ("output_text", "m")))
+    ]
+    done = {"type": "response.completed", "response": {"status": "completed", "output": []}}
+    scripted_server.default = sse(*[f"data: {json.dumps(each)}\n\n" for each in (*deltas, done)], done=False)
+    events = [event.data async for event in await client.create_response("Say", stream=True)]
+    assert events[-2:] == [{**each, "delta": "?"} for each in deltas]
+    stream = await client.create_response("Say", stream=True)
+    assert [text async for text in stream.text()] == ["a", "?"]
+
+
 async def test_the_halves_of_two_answers_are_not_mixed(scripted_server: ScriptedServer, client: LLMClient) -> None:
     pieces = [(0, "a\ud83d"), (1, "b\ud83d"), (1, "\ude43"), (0, "\ude42")]
     events = [chat_event({"content": text}, index=index) for index, text in pieces]
