@@ -121,6 +121,7 @@ class Models(NotCopyable):
         Raises:
             LLMValidationError: An argument is not valid; nothing was sent.
             ModelNotFoundError: The server does not have the model.
+            LLMTimeoutError: The model was not unloaded within `Timeouts.first_byte`. The server may still do it.
             LLMResponseError: The server cannot unload models.
         """
         check_text("model", model, hint=_NAME_HINT)

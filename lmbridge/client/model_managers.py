@@ -29,7 +29,14 @@ from lmbridge.client.model_lists import entries_of
 from lmbridge.client.progress import ModelLoading, progress_of
 from lmbridge.client.server_api import ServerApi
 from lmbridge.client.server_info import ServerInfo, entries_named
-from lmbridge.errors import LLMError, LLMResponseError, ModelLoadError, ModelNotFoundError, TaskCancelledError
+from lmbridge.errors import (
+    LLMError,
+    LLMResponseError,
+    LLMTimeoutError,
+    ModelLoadError,
+    ModelNotFoundError,
+    TaskCancelledError,
+)
 from lmbridge.transport import Event
 
 logger: logging.Logger = logging.getLogger("lmbridge.client")
@@ -225,8 +232,22 @@ class _RouterManager(ModelManager):
             if "not running" not in (error.body or ""):
                 raise
             return
-        while (await self._statuses()).get(model, {}).get("value") not in ("unloaded", None):
-            await self._pause(_LOAD_POLL_SECONDS, "unloaded")
+        limit = asyncio.timeout(self._server.timeouts.first_byte)
+        try:
+            async with limit:
+                while (await self._statuses()).get(model, {}).get("value") not in ("unloaded", None):
+                    await self._pause(_LOAD_POLL_SECONDS, "unloaded")
+        except TimeoutError as exc:
+            if not limit.expired():
+                # This is the timeout of a single request.
+                raise
+            raise LLMTimeoutError(
+                f"model {model!r} was not unloaded within {self._server.timeouts.first_byte:g} s",
+                exc,
+                phase="first_byte",
+                hint="the server goes on by itself; client.models.list() says whether the model is still loaded",
+                context={"operation": "model unload", "model": model},
+            ) from exc
 
     async def download(self, model: str, body: Mapping[str, Any]) -> AsyncGenerator[DownloadProgress, None]:
         if (await self._statuses()).get(model, {}).get("value") in ("unloaded", "loaded", "sleeping", "loading"):

@@ -199,6 +199,13 @@ async def test_the_timeout_of_an_unload_is_kept(router: Router, client: LLMClien
         await client.models.unload("small", timeout=0.05)
 
 
+async def test_a_model_that_is_never_unloaded_is_not_waited_for_without_end(router: Router, client: LLMClient) -> None:
+    router.statuses["small"] = {"value": "loaded"}
+    with pytest.raises(LLMTimeoutError, match=r"model 'small' was not unloaded within 0\.5 s") as caught:
+        await client.models.unload("small", timeout=0.5)
+    assert caught.value.phase == "first_byte"
+
+
 async def test_an_unknown_model_is_named_with_those_that_exist(router: Router, client: LLMClient) -> None:
     for call in (client.models.load("smal"), client.models.unload("smal")):
         with pytest.raises(ModelNotFoundError, match="did you mean 'small'"):
