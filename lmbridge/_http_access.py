@@ -65,7 +65,7 @@ def bearer_token(authorization: str) -> str | None:
 
 def is_same_key(sent: str, key: str) -> bool:
     """Returns whether a client has sent the right key. It takes the same time wherever the first difference is."""
-    # A byte of the client that is not valid UTF-8 is half of a surrogate pair here, and must not become another character.
+    # A sent byte that is not valid UTF-8 is half of a surrogate pair here. It must not become another character.
     return hmac.compare_digest(sent.encode("utf-8", "surrogatepass"), key.encode("utf-8", "surrogatepass"))
 
 

@@ -92,8 +92,8 @@ def read_stand_in(type_: Any, value: Any) -> Any:
 def cached_for_type(function: Callable[[Any], _T]) -> Callable[[Any], _T]:
     """Keeps the results of a function of a type.
 
-    `lru_cache` alone would take `Cat | Dog` for `Dog | Cat`, which are equal. But the first alternative that fits is the
-    one that counts.
+    `lru_cache` alone would take `Cat | Dog` for `Dog | Cat`, which are equal. But the first alternative that fits is
+    the one that counts.
     """
     cached = functools.lru_cache(maxsize=512)(lambda annotation, _order: function(annotation))
 

@@ -394,6 +394,7 @@ class Models(Wrapper):
         Raises:
             LLMValidationError: An argument is not valid; nothing was sent.
             ModelNotFoundError: The server does not have the model.
+            LLMTimeoutError: The model was not unloaded within `Timeouts.first_byte`. The server may still do it.
             LLMResponseError: The server cannot unload models.
         """
         self._await(lambda: self.wrapped.unload(model, **options))

@@ -888,7 +888,7 @@ async def test_an_image_is_sent(scripted_server: ScriptedServer, client: LLMClie
 
 
 async def test_parts_of_a_task_that_have_no_text_are_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
-    parts = [{"type": "text", "text": None}, {"type": "text", "text": "Hello."}]
+    parts: list[dict[str, Any]] = [{"type": "text", "text": None}, {"type": "text", "text": "Hello."}]
     await Agent(client, observers=[TimelineObserver()]).run(parts)
     assert sent(scripted_server)["messages"][0]["content"] == parts
 

@@ -457,8 +457,11 @@ SPHINX = """Does it.
         ("Args:\n  a: One.\n", "", {"a": "One."}),
         (STARS, "", {"a": "One.", "rest": "Others.", "options": "More.", "x": "A call (see: y).", "y": "Z (a): b."}),
         (NUMPY_STARS, "Does it.", {"a": "One.", "rest": "Others.", "args": "More.", "options": "More."}),
-        (":param a: One.\n:param \\*rest: Others.\n:param **options: More.", "", {
-            "a": "One.", "rest": "Others.", "options": "More."}),
+        (
+            ":param a: One.\n:param \\*rest: Others.\n:param **options: More.",
+            "",
+            {"a": "One.", "rest": "Others.", "options": "More."},
+        ),
         ("Does it.\n\nArgs:\n    a line without a name\n    a: One.", "Does it.", {"a": "One."}),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmbridge import Agent, ContextLengthExceededError, LLMClient, LLMValidationError
+from lmbridge import Agent, ChatStream, ContextLengthExceededError, LLMClient, LLMValidationError
 from lmbridge.client.context_overflow import PromptSize
 from lmbridge.testing import ScriptedServer, answer, reply
 from tests.support import MESSAGES, read_text
@@ -161,8 +161,8 @@ async def test_all_messages_that_can_be_sent_can_be_measured(
     ollama(scripted_server, context=4096)
     options: dict[str, Any] = {"context_overflow": "raise", "model_mismatch": "ignore"}
     async with LLMClient(scripted_server.api_base, "qwen3:4b", **options) as client:
-        reply = await client.chat_completion([message], stream=stream, tools=(MappingProxyType(TOOL),))
-        assert not stream or await read_text(reply)
+        answered = await client.chat_completion([message], stream=stream, tools=(MappingProxyType(TOOL),))
+        assert not isinstance(answered, ChatStream) or await read_text(answered)
     assert chats(scripted_server) == 1
 
 

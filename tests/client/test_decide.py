@@ -76,7 +76,12 @@ async def client(scripted_server: ScriptedServer) -> AsyncIterator[LLMClient]:
         yield client
 
 
-def labelled(*tokens: str, model: str = "test-model", **logprobs: float) -> Any:
+def labelled(*tokens: str, **logprobs: float) -> Any:
+    """Does what `labelled_by` does, for the model of the client."""
+    return labelled_by("test-model", *tokens, **logprobs)
+
+
+def labelled_by(model: str, /, *tokens: str, **logprobs: float) -> Any:
     """Returns a streamed chat completion that consists of tokens. The one before the last has alternatives."""
     entries: list[dict[str, Any]] = [{"token": token, "logprob": -0.1, "top_logprobs": []} for token in tokens]
     top = [{"token": token, "logprob": logprob} for token, logprob in logprobs.items()]
@@ -269,7 +274,7 @@ async def test_the_way_is_remembered_without_a_model_until_another_model_answers
     questions = {"q": TrueFalse("So?")}
     async with LLMClient(scripted_server.api_base) as client:
         for model in ("one", "one", "two"):
-            scripted_server.script(labelled(*BEGINNING, "yes", '"}', model=model, yes=-0.5, no=-1.5))
+            scripted_server.script(labelled_by(model, *BEGINNING, "yes", '"}', yes=-0.5, no=-1.5))
             assert (await client.decide(STATE, questions)).model == model
         assert [request.path for request in scripted_server.requests].count(SYSTEM_ONE) == 1
         assert caplog.text.count("calibrated") == 1
@@ -339,16 +344,28 @@ async def test_a_cancelled_fallback_stops_the_generation(scripted_server: Script
         ({"q": {"type": "score", "instructions": "How?", "criteria": ["a"]}}, "levels must be 2 to 10"),
         ({"q": {"type": "noul", "instructions": " "}}, "question must be a string that is not blank"),
         ({" ": TrueFalse("So?")}, "the name of a question"),
-        ({"q": {"type": "choice", "instructions": "?", "choices": ["a", "b"]}}, r"choices\[0\] must be a dict, not str"),
-        ({"q": {"type": "choice", "instructions": "?", "choices": [{"name": "a"}]}}, r"choices\[0\]\['value'\] must be"),
-        ({"q": {"type": "choice", "instructions": "?", "choices": [{"value": ["a"]}]}}, r"choices\[0\]\['value'\] must"),
+        (
+            {"q": {"type": "choice", "instructions": "?", "choices": ["a", "b"]}},
+            r"choices\[0\] must be a dict, not str",
+        ),
+        (
+            {"q": {"type": "choice", "instructions": "?", "choices": [{"name": "a"}]}},
+            r"choices\[0\]\['value'\] must be",
+        ),
+        (
+            {"q": {"type": "choice", "instructions": "?", "choices": [{"value": ["a"]}]}},
+            r"choices\[0\]\['value'\] must",
+        ),
         ({"q": {"type": "choice", "instructions": "?", "choices": 2 * [{"value": "a"}]}}, "different strings"),
         ({"q": {"type": "choice", "instructions": "?", "choices": "ab"}}, "choices must be a list of dicts, not str"),
         ({"q": {"type": "choice", "instructions": "?"}}, "options must be a list or a dict"),
         ({"q": {"type": "score", "instructions": "?", "levels": ["a", "b"]}}, r"levels\[0\] must be a dict, not str"),
         ({"q": {"type": "score", "instructions": "?", "levels": [{"label": 1}]}}, r"levels\[0\]\['label'\] must be"),
         ({"q": {"type": "score", "instructions": "?", "levels": {"label": "a"}}}, "levels must be a list of dicts"),
-        ({"q": {"type": "noul", "instructions": "?", "criteria": {"true": 1}}}, "true must be a string or None, not int"),
+        (
+            {"q": {"type": "noul", "instructions": "?", "criteria": {"true": 1}}},
+            "true must be a string or None, not int",
+        ),
         ({"q": {"type": [], "instructions": "?"}}, "unknown type"),
     ],
 )

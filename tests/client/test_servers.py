@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pytest
 
 from lmbridge import (
@@ -91,7 +93,7 @@ async def test_each_server_describes_itself() -> None:
 
 @pytest.mark.parametrize("error", [AssertionError("boom"), ExceptionGroup("boom", [OSError()])])
 async def test_an_exception_that_is_not_an_error_of_lmbridge_arrives_unchanged(error: Exception) -> None:
-    def handler(_: MockRequest) -> None:
+    def handler(_: MockRequest) -> NoReturn:
         raise error
 
     for count in (1, 2):

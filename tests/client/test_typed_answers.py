@@ -357,8 +357,12 @@ def _page_of(parts: Any) -> Any:
     ("make", "value", "read"),
     [
         (lambda parts: parts, {"radius": 1}, lambda answer: answer),
-        (lambda parts: list[parts], [{"radius": 1}], lambda answer: answer[0]),
-        (lambda parts: dict[str, tuple[parts, int]], {"a": [{"radius": 1}, 2]}, lambda answer: answer["a"][0]),
+        (lambda parts: GenericAlias(list, (parts,)), [{"radius": 1}], lambda answer: answer[0]),
+        (
+            lambda parts: GenericAlias(dict, (str, GenericAlias(tuple, (parts, int)))),
+            {"a": [{"radius": 1}, 2]},
+            lambda answer: answer["a"][0],
+        ),
         (lambda parts: Annotated[parts, Field()] | None, {"radius": 1}, lambda answer: answer),
         (_page_of, {"items": [{"radius": 1}]}, lambda answer: answer.items[0]),
     ],

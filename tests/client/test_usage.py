@@ -22,5 +22,7 @@ def test_cached_tokens_are_found_in_plain_replies(usage: object) -> None:
 
 def test_cached_tokens_are_found_in_streamed_responses() -> None:
     accumulator = ResponseAccumulator()
-    accumulator.add({"type": "response.completed", "response": {"status": "completed", "output": [], "usage": RESPONSE}})
+    accumulator.add(
+        {"type": "response.completed", "response": {"status": "completed", "output": [], "usage": RESPONSE}}
+    )
     assert StreamUsage(accumulator)() == COUNTED
