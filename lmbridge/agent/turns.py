@@ -286,8 +286,8 @@ class TurnRunner:
         if len(planned) == 1:
             await answer_waiting()
         else:
-            # If one of them raises an exception, such as the error of a journal that could not be written, the others are
-            # cancelled.
+            # If one of them raises an exception, such as the error of a journal that could not be written, the other
+            # calls are cancelled.
             await run_together(answer_waiting() for _ in range(min(len(planned), self._most_at_once)))
         return await list_in_slices(records[place] for place in range(len(calls)))
 
