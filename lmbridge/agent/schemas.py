@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from urllib.parse import urlsplit
 
 import attrs
 
@@ -44,26 +45,32 @@ _CHARACTERS_OF_STEP: Final = 200
 
 
 def build_validator(
-    schema: Mapping[str, Any], sent_schema: Mapping[str, Any]
+    schema: Mapping[str, Any], sent_schema: Mapping[str, Any], *, owner: str = "a tool"
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """Returns a function that copies valid arguments, and raises a `ValueError` that lists the mistakes in others.
 
     The arguments are checked against the original schema, because the version that servers receive accepts more.
     Nothing is ever fetched: a reference that cannot be resolved within the schema accepts any value, as does a pattern
-    that is not supported. If the schema is invalid by the rules of the draft that it names, or refers to itself without
-    end, the arguments are checked against the version that servers receive.
+    that is not supported. If the schema is invalid by the rules of the draft that it names, refers to itself without
+    end, or makes jsonschema fail, the arguments are checked against the version that servers receive, and a warning is
+    logged.
 
     Args:
         schema: A JSON schema of any draft. A schema without `$schema` is taken for one of draft 2020-12.
         sent_schema: The version of the schema that servers receive, as `simplify_parameters` returns it.
+        owner: What the schema belongs to, in the words of the warning.
     """
-    jsonschema_validator = _jsonschema_validator(schema, sent_schema)
+    jsonschema_validator = _jsonschema_validator(schema, sent_schema, owner)
 
     def validate(arguments: Mapping[str, Any]) -> dict[str, Any]:
         try:
             mismatches = _mismatches(jsonschema_validator, arguments)
-        except RecursionError:
-            mismatches = _mismatches(_jsonschema_validator(sent_schema, sent_schema), arguments)
+        except BaseException as exc:
+            if not _is_failure_of_jsonschema(exc):
+                raise
+            reason = f"{type(exc).__name__}: {excerpt(str(exc))}"
+            logger.warning("the schema of %s cannot be used, so values are checked less strictly: %s", owner, reason)
+            mismatches = _mismatches(_lenient_validator(sent_schema), arguments)
         if mismatches:
             listed = [_describe_mismatch(error) for error in mismatches[:_LISTED_MISMATCHES]]
             omitted = len(mismatches) - len(listed)
@@ -91,7 +98,7 @@ def _describe_mismatch(error: ValidationError) -> str:
 # The validator
 
 
-def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, Any]) -> Validator:
+def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, Any], owner: str) -> Validator:
     # Importing jsonschema takes 35 ms, which only programs with tools that bring their own schema should pay.
     from jsonschema import Draft202012Validator  # noqa: PLC0415
     from jsonschema.validators import validator_for  # noqa: PLC0415 - see above
@@ -103,10 +110,31 @@ def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, A
             rules = validator_class.META_SCHEMA
             if _bounded(validator_for(rules, default=validator_class))(rules).is_valid(usable):
                 return _bounded(validator_class)(usable)
-    except (RecursionError, StepLimitError):
-        pass
-    logger.warning("the schema of a tool is not valid or too large, so its arguments are checked less strictly")
+    except BaseException as exc:
+        if not isinstance(exc, StepLimitError) and not _is_failure_of_jsonschema(exc):
+            raise
+    logger.warning("the schema of %s is not valid or too large, so values are checked less strictly", owner)
+    return _lenient_validator(sent_schema)
+
+
+def _lenient_validator(sent_schema: Mapping[str, Any]) -> Validator:
+    """Returns a validator of the version of a schema that servers receive, which has no keyword with a wrong value."""
+    from jsonschema import Draft202012Validator  # noqa: PLC0415 - importing it is slow
+
     return _bounded(Draft202012Validator)(sent_schema)
+
+
+def _is_failure_of_jsonschema(exc: BaseException) -> bool:
+    """Returns whether an exception means that jsonschema cannot use a schema.
+
+    jsonschema assumes that a schema is valid, and may raise any exception if it is not. Its own check of schemas does
+    not find every fault: in draft 3, any string is accepted as a type, and in every draft, a part in an unknown place
+    is not checked even if a reference leads to it. If the recursion limit is reached in the Rust code that jsonschema
+    uses, the exception is a `pyo3_runtime.PanicException`, which cannot be imported and is not an `Exception`.
+    """
+    if isinstance(exc, StepLimitError):
+        return False
+    return isinstance(exc, Exception) or type(exc).__name__ == "PanicException"
 
 
 @lru_cache
@@ -132,9 +160,13 @@ def _bounded(validator_class: Any) -> Callable[[Mapping[str, Any]], Validator]:
 def _counted(check: _Keyword) -> _Keyword:
     def check_and_count(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
         spend_steps(_STEPS_OF_KEYWORD + (len(value) if isinstance(value, list | dict) else 0))
-        for error in check(validator, value, instance, schema) or ():
-            spend_steps(_STEPS_OF_MISMATCH + len(error.message) // _CHARACTERS_OF_STEP)
-            yield error
+        try:
+            for error in check(validator, value, instance, schema) or ():
+                spend_steps(_STEPS_OF_MISMATCH + len(error.message) // _CHARACTERS_OF_STEP)
+                yield error
+        except OverflowError:
+            # `multipleOf` divides an integer of hundreds of digits by a float, or the reverse. It accepts the value.
+            return
 
     return check_and_count
 
@@ -142,7 +174,8 @@ def _counted(check: _Keyword) -> _Keyword:
 def _pattern(validator: Any, value: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
     from jsonschema import ValidationError  # noqa: PLC0415 - importing it is slow
 
-    if validator.is_type(instance, "string") and not compile_pattern(value).search(instance):
+    # In the version of a schema that servers receive, patterns that are not supported are still there.
+    if validator.is_type(instance, "string") and _is_supported(value) and not compile_pattern(value).search(instance):
         yield ValidationError(f"{instance!r} does not match {value!r}")
 
 
@@ -210,9 +243,17 @@ def _is_usable(keyword: str, value: Any) -> bool:
     if keyword == "pattern" and isinstance(value, str):
         return _is_supported(value)
     if keyword == "$schema":
-        return isinstance(value, str)
+        return isinstance(value, str) and _is_url(value)
     # An `$id`, or an `id` in draft 4, would change the base of the references below it.
     return not (keyword in ("$id", "id") and isinstance(value, str))
+
+
+def _is_url(text: str) -> bool:
+    try:
+        urlsplit(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_supported(pattern: str) -> bool:

@@ -182,7 +182,9 @@ class Tool:
     @cached_property
     def convert(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         """Converts JSON values to keyword arguments. A `ValueError` describes a mistake and its place."""
-        return self._convert or build_validator(self.parameters, self.sent_parameters)
+        if self._convert is not None:
+            return self._convert
+        return build_validator(self.parameters, self.sent_parameters, owner=f"tool {self.name!r}")
 
     @property
     def is_idempotent(self) -> bool:

@@ -45,7 +45,11 @@ class AnswerSchema:
             )
         name = "".join(each if each.isascii() and each.isalnum() else "_" for each in path.stem)[:64] or "answer"
         wire = {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
-        return cls(wire, build_validator(schema, simplify_parameters(schema)))
+        try:
+            simplified = simplify_parameters(schema)
+        except ValueError as exc:
+            raise UsageError(f"{path} has a schema that cannot be used: {exc}", "simplify it") from exc
+        return cls(wire, build_validator(schema, simplified, owner=str(path)))
 
     def read(self, text: str) -> dict[str, Any]:
         """Returns the object in an answer.

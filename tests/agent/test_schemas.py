@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft3Validator, Draft7Validator, Draft202012Validator
 
 from lmbridge.agent.coercion import Coercer
 from lmbridge.agent.schemas import build_validator
@@ -75,7 +77,7 @@ def test_a_schema_is_read_by_its_own_draft() -> None:
     assert error_of({"$schema": "http://json-schema.org/draft-04/schema#", **old}, {"n": 0})
 
 
-@pytest.mark.parametrize("draft", ["https://example.com/unknown-draft", 5, None])
+@pytest.mark.parametrize("draft", ["https://example.com/unknown-draft", "http://[bad", 5, None])
 def test_an_unknown_draft_is_read_as_the_newest(draft: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -268,6 +270,84 @@ def test_a_long_chain_of_references_is_not_followed_to_its_end() -> None:
     chain: dict[str, Any] = {f"n{number}": {"$ref": f"#/$defs/n{number + 1}"} for number in range(300)}
     schema = {"type": "object", "properties": {"y": {"type": "integer"}}, "$defs": {**chain, "n300": {}}}
     assert error_of(schema, {"y": "a"}) == "$.y: 'a' is not of type 'integer'"
+
+
+# Schemas that are not valid
+
+KEYWORDS = sorted(
+    {"$id", "id", "$schema", "$ref", "$defs", "definitions", "$anchor", "$dynamicAnchor", "$dynamicRef", "$vocabulary"}
+    | {name for draft in (Draft3Validator, Draft7Validator, Draft202012Validator) for name in draft.VALIDATORS}
+)
+WRONG_VALUES: list[Any] = [
+    *(None, True, 4, 10**400, "x", "http://[bad", "#", "("),
+    *([], [4], [[]], ["x"], [{"$ref": 5}]),
+    *({}, {"a": 4}, {"a": {"$ref": 5}}, {"a": {"$id": 4}}, {"(": {}}, {"a": {"$schema": "http://[bad"}}),
+]
+ARGUMENTS: list[dict[str, Any]] = [{}, {"x": 1}, {"x": "a", "a": [1]}, {"x": [1.5], "a": {"b": 1}}]
+
+
+@pytest.mark.parametrize(
+    "draft", [None, "http://json-schema.org/draft-03/schema", "http://json-schema.org/draft-07/schema"]
+)
+def test_a_value_of_the_wrong_type_for_any_keyword_makes_no_call_impossible(draft: str | None) -> None:
+    for keyword, value in itertools.product(KEYWORDS, WRONG_VALUES):
+        part = {keyword: value}
+        places: list[dict[str, Any]] = [
+            part,
+            {"properties": {"x": part}},
+            {"properties": {"x": {"$ref": "#/$defs/D"}}, "$defs": {"D": part}},
+        ]
+        for place in places:
+            schema = {"type": "object", **({} if draft is None else {"$schema": draft}), **place}
+            try:
+                validator = build_validator(schema, simplify_parameters(schema))
+            except ValueError as exc:
+                # Such a schema cannot be sent either.
+                assert keyword == "type", exc  # noqa: PT017 - most keywords raise nothing
+                continue
+            for arguments in ARGUMENTS:
+                try:
+                    assert validator(arguments) == arguments
+                except ValueError as exc:
+                    assert str(exc).startswith("$"), (schema, arguments)  # noqa: PT017 - see above
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"$schema": "http://json-schema.org/draft-07/schema#", "$defs": {"D": {"type": "string", "minLength": "x"}}},
+        {"elsewhere": {"D": {"multipleOf": "x"}}, "$defs": {"D": {"$ref": "#/elsewhere/D"}}},
+    ],
+)
+def test_a_schema_whose_faults_only_a_call_finds_is_replaced_by_the_version_that_is_sent(
+    part: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    properties = {"x": {"$ref": "#/$defs/D"}, "y": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": ["y"], **part}
+    validator = build_validator(schema, simplify_parameters(schema), owner="tool 'mend'")
+    value: Any = 5 if "elsewhere" in part else "a"
+    assert validator({"x": value, "y": 1})
+    assert "the schema of tool 'mend' cannot be used" in caplog.text
+    with pytest.raises(ValueError, match="'y' is a required property"):
+        validator({"x": value})
+
+
+def test_a_pattern_that_is_not_supported_accepts_everything_in_the_version_that_is_sent_as_well() -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "string", "pattern": "^[$"}}, "required": 5}
+    assert validate(schema, {"x": "anything"})
+
+
+@pytest.mark.parametrize("loop", [{"allOf": [{"$ref": "#"}]}, {"anyOf": [{"$ref": "#"}]}, {"not": {"$ref": "#"}}])
+def test_a_schema_that_refers_to_itself_without_end_is_replaced_wherever_the_stack_ends(loop: dict[str, Any]) -> None:
+    schema = {"type": "object", **loop}
+    validator = build_validator(schema, simplify_parameters(schema))
+
+    def validate_below(levels: int) -> dict[str, Any]:
+        return validate_below(levels - 1) if levels else validator({"x": 1})
+
+    # At some of these places, code of Rust meets the end of the stack.
+    for levels in range(40):
+        assert validate_below(levels) == {"x": 1}
 
 
 # Names and data in schemas

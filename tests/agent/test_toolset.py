@@ -491,6 +491,14 @@ async def test_a_call_of_any_shape_is_read(call: Any) -> None:
     assert "there are: now" in read.text
 
 
+@pytest.mark.parametrize("fault", [{"$schema": "http://[bad"}, {"$id": 4}, {"$ref": 5}, {"required": 5}])
+async def test_a_tool_whose_schema_is_not_valid_can_be_called_like_the_others(fault: dict[str, Any]) -> None:
+    tools = await Toolset.collect([tool("bad", parameters={**CITY, **fault}), now])
+    assert isinstance(tools.read(wire("bad", {"city": "Ulm"})), ReadyCall)
+    assert isinstance(tools.read(wire("bad", {"city": 5, "days": "x"})), InvalidCall)
+    assert isinstance(tools.read(wire("now", {})), ReadyCall)
+
+
 async def test_an_exception_of_a_users_type_makes_the_call_invalid() -> None:
     class Odd:
         def __init__(self) -> None: ...
@@ -724,9 +732,9 @@ async def test_the_validators_of_hand_made_tools_are_built_outside_the_event_loo
 ) -> None:
     built: list[tuple[Any, threading.Thread]] = []
 
-    def build(parameters: Any, sent_parameters: Any) -> Any:
+    def build(parameters: Any, sent_parameters: Any, **options: Any) -> Any:
         built.append((parameters, threading.current_thread()))
-        return build_validator(parameters, sent_parameters)
+        return build_validator(parameters, sent_parameters, **options)
 
     monkeypatch.setattr("lmbridge.agent.tools.build_validator", build)
     provider = GrowingProvider(tool("at_first", parameters=CITY))

@@ -178,7 +178,12 @@ def test_an_answer_that_does_not_follow_the_schema_is_an_error(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not JSON"), ('"text"', "is not the JSON schema of an object"), ('{"type": "array"}', "of an object")],
+    [
+        ("{", "is not JSON"),
+        ('"text"', "is not the JSON schema of an object"),
+        ('{"type": "array"}', "of an object"),
+        ('{"type": "object", "properties": {"x": ' * 300 + "{}" + "}}" * 300, "nested too deeply"),
+    ],
 )
 def test_a_file_that_is_no_schema_is_refused(
     command: Command, server: ThreadedServer, tmp_path: Path, content: str, message: str

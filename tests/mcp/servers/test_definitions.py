@@ -75,6 +75,15 @@ async def test_a_definition_that_is_nested_too_deeply_costs_only_its_own_tool(ma
     assert "it is nested too deeply" in left_out.reason
 
 
+async def test_a_definition_whose_schema_is_not_valid_ends_no_run(make_hub: MakeHub) -> None:
+    bad = [{"name": "bad", "inputSchema": {"type": "object", "$schema": "http://[bad", "required": "text"}}]
+    lease = await make_hub({"a": {"tools": ["echo"], "more_tools": bad}}).tools()
+    toolset = await Toolset.collect([lease])
+    assert toolset.names == ["echo", "bad"]
+    calls = [{"id": "1", "function": {"name": name, "arguments": "{}"}} for name in toolset.names]
+    assert [type(toolset.read(call)).__name__ for call in calls] == ["InvalidCall", "ReadyCall"]
+
+
 async def test_a_server_without_tools_has_not_failed(make_hub: MakeHub) -> None:
     hub = make_hub({"a": {"no_tools": True}, "b": {"undeclared": True, "tools": ["echo"]}})
     assert [(each.server, each.name) for each in (await hub.tools()).tools] == [("b", "echo")]
