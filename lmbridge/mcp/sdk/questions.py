@@ -11,6 +11,7 @@ The specification: https://modelcontextprotocol.io/specification/2026-07-28/clie
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
@@ -22,11 +23,14 @@ from lmbridge._tasks import end_task
 from lmbridge.mcp.sdk.sent_requests import CallListener, SentRequest, current_request
 from lmbridge.mcp.sdk.session_errors import InvalidQuestionError, RefusedError, UrlsRequiredError
 
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
+
 AskUser = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 """Asks the user a question, and returns the result as the protocol specifies it. An invalid question raises
 `InvalidQuestionError`."""
 
 _INVALID_PARAMS: Final = -32602
+_INTERNAL_ERROR: Final = -32603
 _URLS_REQUIRED: Final = -32042
 """The code with which a server refuses a call until the user has visited URLs, in the revision 2025-11-25."""
 _MOST_OPEN_QUESTIONS: Final = 16
@@ -210,6 +214,10 @@ class Questions:
         except InvalidQuestionError as exc:
             self._report("a question to the user that is not valid", exc)
             return {"error": {"code": _INVALID_PARAMS, "message": str(exc)}}
+        except Exception:
+            # Whatever is wrong, the server must not wait for an answer that never comes.
+            logger.exception("a question of an MCP server to the user failed, and the server gets an error")
+            return {"error": {"code": _INTERNAL_ERROR, "message": "the client failed to ask the user"}}
 
     def _decline(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
         kind = "a question to the user, which is declined because there is no on_elicitation"

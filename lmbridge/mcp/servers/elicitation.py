@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import attrs
 
 from lmbridge.agent.schemas import build_validator
+from lmbridge.client.schemas import simplify_parameters
 from lmbridge.errors import LLMValidationError
 from lmbridge.mcp.sdk import InvalidQuestionError
 from lmbridge.mcp.servers.sanitize import sanitize_text
@@ -176,7 +177,16 @@ def read_elicitation(server: str, params: Mapping[str, Any]) -> Elicitation:
 
 
 def _make_validator(schema: Mapping[str, Any]) -> _Validate:
-    return build_validator(schema, schema)
+    """Returns a function that checks the values of a form.
+
+    Raises:
+        InvalidQuestionError: The schema cannot be used.
+    """
+    try:
+        simplified = simplify_parameters(schema)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidQuestionError(f"requestedSchema cannot be used: {exc}") from exc
+    return build_validator(schema, simplified, owner="a question to the user")
 
 
 def _is_web_url(url: str) -> bool:

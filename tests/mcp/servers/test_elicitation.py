@@ -109,6 +109,33 @@ async def test_an_invalid_question_is_refused_and_nobody_is_asked(
     assert words in refusal["message"]
 
 
+BAD_SCHEMAS: list[dict[str, Any]] = [
+    {**SCHEMA, "$id": 4},
+    {**SCHEMA, "$ref": 5},
+    {**SCHEMA, "$schema": "http://[bad"},
+    {**SCHEMA, "properties": {"guests": {"type": "integer", "required": True}}},
+    {**SCHEMA, "allOf": [{"$ref": "#"}]},
+    {"type": "object", "required": 5, "properties": 5},
+]
+
+
+@pytest.mark.parametrize("schema", BAD_SCHEMAS)
+async def test_a_form_whose_schema_is_not_valid_is_asked_and_answered(
+    make_hub: MakeHub, schema: dict[str, Any]
+) -> None:
+    question = {"message": "?", "requestedSchema": schema}
+    lease = await make_hub({"a": asking(question)}, on_elicitation=lambda each: each.accept({"guests": 2})).tools()
+    assert await result_of(lease) == {"action": "accept", "content": {"guests": 2}}
+
+
+async def test_a_form_whose_schema_cannot_be_used_is_refused() -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(300):
+        schema = {"type": "object", "properties": {"x": schema}}
+    with pytest.raises(InvalidQuestionError, match="nested too deeply"):
+        await Elicitor("a", lambda each: each.accept()).ask({"message": "?", "requestedSchema": schema})
+
+
 @pytest.mark.parametrize("content", [{}, {"guests": "many"}, {"guests": 2, "name": 5}])
 def test_an_answer_that_does_not_fit_the_form_is_an_error_of_accept(content: dict[str, Any]) -> None:
     with pytest.raises(LLMValidationError, match=r"\$"):
@@ -140,6 +167,18 @@ async def test_an_exception_of_the_function_is_logged_and_cancels_the_question(
     assert await result_of(lease) == {"action": "cancel"}
     assert "no terminal" in caplog.text
     assert [record.levelno for record in caplog.records if record.exc_info] == [logging.ERROR]
+
+
+async def test_a_question_that_fails_unexpectedly_is_logged_and_answered(
+    make_hub: MakeHub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(_: Elicitor, __: Any) -> dict[str, Any]:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(Elicitor, "ask", ask)
+    lease = await make_hub({"a": asking()}, on_elicitation=lambda each: each.accept()).tools()
+    assert (await result_of(lease))["code"] == -32603
+    assert "unforeseen" in caplog.text
 
 
 def test_the_error_for_an_invalid_question_is_one_of_the_adapter() -> None:
