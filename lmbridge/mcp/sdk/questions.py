@@ -81,7 +81,8 @@ class Questions:
     ) -> None:
         self._ask_user, self._on_visited, self._report, self._reply = ask, on_visited, report, reply
         self._open: dict[str | int, _OpenQuestion] = {}
-        self._visits: dict[str, asyncio.Future[None]] = {}
+        # One dict for each refused call that waits, because several calls may need a visit with the same id.
+        self._visits: list[Mapping[str, asyncio.Future[None]]] = []
         self._visited: deque[str] = deque(maxlen=_REMEMBERED_VISITS)
         self._replies: set[asyncio.Task[None]] = set()
 
@@ -182,7 +183,7 @@ class Questions:
         ids = {each["elicitationId"] for each in asked if isinstance(each.get("elicitationId"), str)}
         # A report may arrive while the user is still being asked about another URL, or even before that.
         visits = {each: asyncio.get_running_loop().create_future() for each in ids if each not in self._visited}
-        self._visits.update(visits)
+        self._visits.append(visits)
         listener.on_question(True)
         try:
             for each in asked:
@@ -194,16 +195,15 @@ class Questions:
             return True
         finally:
             listener.on_question(False)
-            for each in visits:
-                self._visits.pop(each, None)
+            self._visits.remove(visits)
 
     def on_visited(self, elicitation_id: Any) -> None:
         """Handles the report of the server that the user has finished at a URL."""
         if isinstance(elicitation_id, str):
             self._visited.append(elicitation_id)
-            visit = self._visits.get(elicitation_id)
-            if visit is not None and not visit.done():
-                visit.set_result(None)
+            for visits in self._visits:
+                if (visit := visits.get(elicitation_id)) is not None and not visit.done():
+                    visit.set_result(None)
             self._on_visited(elicitation_id)
 
     async def _ask(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
