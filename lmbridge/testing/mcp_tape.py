@@ -15,6 +15,7 @@ from typing import Any, Final
 import attrs
 import msgspec
 
+from lmbridge._jsonrpc_ids import is_answer, read_id
 from lmbridge._text import shorten
 
 _REPEATABLE: Final = ("initialize", "tools/list", "ping")
@@ -110,7 +111,7 @@ class _RecordingLink:
         if "method" in decoded and "id" in decoded:
             params = self._redact(_without_meta(decoded.get("params")))
             exchange = McpExchange(server=self._server, method=decoded["method"], params=params)
-            self._pending[decoded["id"]] = self._last = monotonic(), exchange
+            self._pending[read_id(decoded["id"])] = self._last = monotonic(), exchange
             self._tape.exchanges.append(exchange)
         await self._real.send(message)
 
@@ -126,13 +127,14 @@ class _RecordingLink:
 
     def _keep(self, message: dict[str, Any]) -> None:
         params = message.get("params")
-        token = params.get("progressToken") if isinstance(params, Mapping) else None
-        if "method" not in message and message.get("id") in self._pending:
-            began, exchange = self._pending.pop(message["id"])
-            message = {name: value for name, value in message.items() if name != "id"}
+        token = read_id(params.get("progressToken")) if isinstance(params, Mapping) else None
+        answered_id = read_id(message.get("id")) if is_answer(message) else None
+        if answered_id in self._pending:
+            began, exchange = self._pending.pop(answered_id)
+            message = {name: value for name, value in message.items() if name not in ("id", "method")}
         elif token in self._pending:
             began, exchange = self._pending[token]
-            message = {**message, "params": {**params, "progressToken": None}} if params else message
+            message = {**message, "params": {**params, "progressToken": None}}
         elif (found := next(iter(self._pending.values()), self._last)) is not None:
             # The message belongs to no request. In a replay, it arrives at about the same time.
             began, exchange = found
@@ -226,7 +228,7 @@ def _without_meta(params: Any) -> Any:
 
 def _with_id(recorded: dict[str, Any], request_id: Any) -> dict[str, Any]:
     """Returns a recorded message as it answers a request with this id."""
-    if "method" not in recorded:
+    if "method" not in recorded and "id" not in recorded:
         return {**recorded, "id": request_id}
     params = recorded.get("params")
     if isinstance(params, Mapping) and "progressToken" in params and params["progressToken"] is None:

@@ -137,3 +137,47 @@ async def test_after_the_block_servers_are_started_again(make_hub: MakeHub, tmp_
         await call(make_hub(servers), "echo", text="hello")
     await call(make_hub(servers), "echo", text="hello")
     assert len(await wait_for_notes(notes, 2)) == 2
+
+
+def answers_to_echo(*before: dict[str, Any], **answer: Any) -> dict[str, Any]:
+    result = {"content": [{"type": "text", "text": "on"}]}
+    return {"answers": {"echo": [*before, {"jsonrpc": "2.0", "id": "$id", "result": result, **answer}]}}
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        answers_to_echo(id="$text_id"),
+        answers_to_echo(method="tools/call"),
+        # Messages that belong to no request, some of them with values that can be no id.
+        answers_to_echo({"jsonrpc": "2.0", "id": {}, "result": {}}),
+        answers_to_echo({"jsonrpc": "2.0", "id": 5, "result": {"content": [{"type": "text", "text": "other"}]}}),
+        answers_to_echo({"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": []}}),
+        answers_to_echo(
+            {"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": "$text_id"}}
+        ),
+    ],
+)
+async def test_the_answers_of_an_irregular_server_are_replayed_to_their_requests(
+    make_hub: MakeHub, tmp_path: Path, server: dict[str, Any]
+) -> None:
+    path = tmp_path / "tape.json"
+    for _ in range(2):
+        with Cassette(path) as cassette:
+            assert await call(make_hub({"s": server}), "echo", text="?") == "on"
+            assert cassette.all_played
+
+
+async def test_an_answer_with_its_id_as_a_text_is_kept_with_its_own_request(make_hub: MakeHub, tmp_path: Path) -> None:
+    # The first call never gets an answer, so that an answer that is not recognized would be kept with it.
+    server = {"answers": {"parts": [], **answers_to_echo(id="$text_id")["answers"]}}
+    for _ in range(2):
+        with Cassette(tmp_path / "tape.json"):
+            hub = make_hub({"s": server})
+            tools = await hub.tools()
+            waits = asyncio.ensure_future(function_of(tools, "parts")())
+            assert await function_of(tools, "echo")(text="?") == "on"
+            assert not waits.done()
+            waits.cancel()
+            await asyncio.wait({waits})
+            await hub.close()

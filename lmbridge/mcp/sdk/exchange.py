@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import attrs
 
+from lmbridge._jsonrpc_ids import is_answer, read_id
 from lmbridge._tasks import end_task
 from lmbridge._text import shorten
 from lmbridge.mcp.sdk.normalize import normalize_handshake, read_answer
@@ -30,8 +31,6 @@ from lmbridge.mcp.sdk.sent_requests import SentRequest, current_request
 
 _ID_BITS: Final = 31
 """The size of request ids. Servers in typed languages read them as 32-bit integers."""
-_LONGEST_ID: Final = 20
-"""The number of digits of an id, given as a text, that are read. Our own ids have ten."""
 REMEMBERED_REQUESTS: Final = 256
 """How many finished requests are remembered, so that a late answer to one of them is not reported as unexpected."""
 _MOST_PENDING_REPLIES: Final = 64
@@ -317,24 +316,6 @@ class MessageExchange:
             listener.on_progress(
                 progress, _as_number(params.get("total")), message if isinstance(message, str) else None
             )
-
-
-def read_id(value: Any) -> str | int | None:
-    """Returns an id in the form in which it was sent, because some servers return a number as a text or a float.
-
-    Returns None if the value is not an id.
-    """
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        # Python refuses to convert numbers of thousands of digits.
-        return int(value[:_LONGEST_ID])
-    return value if isinstance(value, str | int) else None
-
-
-def is_answer(message: Mapping[str, Any]) -> bool:
-    """Returns whether a message is an answer, even if its sender repeats the method of the request in it."""
-    return "method" not in message or ("id" in message and ("result" in message or "error" in message))
 
 
 def _as_number(value: Any) -> float | None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
-from lmbridge.mcp.sdk.exchange import is_answer, read_id
+from lmbridge._jsonrpc_ids import is_answer, read_id
 
 SESSION_STATUSES: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
 """The statuses with which servers refuse a ping in a session that they do not know."""

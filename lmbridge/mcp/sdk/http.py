@@ -23,11 +23,12 @@ from typing import Any, Final
 import attrs
 import msgspec
 
+from lmbridge._jsonrpc_ids import is_answer, read_id
 from lmbridge._tasks import end_task
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import LARGEST_MESSAGE, MessageTooLargeError, parse_json
 from lmbridge.mcp.sdk.event_stream import Event
-from lmbridge.mcp.sdk.exchange import REMEMBERED_REQUESTS, is_answer, read_id
+from lmbridge.mcp.sdk.exchange import REMEMBERED_REQUESTS
 from lmbridge.mcp.sdk.forgotten_sessions import (
     SESSION_STATUSES,
     error_words,

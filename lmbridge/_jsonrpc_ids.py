@@ -1,0 +1,30 @@
+"""Reads the ids of JSON-RPC messages, with the mistakes that servers make with them.
+
+`testing` records what MCP servers send, and imports no layer, so this module belongs to the ground floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+_LONGEST_ID: Final = 20
+"""The number of digits of an id, given as a text, that are read. Our own ids have ten."""
+
+
+def read_id(value: Any) -> str | int | None:
+    """Returns an id in the form in which it was sent, because some servers return a number as a text or a float.
+
+    Returns None if the value is not an id.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        # Python refuses to convert numbers of thousands of digits.
+        return int(value[:_LONGEST_ID])
+    return value if isinstance(value, str | int) else None
+
+
+def is_answer(message: Mapping[str, Any]) -> bool:
+    """Returns whether a message is an answer, even if its sender repeats the method of the request in it."""
+    return "method" not in message or ("id" in message and ("result" in message or "error" in message))
