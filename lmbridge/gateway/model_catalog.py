@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import unquote
 
 from lmbridge.client.failures import classify
 from lmbridge.client.json_codec import decode_json
 from lmbridge.config import Timeouts
-from lmbridge.errors import LLMError
+from lmbridge.errors import LLMError, LLMResponseError
 from lmbridge.gateway.http_server import IncomingRequest
 from lmbridge.gateway.passing import end_to_end
 from lmbridge.gateway.problems import Problem
@@ -51,17 +51,23 @@ class ModelCatalog:
         return self._names[server]
 
     def is_healthy(self, server: Transport) -> bool:
-        """Returns whether a server answered when it was last asked for its models, or has not been asked yet."""
+        """Returns whether a server answered when it was last asked for its models, or has not been asked yet.
+
+        A refusal, such as one with status 401, is an answer.
+        """
         return server not in self._unreachable
 
     async def answer_list(self, incoming: IncomingRequest) -> None:
         """Answers `GET /v1/models`. The answer of a single server is passed on byte for byte."""
         if len(self._servers) == 1:
-            headers = self._client_credentials(incoming)
-            async with await self._servers[0].forward(_list_request(headers)) as response:
-                body = response.whole_body or b"".join([part async for part in _parts(response.read)])
+            headers, server = self._client_credentials(incoming), self._servers[0]
+            with self._noting_health(server):
+                response = await server.forward(_list_request(headers))
+            async with response:
+                with self._noting_health(server):
+                    body = response.whole_body or b"".join([part async for part in _parts(response.read)])
                 if response.status == 200:
-                    self._record(self._servers[0], _entries_in(body))
+                    self._record(server, _entries_in(body))
                 kept = [each for each in end_to_end(response.headers) if each[0].lower() != "content-length"]
                 await incoming.respond(response.status, kept, body)
             return
@@ -116,9 +122,9 @@ class ModelCatalog:
         self, server: Transport, headers: Mapping[str, str]
     ) -> list[Mapping[str, Any]] | LLMError:
         try:
-            reply = await server.request(_list_request(headers))
+            with self._noting_health(server):
+                reply = await server.request(_list_request(headers))
         except LLMError as error:
-            self._unreachable.add(server)
             return error
         if reply.status != 200:
             return LLMError(f"{server.api_base} answered {reply.status} when it was asked for its models")
@@ -140,6 +146,18 @@ class ModelCatalog:
 
     def _record(self, server: Transport, entries: Sequence[Mapping[str, Any]]) -> None:
         self._names[server] = tuple(entry["id"] for entry in entries)
+
+    @contextlib.contextmanager
+    def _noting_health(self, server: Transport) -> Iterator[None]:
+        """Remembers whether the server answers the request in the block. A refusal is an answer, too."""
+        try:
+            yield
+        except LLMResponseError:
+            self._unreachable.discard(server)
+            raise
+        except LLMError:
+            self._unreachable.add(server)
+            raise
         self._unreachable.discard(server)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import aiohttp
+import pytest
 
 from lmbridge import Limits
 from lmbridge.gateway import Gateway
-from lmbridge.testing import OneModelServer, ScriptedServer, raw, reply
+from lmbridge.testing import OneModelServer, ScriptedServer, raw, reply, reset
 from tests.gateway.support import BODY, CHAT, fetch, fetch_json
 
 
@@ -53,3 +55,36 @@ async def test_the_status_lists_models_that_nobody_has_asked_for(http: aiohttp.C
         while len(status["models"]) < 2:
             status = await fetch_json(http, gateway, "/status.json")
         assert {model["name"]: model["state"] for model in status["models"]} == {"a": "loaded", "b": "cold"}
+
+
+MODELS = "/v1/models"
+REFUSAL = reply(401, {"error": {"message": "no key"}})
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_a_server_is_healthy_if_it_answered_the_last_question_for_its_models_whatever_the_answer_was(
+    scripted_server: ScriptedServer, http: aiohttp.ClientSession, others: int
+) -> None:
+    async with (
+        OneModelServer(["b"]) as other,
+        Gateway([scripted_server.api_base, *[other.api_base] * others], max_retries=0) as gateway,
+    ):
+
+        async def is_healthy() -> bool:
+            # The status page asks the servers for their models as well, but only if the last time was ten seconds ago.
+            gateway._catalog._listed_at = asyncio.get_running_loop().time()
+            status = await fetch_json(http, gateway, "/status.json")
+            return bool(status["servers"][0]["healthy"])
+
+        scripted_server.on_path(MODELS, reset())
+        await fetch(http, gateway, MODELS, method="GET")
+        assert not await is_healthy()
+        scripted_server.on_path(MODELS, REFUSAL)
+        await fetch(http, gateway, MODELS, method="GET")
+        assert await is_healthy()
+        scripted_server.on_path(MODELS, raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", b"{}"))
+        await fetch(http, gateway, MODELS, method="GET")
+        assert not await is_healthy()
+        scripted_server.on_path(MODELS, reply(200, {"data": []}))
+        await fetch(http, gateway, MODELS, method="GET")
+        assert await is_healthy()
