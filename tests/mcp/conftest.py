@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest_asyncio
 
 from lmbridge import DynamicAutonomousAgent, LLMClient
 from lmbridge.mcp import McpEvent, McpHub
+from lmbridge.mcp.servers.process_groups import ProcessGroups
 from tests.mcp.http_server import HttpServer
 from tests.mcp.support import Recorder, scripted
 
@@ -106,3 +109,23 @@ async def server() -> AsyncIterator[HttpServer]:
     await server.start()
     yield server
     await server.stop()
+
+
+@pytest.fixture
+def unguarded_groups(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Makes it impossible to start a guardian. The set gets the process groups that have been added nevertheless."""
+    added: set[int] = set()
+
+    class Groups(ProcessGroups):
+        def add(self, group: int) -> None:
+            added.add(group)
+            super().add(group)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    groups = Groups()
+    for module in ("process_groups", "server_process", "changing_headers"):
+        monkeypatch.setattr(f"lmbridge.mcp.servers.{module}.process_groups", groups)
+    monkeypatch.setattr(os, "posix_spawn", fail)
+    return added

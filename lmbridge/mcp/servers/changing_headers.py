@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from lmbridge._tasks import settle
+from lmbridge.errors import MCPError
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.sdk import RequestRejectedError
 from lmbridge.mcp.servers.process_groups import end_group, process_groups
@@ -117,10 +118,13 @@ class ChangingHeaders:
                 await _end(starting.result())
             raise
         process = starting.result()
-        process_groups.add(process.pid)
         try:
+            process_groups.add(process.pid)
             output = await _read(process)
             status = await process.wait()
+        except MCPError as exc:
+            await _end(process)
+            raise RequestRejectedError(f"{self._source} cannot be run: {exc.message}", hint=exc.hint or "") from exc
         except BaseException:
             await _end(process)
             raise

@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from lmbridge.errors import MCPError
 from lmbridge.mcp.servers import guardian
 from lmbridge.mcp.servers.environment import base_environment
 
@@ -51,20 +52,35 @@ class ProcessGroups:
         self._has_checked_sigterm = False
 
     def add(self, group: int) -> None:
-        """Adds a group that has started."""
+        """Adds a group that has started.
+
+        Raises:
+            MCPError: The guardian cannot be started. The group has been added, and the caller has to end it.
+        """
         self._host_pid = os.getpid()
         if not self._has_checked_sigterm and threading.current_thread() is threading.main_thread():
             self._has_checked_sigterm = True
             if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                 signal.signal(signal.SIGTERM, self._on_sigterm)
         self._groups.add(group)
-        self._write_to_guardian(b"+%d\n" % group)
+        try:
+            self._write_to_guardian(b"+%d\n" % group)
+        except OSError as exc:
+            raise MCPError(
+                f"the process that ends MCP servers if this one is killed cannot be started: {exc.strerror or exc}",
+                exc,
+                hint="this process may have reached its limit of open files or of processes; see `ulimit -a`",
+            ) from exc
 
     def discard(self, group: int) -> None:
         """Removes a group that is gone."""
         if group in self._groups:
             self._groups.discard(group)
-            self._write_to_guardian(b"-%d\n" % group)
+            try:
+                self._write_to_guardian(b"-%d\n" % group)
+            except OSError as exc:
+                # The group is gone. The next guardian, which `add` starts, gets the list without it.
+                logger.warning("MCP servers may be left running if this process is killed: %s", exc)
 
     def _write_to_guardian(self, line: bytes) -> None:
         self._unsent += line

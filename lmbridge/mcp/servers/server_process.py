@@ -54,6 +54,8 @@ class ServerProcess(asyncio.SubprocessProtocol):
         """The time of the event loop at which the process last wrote to stderr, or None if it has not."""
         self._on_output, self._on_end = on_output, on_end
         self._transport: asyncio.SubprocessTransport | None = None
+        # The error of `process_groups.add`. asyncio would only log it.
+        self._unguarded: MCPError | None = None
         self._exited = asyncio.Event()
         self._open_pipes = {_STDOUT, _STDERR}
         self._end_is_reported = False
@@ -63,6 +65,8 @@ class ServerProcess(asyncio.SubprocessProtocol):
     async def start(self, command: str, args: Sequence[str], env: Mapping[str, str], cwd: str | None) -> None:
         """Starts the process, without a shell and in a new process group.
 
+        A process may have been created even if this method fails or is cancelled, so call `end` then as well.
+
         Args:
             command: The program. It is searched for in the PATH of its environment.
             args: The arguments of the program.
@@ -71,7 +75,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
 
         Raises:
             OSError: The process cannot be started.
-            MCPError: The event loop cannot start processes.
+            MCPError: The event loop cannot start processes, or the guardian of this one cannot be started.
         """
         starting = asyncio.ensure_future(
             asyncio.get_running_loop().subprocess_exec(
@@ -91,6 +95,8 @@ class ServerProcess(asyncio.SubprocessProtocol):
             raise MCPError(
                 f"the event loop ({loop}) cannot start processes", exc, hint="use the default event loop of asyncio"
             ) from exc
+        if self._unguarded is not None:
+            raise self._unguarded
 
     @property
     def pid(self) -> int | None:
@@ -156,7 +162,10 @@ class ServerProcess(asyncio.SubprocessProtocol):
         which needs the transport.
         """
         self._transport = cast("asyncio.SubprocessTransport", transport)
-        process_groups.add(self._transport.get_pid())
+        try:
+            process_groups.add(self._transport.get_pid())
+        except MCPError as error:
+            self._unguarded = error
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         """Passes on the output of the process."""

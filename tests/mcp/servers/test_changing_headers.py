@@ -18,6 +18,7 @@ from aiohttp import web
 
 from lmbridge import DynamicAutonomousAgent, LLMClient, LLMValidationError, MCPError, MultiMCPError, ToolError
 from lmbridge.mcp import McpHub, load_config
+from lmbridge.mcp.servers import guardian
 from tests.mcp.conftest import MakeHub
 from tests.mcp.http_server import HttpServer, body
 from tests.mcp.support import function_of
@@ -237,6 +238,15 @@ async def test_a_command_that_hangs_is_ended_with_all_its_processes(
         await make_hub(helper(server, "sleep 600 & echo $! > pid; wait")).tools()
     pid = (tmp_path / "pid").read_text().strip()
     assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+
+
+async def test_a_command_that_cannot_be_guarded_is_ended(
+    make_hub: MakeHub, server: Guarded, unguarded_groups: set[int]
+) -> None:
+    with pytest.raises(MultiMCPError, match=r"its headersHelper cannot be run: .* cannot be started: Resource.*ulimit"):
+        await make_hub(helper(server, "sleep 600")).tools()
+    assert unguarded_groups
+    assert all([await asyncio.to_thread(guardian.is_gone, group) for group in unguarded_groups])
 
 
 async def test_what_a_server_quotes_of_the_headers_is_in_no_error(make_hub: MakeHub, server: Guarded) -> None:

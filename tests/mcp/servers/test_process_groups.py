@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lmbridge import MCPError
 from lmbridge.mcp.servers import guardian, process_groups
 from lmbridge.mcp.servers.process_groups import ProcessGroups, end_group
 from lmbridge.mcp.servers.server_process import ServerProcess
@@ -172,9 +173,12 @@ async def test_a_guardian_that_cannot_be_started_leaves_no_descriptor_of_a_pipe_
     guardian_pipe = groups._guardian_pipe
     monkeypatch.setattr(os, "posix_spawn", fail)
     monkeypatch.setattr(os, "write", fail)
-    with pytest.raises(OSError, match="no more processes"):
+    with pytest.raises(MCPError, match="cannot be started: no more processes"):
         groups.add(NO_SUCH_GROUP + 1)
     assert groups._guardian_pipe == -1
+    # A group that is gone needs no guardian.
+    groups.discard(NO_SUCH_GROUP + 1)
+    assert groups._groups == {NO_SUCH_GROUP}
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(guardian_pipe)
 

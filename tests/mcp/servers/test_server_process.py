@@ -6,8 +6,10 @@ import asyncio
 
 import pytest
 
+from lmbridge import MultiMCPError
 from lmbridge.mcp.servers import guardian
 from lmbridge.mcp.servers.server_process import ServerProcess, StderrExcerpt
+from tests.mcp.conftest import MakeHub
 from tests.support import turns
 
 
@@ -50,6 +52,16 @@ async def test_a_start_that_is_cancelled_twice_does_not_lose_the_process_either(
     await asyncio.wait([starting])
     assert process.pid
     await process.end()
+
+
+async def test_a_server_that_cannot_be_guarded_is_ended_and_its_start_fails(
+    make_hub: MakeHub, unguarded_groups: set[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(MultiMCPError, match=r"cannot be started: Resource temporarily unavailable.*ulimit"):
+        await make_hub({"a": {}}).tools()
+    assert unguarded_groups
+    assert all([await asyncio.to_thread(guardian.is_gone, group) for group in unguarded_groups])
+    assert [record.name for record in caplog.records if record.name == "asyncio"] == []
 
 
 async def test_a_process_that_does_not_read_blocks_only_its_writer() -> None:
