@@ -172,7 +172,7 @@ class TimelineObserver:
                 text = f"{event.name}({arguments})\n{event.outcome}: {event.text}"
                 row.bars.append(Bar(kind="tool", start=begun.at, end=event.at, label=event.name, text=text))
         elif event.text:
-            # The answer belongs to the last reply of the round.
+            # The answer belongs to the last reply of the round. Runs stream all their replies.
             place = next((at for at in range(len(row.bars) - 1, -1, -1) if row.bars[at].kind == "tokens"), None)
             if place is not None:
                 row.bars[place] = attrs.evolve(row.bars[place], text=f"{row.bars[place].text}\n\n{event.text}")
@@ -192,8 +192,11 @@ def _note_progress(
     match event:
         case AttemptBegun():
             request.begin_next_bar("prompt", event.at)
-        case FirstEventArrived():
+        case FirstEventArrived(is_stream=True):
             request.begin_next_bar("tokens", event.at)
+        case FirstEventArrived():
+            # The whole reply has arrived at once, so the bar that began with the attempt stands for all of it.
+            request.kind = "reply"
         case RetryPlanned():
             request.begin_next_bar("retry", event.at, event.reason)
         case ModelSwapped():

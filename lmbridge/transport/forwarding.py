@@ -204,8 +204,8 @@ def _close_abandoned(source: HttpResponse, call: Call) -> None:
 
 async def receive_forwarded(call: Call, response: HttpResponse) -> ForwardedResponse:
     """Reads as much of a response as is needed to hand it out; the docstring of the module says how much that is."""
-    is_json = response.headers.get("Content-Type", "").lower().startswith("application/json")
-    wanted = _LARGEST_WHOLE_BODY if is_json else 1
+    content_type = response.headers.get("Content-Type", "").lower()
+    wanted = _LARGEST_WHOLE_BODY if content_type.startswith("application/json") else 1
     parts: list[bytes] = []
     size = 0
     source: HttpResponse | None = response
@@ -220,7 +220,7 @@ async def receive_forwarded(call: Call, response: HttpResponse) -> ForwardedResp
         note_arrived(call, response, parts)
         raise
     first = b"".join(parts)
-    call.note_first_event(first)
+    call.note_first_event(first, is_stream=content_type.startswith("text/event-stream"))
     if source is None:
         call.read_usage = partial(call.request.interpreter.read_usage, first)
         call.finish(response.status)

@@ -111,6 +111,20 @@ async def test_a_session_shows_waits_retries_swaps_calls_and_errors(scripted_ser
     assert all(each.start <= each.end for row in rows.values() for each in row.bars)
 
 
+async def test_a_whole_reply_is_one_bar_and_a_stream_has_a_bar_for_its_tokens(scripted_server: ScriptedServer) -> None:
+    observer = TimelineObserver()
+    async with LLMClient(scripted_server.api_base, "m", observers=[observer]) as client:
+        scripted_server.script(answer("Hello"), answer("Hello"))
+        await client.ask("?")
+        async with await client.chat_completion([{"role": "user", "content": "?"}], stream=True) as stream:
+            assert [chunk async for chunk in stream]
+    plain, streamed = observer.timeline().rows
+    assert [each.kind for each in plain.bars] == ["queue", "reply"]
+    assert [each.kind for each in streamed.bars] == ["queue", "prompt", "tokens"]
+    assert plain.bars[-1].end > plain.bars[-1].start
+    assert plain.bars[-1].text.startswith("answer, 1 attempt(s)")
+
+
 async def test_a_failed_run_is_marked() -> None:
     observer = TimelineObserver()
     with pytest.raises(LLMConnectionError):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import gzip
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import pytest_asyncio
 
 from lmbridge import Limits, LLMConnectionError, LLMStreamError, LLMTimeoutError, TaskCancelledError, Timeouts
 from lmbridge.client import failures
+from lmbridge.observe import FirstEventArrived, ObservedEvent
+from lmbridge.observe.observer import Observers
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, hang_up, raw, reply, reset, sse, stall
 from lmbridge.transport import ForwardedResponse, Interpreter, Request, Transport
 from tests.support import HALF, piece
@@ -257,3 +259,20 @@ async def test_the_admission_is_reported(scripted_server: ScriptedServer, transp
         assert admitted == ["first"]
     await second
     assert admitted == ["first", "second"]
+
+
+@pytest.mark.parametrize(("behaviour", "is_stream"), [(reply(200, {"x": 1}), False), (sse("x", "[DONE]"), True)])
+async def test_observers_learn_whether_a_response_is_a_stream(
+    scripted_server: ScriptedServer, transport: Transport, behaviour: Behaviour, is_stream: bool
+) -> None:
+    class Recorder:
+        seen: ClassVar[list[bool]] = []
+
+        def on_event(self, event: ObservedEvent) -> None:
+            if isinstance(event, FirstEventArrived):
+                self.seen.append(event.is_stream)
+
+    scripted_server.script(behaviour)
+    async with await transport.forward(request(observers=Observers([Recorder()]))) as response:
+        await read_all(response)
+    assert Recorder.seen == [is_stream]
