@@ -70,8 +70,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = _argument_parser()
     options = vars(parser.parse_args(argv))
     http = {name: options.pop(name) for name in ("host", "port", "allow_host")}
+    eof_timeout = options.pop("eof_timeout")
     if options.pop("http"):
-        del options["eof_timeout"]
+        if eof_timeout is not None:
+            parser.error("--eof-timeout does not apply with --http, because there is no stdin to be closed")
         _run_to_end(_serve_http(**options, **{name: value for name, value in http.items() if value is not None}))
         return
     if given := [name for name, value in http.items() if value is not None]:
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     if sys.stdin.isatty():
         # A person has started the program in a terminal, and would otherwise wait for a prompt that never comes.
         sys.stderr.write(_terminal_help())
-    _run_to_end(_serve(**options))
+    _run_to_end(_serve(**options, eof_timeout=_EOF_TIMEOUT if eof_timeout is None else eof_timeout))
 
 
 def _run_to_end(work: Coroutine[Any, Any, None]) -> None:
@@ -111,8 +113,7 @@ def _argument_parser() -> argparse.ArgumentParser:
         "--eof-timeout",
         metavar="SECONDS",
         type=_seconds,
-        default=_EOF_TIMEOUT,
-        help="how long requests are still processed after stdin has been closed; default: %(default)g",
+        help=f"how long requests are still processed after stdin has been closed; default: {_EOF_TIMEOUT:g}",
     )
     parser.add_argument("--http", action="store_true", help="serve over streamable HTTP instead of stdin and stdout")
     parser.add_argument("--host", metavar="ADDRESS", help=f"address to listen on; default: {_HTTP_HOST}")

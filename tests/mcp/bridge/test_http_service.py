@@ -229,6 +229,7 @@ async def test_the_command_serves_until_a_signal() -> None:
         (["--http", "--port", "99999"], "--port"),
         (["--http", "--allow-host", "my-pc:8090"], "--allow-host"),
         (["--port", "1"], "--port needs --http"),
+        (["--http", "--eof-timeout", "3"], "--eof-timeout does not apply with --http"),
         (["--api-base", "no URL"], "api_base"),
     ],
 )
