@@ -94,6 +94,8 @@ async def serve_http(server: Any, listening: socket.socket, access: HttpAccess) 
     )
     http = Server(config)
     sdk_log = logging.getLogger("mcp.server.streamable_http")
+    # A filter of its own, because the program or another service may also have changed this logger.
+    silence = _Silence()
     serving: asyncio.Task[None] | None = None
     try:
         async with manager.run():
@@ -103,9 +105,9 @@ async def serve_http(server: Any, listening: socket.socket, access: HttpAccess) 
             finally:
                 app.is_closing = http.should_exit = True
                 # SDK 1.x logs an error for each stream that ends because its task group is cancelled.
-                sdk_log.disabled = True
+                sdk_log.addFilter(silence)
     finally:
-        sdk_log.disabled = False
+        sdk_log.removeFilter(silence)
         listening.close()
         if serving is not None:
             await asyncio.wait({serving}, timeout=2 * _CLOSE_SECONDS)
@@ -113,6 +115,13 @@ async def serve_http(server: Any, listening: socket.socket, access: HttpAccess) 
         # uvicorn leaves a connection open if its response has not ended in time.
         for connection in list(http.server_state.connections):
             connection.transport.abort()
+
+
+class _Silence(logging.Filter):
+    """Drops every record of a logger."""
+
+    def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002 - it drops every record
+        return False
 
 
 class _GuardedApp:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -137,6 +138,18 @@ async def test_closing_ends_calls_and_connections(bridge: Bridge, scripted_serve
             await (await call).read()
         with pytest.raises(aiohttp.ClientConnectorError):
             await http.get(url)
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+async def test_the_logger_of_the_sdk_is_afterwards_as_the_program_has_left_it(
+    bridge: Bridge, monkeypatch: pytest.MonkeyPatch, disabled: bool
+) -> None:
+    logger = logging.getLogger("mcp.server.streamable_http")
+    monkeypatch.setattr(logger, "disabled", disabled)
+    filters = [*logger.filters]
+    async with served(bridge), served(bridge):
+        pass
+    assert (logger.disabled, logger.filters) == (disabled, filters)
 
 
 # Who may use it
