@@ -132,7 +132,7 @@ class _RecordingLink:
         if answered_id in self._pending:
             began, exchange = self._pending.pop(answered_id)
             message = {name: value for name, value in message.items() if name not in ("id", "method")}
-        elif token in self._pending:
+        elif isinstance(params, Mapping) and token in self._pending:
             began, exchange = self._pending[token]
             message = {**message, "params": {**params, "progressToken": None}}
         elif (found := next(iter(self._pending.values()), self._last)) is not None:
