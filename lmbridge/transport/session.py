@@ -26,6 +26,9 @@ and everything that is done about them is in this module:
   `response.connection.protocol.closed` would do the same, but is not documented, and costs a future and two callbacks
   for each connection. tests/transport/test_session.py shows what happens with and without it, with the installed
   version of aiohttp; `make test-slow` runs it with the oldest as well.
+- *It raises one and the same exception for all responses that were closed while they were read.* Python adds the frames
+  of each reader to its traceback, so everything that a reader refers to would be kept until the program ends.
+  `_unshared` empties the traceback, and gives each response an exception of its own.
 - *It forgets what has arrived when a connection breaks.* Its `StreamReader` raises the exception at once, even if a
   slow reader has left much of the body in the buffer. `_AiohttpResponse.take_arrived` sets the exception aside in order
   to read the rest of the buffer. `StreamReader._read_nowait` would be shorter, but it is private.
@@ -340,7 +343,7 @@ class _AiohttpResponse:
         try:
             data = await self._content.readany()
         except _READING_ERRORS as exc:
-            failure = self._failure(exc)
+            failure = self._failure(_unshared(exc))
         else:
             if not data:
                 self._guard.unwatch(self)
@@ -503,6 +506,15 @@ def _client_timeout(connect: float | None, tunnels: bool = False) -> aiohttp.Cli
 def _response_had_begun(exc: Exception) -> bool:
     """Returns whether a part of the response had arrived. If so, aiohttp has stored it as the exception's message."""
     return isinstance(exc, aiohttp.ServerDisconnectedError) and not isinstance(exc.message, str)
+
+
+def _unshared(exc: Exception) -> Exception:
+    """Returns an exception that belongs to one response alone, given the one that reading it has raised."""
+    if type(exc) is not aiohttp.ClientConnectionError:
+        return exc
+    # Now the one object belongs to no response any more, and its traceback does not grow.
+    exc.__traceback__ = exc.__context__ = None
+    return aiohttp.ClientConnectionError(*exc.args)
 
 
 def _find_cause(exc: BaseException | None, kind: type[_Error]) -> _Error | None:

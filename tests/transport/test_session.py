@@ -10,6 +10,7 @@ import gc
 import gzip
 import inspect
 import ssl
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -388,3 +389,30 @@ def test_every_error_of_aiohttp_has_a_meaning_of_its_own() -> None:
 )
 def test_errors_of_python_have_a_meaning_too(exc: Exception, fault: faults.Fault) -> None:
     assert faults.look_up_fault(exc, faults.PYTHON_FAULTS) is fault
+
+
+async def test_a_response_that_is_closed_while_it_is_read_keeps_nothing_alive(
+    scripted_server: ScriptedServer, http_session: AiohttpSession
+) -> None:
+    async def close_while_reading() -> weakref.ref[object]:
+        marker = set[object]()
+
+        async def read(response: HttpResponse, _kept: object) -> bytes:
+            return await response.read_some()
+
+        scripted_server.script(stall(after=[{}]))
+        response = await http_session.send(post(scripted_server))
+        await response.read_some()
+        reader = asyncio.create_task(read(response, marker))
+        await turns(3)
+        response.close()
+        with pytest.raises(ConnectionFailed):
+            await reader
+        return weakref.ref(marker)
+
+    # A frame of `read` that a traceback keeps also keeps the marker.
+    markers = [await close_while_reading() for _ in range(3)]
+    # Until its next step, asyncio keeps the exception that it has raised in this task.
+    await asyncio.sleep(0)
+    gc.collect()
+    assert [marker() for marker in markers] == [None] * 3
