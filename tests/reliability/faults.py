@@ -40,7 +40,7 @@ from unittest.mock import patch
 import attrs
 
 from lmbridge import LLMClient, LLMError, LLMTimeoutError, Timeouts
-from lmbridge.client import llm, lmstudio, model_managers, server_api, server_info, token_count
+from lmbridge.client import llm, lmstudio, model_managers, server_api, token_count
 from lmbridge.testing import FaultKind, FaultProxy, MockRequest, MockResponse, MockTransport, WireFault
 from tests.reliability import report
 from tests.reliability.exchanges import MODEL, recorded_calls
@@ -65,7 +65,6 @@ _SECONDS: Final = (
     (model_managers, "_LOAD_POLL_SECONDS", 0.001),
     # These limits are shorter than that of a call, and a busy machine is slow.
     (server_api, "PROBE_SECONDS", _PATIENCE),
-    (server_info, "PROBE_SECONDS", _PATIENCE),
     (token_count, "PROBE_SECONDS", _PATIENCE),
     (llm, "HEALTH_CHECK_SECONDS", _PATIENCE),
 )
