@@ -80,7 +80,9 @@ def request_fields(options: Mapping[str, Any]) -> dict[str, Any]:
     Where `extra_body` has a field that the run has to know, it replaces the option of that name.
     """
     fields = dict(options)
-    extra = dict(fields.pop("extra_body", {}))
+    if "extra_body" not in fields:
+        return fields
+    extra = dict(fields.pop("extra_body"))
     fields |= {name: extra.pop(name) for name in _KNOWN_FIELDS if name in extra}
     return {**fields, "extra_body": extra} if extra else fields
 
