@@ -17,6 +17,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from math import inf
 from typing import Any, Final, Literal, TypeAlias
 
 import attrs
@@ -232,22 +233,19 @@ class _RouterManager(ModelManager):
             if "not running" not in (error.body or ""):
                 raise
             return
-        limit = asyncio.timeout(self._server.timeouts.first_byte)
-        try:
-            async with limit:
-                while (await self._statuses()).get(model, {}).get("value") not in ("unloaded", None):
-                    await self._pause(_LOAD_POLL_SECONDS, "unloaded")
-        except TimeoutError as exc:
-            if not limit.expired():
-                # This is the timeout of a single request.
-                raise
-            raise LLMTimeoutError(
-                f"model {model!r} was not unloaded within {self._server.timeouts.first_byte:g} s",
-                exc,
-                phase="first_byte",
-                hint="the server goes on by itself; client.models.list() says whether the model is still loaded",
-                context={"operation": "model unload", "model": model},
-            ) from exc
+        limit = self._server.timeouts.first_byte
+        loop = asyncio.get_running_loop()
+        ends_at = inf if limit is None else loop.time() + limit
+        while (await self._statuses()).get(model, {}).get("value") not in ("unloaded", None):
+            # Between two requests, so that a request which is too slow keeps its own error, with what had arrived.
+            if loop.time() >= ends_at:
+                raise LLMTimeoutError(
+                    f"model {model!r} was not unloaded within {limit:g} s",
+                    phase="first_byte",
+                    hint="the server goes on by itself; client.models.list() says whether the model is still loaded",
+                    context={"operation": "model unload", "model": model},
+                )
+            await self._pause(_LOAD_POLL_SECONDS, "unloaded")
 
     async def download(self, model: str, body: Mapping[str, Any]) -> AsyncGenerator[DownloadProgress, None]:
         if (await self._statuses()).get(model, {}).get("value") in ("unloaded", "loaded", "sleeping", "loading"):

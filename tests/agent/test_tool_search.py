@@ -105,8 +105,9 @@ async def test_a_tool_that_tool_choice_names_is_always_offered(
     scripted_server: ScriptedServer, client: LLMClient, in_extra_body: bool
 ) -> None:
     scripted_server.script(answer("Done."))
-    options: dict[str, Any] = {"tool_choice": {"type": "function", "function": {"name": "paint_7"}}}
-    await agent(client).run("Go.", **({"extra_body": options} if in_extra_body else options))
+    choice: dict[str, Any] = {"tool_choice": {"type": "function", "function": {"name": "paint_7"}}}
+    options: dict[str, Any] = {"extra_body": choice} if in_extra_body else choice
+    await agent(client).run("Go.", **options)
     assert "paint_7" in offered(scripted_server)
 
 

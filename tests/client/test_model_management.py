@@ -206,6 +206,12 @@ async def test_a_model_that_is_never_unloaded_is_not_waited_for_without_end(rout
     assert caught.value.phase == "first_byte"
 
 
+async def test_a_request_that_times_out_during_an_unload_keeps_its_own_error(router: Router, client: LLMClient) -> None:
+    router.server.on_path("/models", stall())
+    with pytest.raises(LLMTimeoutError, match=r"model list at .*: the server did not answer"):
+        await client.with_options(max_retries=0).models.unload("small", timeout=0.05)
+
+
 async def test_an_unknown_model_is_named_with_those_that_exist(router: Router, client: LLMClient) -> None:
     for call in (client.models.load("smal"), client.models.unload("smal")):
         with pytest.raises(ModelNotFoundError, match="did you mean 'small'"):

@@ -363,7 +363,11 @@ def _page_of(parts: Any) -> Any:
             {"a": [{"radius": 1}, 2]},
             lambda answer: answer["a"][0],
         ),
-        (lambda parts: Annotated[parts, Field()] | None, {"radius": 1}, lambda answer: answer),
+        (
+            lambda parts: GenericAlias(list, (Annotated[parts, Field()],)),
+            [{"radius": 1}],
+            lambda answer: answer[0],
+        ),
         (_page_of, {"items": [{"radius": 1}]}, lambda answer: answer.items[0]),
     ],
     ids=["a union", "a list", "a dict", "an annotated type", "a generic class"],

@@ -20,6 +20,7 @@ from tests.agent.support import asks, calls
 pytest.importorskip("ray", reason="needs lmbridge[ray]")
 
 import ray
+from ray import cloudpickle
 
 from lmbridge.fleet.ray_backend import RayBackend, _portable
 
@@ -124,7 +125,7 @@ class Locked:
 
 def through_pickle(outcome: Outcome) -> Outcome:
     """Sends an outcome from one process to another, in effect."""
-    pickler: Any = ray.cloudpickle
+    pickler: Any = cloudpickle
     sent: Outcome = pickler.loads(pickler.dumps(_portable(outcome)))
     return sent
 

@@ -197,7 +197,8 @@ async def test_a_gate_of_a_resumed_run_is_asked_before_its_approve(
 
 async def test_a_resumed_run_has_observers(scripted_server: ScriptedServer, client: LLMClient, journal: Path) -> None:
     events: list[ObservedEvent] = []
-    tool, observer = Counted(), SimpleNamespace(on_event=events.append)
+    tool = Counted()
+    observer: Any = SimpleNamespace(on_event=events.append)
     await interrupt_after(scripted_server, Agent(client, tools=[tool.act]), journal, calls(asks("act", name="a")))
     scripted_server.script(answer("Done."))
     await Agent.resume(journal, client=client, tools=[tool.act], observers=[observer])
