@@ -248,9 +248,9 @@ async def test_the_schema_of_a_called_tool_without_room_is_not_prepared_in_the_e
 ) -> None:
     threads: list[threading.Thread] = []
 
-    def build(*schemas: Any) -> Any:
+    def build(*schemas: Any, **options: Any) -> Any:
         threads.append(threading.current_thread())
-        return build_validator(*schemas)
+        return build_validator(*schemas, **options)
 
     monkeypatch.setattr(tools, "build_validator", build)
     large = Tool("draw", "Draws. " * 300, CITY, lambda city: f"drawn: {city}")
