@@ -62,7 +62,7 @@ test: lint $(NPM)/node_modules/.package-lock.json
 	.venv-test/bin/python -m pytest $(IN_PARALLEL) -m 'not slow'
 
 test-slow: .venv-test/installed $(NPM)/node_modules/.package-lock.json $(CLIENTS)/node_modules/.package-lock.json
-	.venv-test/bin/nox --session aioresponses oldest mcp1 clients dbos referee docs dist api
+	.venv-test/bin/nox --session aioresponses oldest mcp1 clients dbos referee docs migrations dist api
 	.venv-test/bin/python -m pytest $(IN_PARALLEL) -m slow
 
 # A Python that was not given on the command line is one of this machine.

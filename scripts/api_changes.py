@@ -18,7 +18,19 @@ from pathlib import Path
 import griffe
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("fleet", "gateway", "interop", "mcp", "observe", "sync", "testing", "types")
+MODULES = (
+    "fleet",
+    "gateway",
+    "interop.langchain",
+    "interop.openai",
+    "interop.openai_agents",
+    "interop.pydantic_ai",
+    "mcp",
+    "observe",
+    "sync",
+    "testing",
+    "types",
+)
 
 
 def last_release() -> str:
@@ -28,9 +40,14 @@ def last_release() -> str:
     return done.stdout.strip()
 
 
+def _has_module(package: griffe.Object | griffe.Alias, name: str) -> bool:
+    parent, _, child = name.rpartition(".")
+    return child in (package[parent] if parent in package.members else package).members
+
+
 def public_names(package: griffe.Object | griffe.Alias) -> Iterator[str]:
     """Yields the paths of the public names, without those of their members."""
-    for module in (package, *(package[name] for name in MODULES if name in package.members)):
+    for module in (package, *(package[name] for name in MODULES if _has_module(package, name))):
         for name in module.exports or ():
             yield f"{module.path}.{name}"
 

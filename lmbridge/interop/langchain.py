@@ -34,6 +34,8 @@ from lmbridge.client import LLMClient
 from lmbridge.sync import LLMClient as SyncLLMClient
 from lmbridge.sync._wrap import unwrap
 
+__all__ = ["ChatLMBridge"]
+
 _ERRORS: Final[tuple[tuple[type[lmbridge.errors.LLMError], type[exceptions.ModelError]], ...]] = (
     (lmbridge.errors.ContextLengthExceededError, exceptions.ContextOverflowError),
     (lmbridge.errors.LLMAuthenticationError, exceptions.ModelAuthenticationError),

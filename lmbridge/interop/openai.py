@@ -38,6 +38,8 @@ from lmbridge.errors import (
     ModelNotFoundError,
 )
 
+__all__ = ["openai_client"]
+
 _STATUS_ERRORS: Final[Mapping[int, type[openai.APIStatusError]]] = {
     400: openai.BadRequestError,
     401: openai.AuthenticationError,

@@ -16,6 +16,8 @@ except ImportError as _error:
 from lmbridge.client import LLMClient
 from lmbridge.interop.openai import openai_client
 
+__all__ = ["LMBridgeModel"]
+
 
 class LMBridgeModel(OpenAIChatCompletionsModel):
     """A model of openai-agents that asks an `LLMClient`.

@@ -20,6 +20,8 @@ except ImportError as _error:
 from lmbridge.client import LLMClient
 from lmbridge.interop.openai import openai_client
 
+__all__ = ["LMBridgeModel"]
+
 _LOCAL_SERVERS: Final = OpenAIModelProfile(
     json_schema_transformer=OpenAIJsonSchemaTransformer,
     supports_json_schema_output=True,
