@@ -57,7 +57,11 @@ def _modules(module: griffe.Module) -> Iterator[griffe.Module]:
 
 def _add_constructor(cls: griffe.Class) -> None:
     """Adds the constructor of an attrs class, and takes the calls of `attrs.field` from its fields."""
-    loaded: Any = getattr(importlib.import_module(cls.module.path), cls.name)
+    try:
+        loaded: Any = getattr(importlib.import_module(cls.module.path), cls.name)
+    except ImportError:
+        # A bridge to another framework, which need not be installed. It has no attrs classes.
+        return
     if not attrs.has(loaded):
         return
     parameters = [griffe.Parameter("self", kind=griffe.ParameterKind.positional_or_keyword)]
