@@ -130,7 +130,7 @@ async def test_a_form_whose_schema_is_not_valid_is_asked_and_answered(
 
 async def test_a_form_whose_schema_cannot_be_used_is_refused() -> None:
     schema: dict[str, Any] = {"type": "object"}
-    for _ in range(300):
+    for _ in range(2_000):
         schema = {"type": "object", "properties": {"x": schema}}
     with pytest.raises(InvalidQuestionError, match="nested too deeply"):
         await Elicitor("a", lambda each: each.accept()).ask({"message": "?", "requestedSchema": schema})
