@@ -158,8 +158,8 @@ def zensical(session: nox.Session) -> None:
     session.run("python", "scripts/site_text.py", "site")
 
 
-# `make test-slow` runs this session: the code for other libraries in the pages about coming from them, against the types of
-# those libraries.
+# `make test-slow` runs this session: the code for other libraries in the pages about coming from them, against the types
+# of those libraries.
 @nox.session(reuse_venv=True)
 def migrations(session: nox.Session) -> None:
     agents = ["langchain>=1.5", "langchain-openai>=1", "pydantic-ai-slim[openai]>=2.68"]

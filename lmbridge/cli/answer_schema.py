@@ -37,7 +37,7 @@ class AnswerSchema:
         except OSError as exc:
             raise UsageError(f"cannot read the schema: {exc}") from exc
         except RecursionError as exc:
-            raise UsageError(f"{path} has a schema that cannot be used: it is nested too deeply", "simplify it") from exc
+            raise UsageError(f"the schema in {path} is nested too deeply", "simplify it") from exc
         except ValueError as exc:
             raise UsageError(f"{path} is not JSON: {exc}", "--schema takes a file with a JSON schema") from exc
         if not isinstance(schema, dict) or schema.get("type") != "object":
