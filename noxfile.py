@@ -158,7 +158,7 @@ def zensical(session: nox.Session) -> None:
     session.run("python", "scripts/site_text.py", "site")
 
 
-# `make test-slow` runs this session: the code for other libraries in the pages about coming from them, against the types
+# `make test-slow` runs this session. It checks the code in the pages about coming from other libraries, against the types
 # of those libraries.
 @nox.session(reuse_venv=True)
 def migrations(session: nox.Session) -> None:

@@ -49,6 +49,8 @@ async def main(texts: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     files = sorted(Path(*sys.argv[1:2]).glob("*.txt"))
+    if not files:
+        sys.exit("pydantic_extraction: there are no .txt files; pass the folder that has them")
     try:
         asyncio.run(main({path.name: path.read_text() for path in files}))
     except LLMError as error:

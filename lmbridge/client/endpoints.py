@@ -14,7 +14,7 @@ from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_model_name
 from lmbridge._copying import NotCopyable
 from lmbridge.client.call_options import take_options
-from lmbridge.client.params import EmbeddingsParams, ResponseParams, TextParams, shows_params
+from lmbridge.client.params import EmbeddingsParams, ResponseParams, TextParams, shows_params, warn_about_mistakes
 from lmbridge.client.server_api import ServerApi
 
 if TYPE_CHECKING:
@@ -262,6 +262,8 @@ class EndpointMethods(NotCopyable):
             stream: Whether a stream is asked for.
         """
         options = take_options(params)
+        if params:
+            warn_about_mistakes(params)
         body.update(params)
         asked = check_model_name(model) or self._model
         if asked is not None:

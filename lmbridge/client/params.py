@@ -9,10 +9,14 @@ are not listed here are sent as well, because servers for local models have many
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, Literal, TypeVar
 
 from lmbridge.client.call_options import CallOptions
+
+logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -148,3 +152,30 @@ def shows_params(params: type) -> Callable[[_Function], _Function]:
 def _all_annotations(params: type) -> dict[str, str]:
     # A TypedDict inherits the annotations of its bases; these are strings, in the form of a forward reference.
     return {name: getattr(each, "__forward_arg__", str(each)) for name, each in params.__annotations__.items()}
+
+
+_KNOWN_NAMES: Final[frozenset[str]] = frozenset().union(
+    *(each.__optional_keys__ for each in (ChatParams, TextParams, EmbeddingsParams, ResponseParams))
+)
+_SYSTEM_PROMPT: Final = "a system prompt is a message: {'role': 'system', 'content': '...'}"
+_HINTS: Final = {"system": _SYSTEM_PROMPT, "system_prompt": _SYSTEM_PROMPT}
+_CLOSE: Final = 0.9
+"""How similar a name must be to a known one: `temprature` is, but `top_a`, which some servers have, is not `top_p`."""
+
+
+def warn_about_mistakes(names: Iterable[str]) -> None:
+    """Warns in the log, once, about each parameter whose name looks like a mistake. It is sent all the same."""
+    for name in names:
+        if name not in _KNOWN_NAMES:
+            _warn_about(name)
+
+
+@lru_cache(maxsize=1000)
+def _warn_about(name: str) -> None:
+    # Imported here because it is only needed for parameters that lmbridge does not know.
+    import difflib  # noqa: PLC0415
+
+    similar = difflib.get_close_matches(name, _KNOWN_NAMES, n=1, cutoff=_CLOSE)
+    hint = _HINTS.get(name) or (f"did you mean {similar[0]!r}?" if similar else None)
+    if hint is not None:
+        logger.warning("the parameter %r is sent to the server as it is; %s", name, hint)

@@ -24,6 +24,7 @@ from lmbridge import (
     collect,
 )
 from lmbridge.client import call_options, params
+from lmbridge.client.params import _warn_about
 from lmbridge.config import as_timeouts
 from lmbridge.testing import MockRequest, MockResponse, MockTransport, ScriptedServer, answer, stall
 from tests.support import MESSAGES, piece
@@ -292,6 +293,36 @@ async def test_a_client_derived_from_one_of_a_pool_ends_with_it() -> None:
 
 
 # What an editor and a notebook show
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("temprature", "did you mean 'temperature'?"),
+        ("max_token", "did you mean 'max_tokens'?"),
+        ("timeot", "did you mean 'timeout'?"),
+        ("system", "a system prompt is a message"),
+    ],
+)
+async def test_a_parameter_that_looks_like_a_mistake_is_sent_with_one_warning(
+    scripted_server: ScriptedServer, client: LLMClient, caplog: pytest.LogCaptureFixture, name: str, hint: str
+) -> None:
+    _warn_about.cache_clear()
+    for _ in range(2):
+        parameter: dict[str, Any] = {name: 1}
+        await client.chat_completion(MESSAGES, stream=False, **parameter)
+        assert scripted_server.requests[-1].json[name] == 1
+    assert caplog.text.count(hint) == 1
+
+
+@pytest.mark.parametrize("name", ["top_k", "min_p", "top_a", "repeat_penalty", "cache_prompt", "id_slot", "n_probs"])
+async def test_a_parameter_of_a_server_gives_no_warning(
+    client: LLMClient, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    _warn_about.cache_clear()
+    parameter: dict[str, Any] = {name: 1}
+    await client.chat_completion(MESSAGES, stream=False, **parameter)
+    assert "is sent to the server as it is" not in caplog.text
 
 
 @pytest.mark.parametrize("method", ["chat_completion", "parse"])
