@@ -158,8 +158,7 @@ def zensical(session: nox.Session) -> None:
     session.run("python", "scripts/site_text.py", "site")
 
 
-# `make test-slow` runs this session. It checks the code in the pages about coming from other libraries, against the types
-# of those libraries.
+# `make test-slow` runs this session: the code in the pages about coming from other libraries fits their types.
 @nox.session(reuse_venv=True)
 def migrations(session: nox.Session) -> None:
     agents = ["langchain>=1.5", "langchain-openai>=1", "pydantic-ai-slim[openai]>=2.68"]
