@@ -6,6 +6,7 @@ errors and not warnings: a misspelled `deny` that is ignored would offer a tool 
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import re
@@ -52,6 +53,25 @@ _LMBRIDGE_KEYS: Final = (
     "clientCredentials",
 )
 """The keys of the object `lmbridge` in an entry. Each may also be written with underscores, as in `call_timeout`."""
+_ENTRY_KEYS: Final = (
+    "args",
+    "command",
+    "cwd",
+    "disabled",
+    "enabled",
+    "env",
+    "headers",
+    "headersHelper",
+    "lmbridge",
+    "transport",
+    "type",
+    "url",
+)
+"""The keys of an entry. Other programs have keys of their own beside them, so an unknown key is not an error."""
+_OTHER_NAMES: Final = {"arguments": "args", "cmd": "command", "environment": "env", "workingDirectory": "cwd"}
+"""What users write in place of a key, and the key."""
+_CLOSE: Final = 0.8
+"""How similar an unknown key must be to a known one to be taken for a misspelling of it."""
 _UNSUPPORTED_KEYS: Final = (
     "auth",
     "disabledTools",
@@ -267,6 +287,12 @@ def _read_credentials(options: _EntryReader, reader: _EntryReader) -> ClientCred
     )
 
 
+def _find_meant_key(key: str) -> str | None:
+    """Returns the key that a user probably meant by an unknown one, or None."""
+    similar = difflib.get_close_matches(key, [*_ENTRY_KEYS, *_OTHER_NAMES], n=1, cutoff=_CLOSE)
+    return _OTHER_NAMES.get(similar[0], similar[0]) if similar else None
+
+
 def expand_home(path: Path) -> Path:
     """Returns the path with `~` replaced by the home directory, or unchanged if that user does not exist."""
     try:
@@ -353,6 +379,9 @@ class _EntryReader:
     def warn_unsupported(self, name: str) -> None:
         if found := [key for key in _UNSUPPORTED_KEYS if key in self._entry]:
             logger.warning("MCP server %r: these keys are not supported and are ignored: %s", name, ", ".join(found))
+        for key in self._entry:
+            if key not in _ENTRY_KEYS and key not in _UNSUPPORTED_KEYS and (meant := _find_meant_key(key)):
+                logger.warning("MCP server %r: the key %r is ignored; did you mean %r?", name, key, meant)
 
     def string(self, key: str) -> str | None:
         return None if key not in self._entry else self._fill_in(key, self._entry[key])

@@ -114,6 +114,23 @@ def test_the_home_of_an_unknown_user_in_a_path_is_not_expanded(tmp_path: Path) -
     assert load_config(path).servers["a"].command == str(tmp_path / entry["command"])
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("arg", "args"), ("enviroment", "env"), ("Command", "command"), ("cmd", "command"), ("header", "headers")],
+)
+def test_a_misspelled_key_is_named_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, meant: str
+) -> None:
+    spec(tmp_path, {"command": "x", key: "y"})
+    assert f"MCP server 'a': the key {key!r} is ignored; did you mean {meant!r}?" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["alwaysLoad", "autoApprove", "description", "icon", "gallery", "version", "trust"])
+def test_a_key_of_another_program_is_no_misspelling(tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str) -> None:
+    spec(tmp_path, {"command": "x", key: True})
+    assert "did you mean" not in caplog.text
+
+
 def test_keys_that_are_not_supported_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spec(tmp_path, {"command": "x", "envFile": ".env", "alwaysLoad": True, "disabledTools": ["rm"]})
     assert "MCP server 'a': these keys are not supported and are ignored: disabledTools, envFile" in caplog.text
