@@ -7,7 +7,7 @@ nothing is recorded.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import Token
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -59,6 +59,55 @@ class _OpenScope:
     token: Token[context.Context]
 
 
+class _Metrics:
+    """The metrics of requests. Those of embeddings have names of their own."""
+
+    def __init__(self, meter: metrics.Meter) -> None:
+        def histogram(name: str, unit: str, text: str, buckets: Sequence[float]) -> metrics.Histogram:
+            bounds = [float(bound) for bound in buckets]
+            return meter.create_histogram(name, unit, text, explicit_bucket_boundaries_advisory=bounds)
+
+        def seconds(name: str, text: str) -> metrics.Histogram:
+            return histogram(name, "s", text, names.DURATION_BUCKETS)
+
+        def tokens(name: str, text: str) -> metrics.Histogram:
+            return histogram(name, "{token}", text, names.TOKENS_BUCKETS)
+
+        def usage(name: str, text: str) -> metrics.Counter:
+            return meter.create_counter(name, "{token}", text)
+
+        self.first_chunk: Final = seconds(names.FIRST_CHUNK_METRIC, "Time to receive the first chunk.")
+        self._inference_duration = seconds(names.INFERENCE_DURATION_METRIC, "Duration of an inference operation.")
+        self._embeddings_duration = seconds(names.EMBEDDINGS_DURATION_METRIC, "Duration of an embeddings operation.")
+        self._input_usage = usage(names.INPUT_USAGE_METRIC, "Input tokens used, including cached tokens.")
+        self._output_usage = usage(names.OUTPUT_USAGE_METRIC, "Output tokens used, including reasoning tokens.")
+        self._cache_usage = usage(names.CACHE_USAGE_METRIC, "Input tokens that came from the cache.")
+        self._input_tokens = tokens(names.INPUT_TOKENS_METRIC, "Input tokens per inference operation.")
+        self._output_tokens = tokens(names.OUTPUT_TOKENS_METRIC, "Output tokens per inference operation.")
+        self._embeddings_tokens = tokens(names.EMBEDDINGS_TOKENS_METRIC, "Input tokens per embeddings operation.")
+
+    def record_duration(self, seconds: float, attributes: _Attributes) -> None:
+        """Records how long a request took."""
+        is_embeddings = attributes[names.OPERATION] == names.EMBEDDINGS
+        (self._embeddings_duration if is_embeddings else self._inference_duration).record(seconds, attributes)
+
+    def record_tokens(self, event: RequestEnded, attributes: _Attributes) -> None:
+        """Records the tokens that the server has counted."""
+        if attributes[names.OPERATION] == names.EMBEDDINGS:
+            if event.prompt_tokens is not None:
+                self._embeddings_tokens.record(event.prompt_tokens, attributes)
+            return
+        by_modality = attributes | {names.TOKEN_MODALITY: names.UNKNOWN_MODALITY}
+        if event.prompt_tokens is not None:
+            self._input_usage.add(event.prompt_tokens, by_modality)
+            self._input_tokens.record(event.prompt_tokens, attributes)
+        if event.completion_tokens is not None:
+            self._output_usage.add(event.completion_tokens, by_modality)
+            self._output_tokens.record(event.completion_tokens, attributes)
+        if event.cached_tokens:
+            self._cache_usage.add(event.cached_tokens, by_modality)
+
+
 class OpenTelemetryObserver:
     """Records spans and metrics by the semantic conventions for generative AI.
 
@@ -102,18 +151,7 @@ class OpenTelemetryObserver:
         self._provider: Final = check_text("provider", provider)
         self._tracer = trace.get_tracer("lmbridge", __version__, tracer_provider)
         meter = metrics.get_meter("lmbridge", __version__, meter_provider)
-        self._duration = meter.create_histogram(
-            names.DURATION_METRIC, "s", "GenAI operation duration.", explicit_bucket_boundaries_advisory=_DURATIONS
-        )
-        self._first_chunk = meter.create_histogram(
-            names.FIRST_CHUNK_METRIC, "s", "Time to the first chunk.", explicit_bucket_boundaries_advisory=_DURATIONS
-        )
-        self._tokens = meter.create_histogram(
-            names.TOKENS_METRIC,
-            "{token}",
-            "Number of input and output tokens used.",
-            explicit_bucket_boundaries_advisory=list(map(float, names.TOKENS_BUCKETS)),
-        )
+        self._metrics = _Metrics(meter)
         self._requests: dict[int, _RequestSpan] = {}
         self._scopes: dict[tuple[str, str | None], _OpenScope] = {}
 
@@ -184,27 +222,25 @@ class OpenTelemetryObserver:
                 if event.is_stream:
                     seconds = event.at - request.began
                     request.span.set_attribute(names.TIME_TO_FIRST_CHUNK, seconds)
-                    self._first_chunk.record(seconds, request.metric_attributes)
+                    self._metrics.first_chunk.record(seconds, request.metric_attributes)
 
     def _end_request(self, request: _RequestSpan, event: RequestEnded) -> None:
         span, attributes = request.span, dict(request.metric_attributes)
         span.set_attributes({names.OUTCOME: event.outcome, names.ATTEMPTS: event.attempts})
         if event.status is not None:
             span.set_attribute(names.STATUS, event.status)
-        for count, name, token_type in (
-            (event.prompt_tokens, names.INPUT_TOKENS, "input"),
-            (event.completion_tokens, names.OUTPUT_TOKENS, "output"),
-        ):
-            if count is not None:
-                span.set_attribute(name, count)
-                self._tokens.record(count, attributes | {names.TOKEN_TYPE: token_type})
-        if event.cached_tokens is not None:
+        if event.prompt_tokens is not None:
+            span.set_attribute(names.INPUT_TOKENS, event.prompt_tokens)
+        if event.completion_tokens is not None and attributes[names.OPERATION] != names.EMBEDDINGS:
+            span.set_attribute(names.OUTPUT_TOKENS, event.completion_tokens)
+        if event.cached_tokens:
             span.set_attribute(names.CACHED_TOKENS, event.cached_tokens)
+        self._metrics.record_tokens(event, attributes)
         if event.outcome == "error":
             error = event.error or str(event.status)
             attributes[names.ERROR_TYPE] = error
             _mark_failed(span, error)
-        self._duration.record(event.at - request.began, attributes)
+        self._metrics.record_duration(event.at - request.began, attributes)
         span.end()
 
     # Runs and tool calls
@@ -212,7 +248,6 @@ class OpenTelemetryObserver:
     def _begin_run(self, event: RunBegun) -> None:
         attributes: _Attributes = {
             names.OPERATION: names.INVOKE_AGENT,
-            names.PROVIDER: self._provider,
             names.CONVERSATION_ID: event.run_id,
         }
         if event.model is not None:
@@ -286,9 +321,6 @@ class OpenTelemetryObserver:
         if scope is not None:
             context.detach(scope.token)
         return scope
-
-
-_DURATIONS: Final = list(names.DURATION_BUCKETS)
 
 
 def _mark_failed(span: Span, error: str) -> None:

@@ -2,6 +2,11 @@
 
 The conventions are in development and change. These are of semantic-conventions-genai v0.1.0:
 https://github.com/open-telemetry/semantic-conventions-genai/tree/v0.1.0/docs/gen-ai
+
+The names of the metrics are those in the contents of `client-inference.md` and `gen-ai-metrics.md` at that tag. Their
+instruments, units and attributes, and those of embeddings, were compared with commits of the same repository: 024a4f9
+(`client-inference.md`), 27f82f0 (`gen-ai-token-metrics.md`) and 88eccb1 (`client-embeddings.md`). What v1.41 had and is
+gone is listed in `non-normative/migration.md`, read at 32c328e.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ TOOL_TYPE: Final = "gen_ai.tool.type"
 TOOL_CALL_ID: Final = "gen_ai.tool.call.id"
 TOOL_ARGUMENTS: Final = "gen_ai.tool.call.arguments"
 TOOL_RESULT: Final = "gen_ai.tool.call.result"
-TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105 - the name of an attribute
+TOKEN_MODALITY: Final = "gen_ai.token.modality"  # noqa: S105 - the name of an attribute
 ERROR_TYPE: Final = "error.type"
 SERVER_ADDRESS: Final = "server.address"
 SERVER_PORT: Final = "server.port"
@@ -34,17 +39,27 @@ MCP_PROTOCOL: Final = "mcp.protocol.version"
 
 INVOKE_AGENT: Final = "invoke_agent"
 EXECUTE_TOOL: Final = "execute_tool"
+EMBEDDINGS: Final = "embeddings"
 OPERATIONS: Final[Mapping[str, str]] = {
     "chat completion": "chat",
     "response": "chat",
     "text completion": "text_completion",
-    "embeddings": "embeddings",
+    "embeddings": EMBEDDINGS,
 }
 """The names of lmbridge's operations. Others, such as model lists, do not generate anything and have no span."""
 
-DURATION_METRIC: Final = "gen_ai.client.operation.duration"
-TOKENS_METRIC: Final = "gen_ai.client.token.usage"
-FIRST_CHUNK_METRIC: Final = "gen_ai.client.operation.time_to_first_chunk"
+UNKNOWN_MODALITY: Final = "unknown"
+"""The modality of all tokens, as model servers do not say which tokens of a prompt are text and which are images."""
+
+INFERENCE_DURATION_METRIC: Final = "gen_ai.client.inference.duration"
+FIRST_CHUNK_METRIC: Final = "gen_ai.client.inference.time_to_first_chunk"
+INPUT_USAGE_METRIC: Final = "gen_ai.client.inference.usage.input_tokens"
+OUTPUT_USAGE_METRIC: Final = "gen_ai.client.inference.usage.output_tokens"
+CACHE_USAGE_METRIC: Final = "gen_ai.client.inference.usage.cache_read.input_tokens"
+INPUT_TOKENS_METRIC: Final = "gen_ai.client.inference.operation.input_tokens"
+OUTPUT_TOKENS_METRIC: Final = "gen_ai.client.inference.operation.output_tokens"
+EMBEDDINGS_DURATION_METRIC: Final = "gen_ai.client.embeddings.duration"
+EMBEDDINGS_TOKENS_METRIC: Final = "gen_ai.client.embeddings.operation.input_tokens"
 DURATION_BUCKETS: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 TOKENS_BUCKETS: Final = (
     *(1, 4, 16, 64, 256, 1024, 4096, 16384, 65536),

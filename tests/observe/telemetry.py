@@ -34,9 +34,15 @@ class Telemetry:
         return found
 
     def metric(self, name: str) -> list[Any]:
+        return [point for each in self._metrics() if each.name == name for point in each.data.data_points]
+
+    @property
+    def metric_names(self) -> set[str]:
+        return {each.name for each in self._metrics()}
+
+    def _metrics(self) -> list[Any]:
         data: Any = self._reader.get_metrics_data()
-        metrics = [each for part in data.resource_metrics for scope in part.scope_metrics for each in scope.metrics]
-        return [point for each in metrics if each.name == name for point in each.data.data_points]
+        return [each for part in data.resource_metrics for scope in part.scope_metrics for each in scope.metrics]
 
     def close(self) -> None:
         self.provider.shutdown()

@@ -55,17 +55,42 @@ async def test_a_chat_is_a_span_with_the_names_of_the_conventions(
 async def test_metrics_have_durations_tokens_and_the_first_chunk_of_streams(
     scripted_server: ScriptedServer, telemetry: Telemetry
 ) -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 8}}
+    scripted_server.script(answer("Hello", usage=usage))
     async with LLMClient(scripted_server.api_base, "m", observers=[telemetry.observer()]) as client:
         await client.chat_completion(MESSAGES)
-        assert telemetry.metric("gen_ai.client.operation.time_to_first_chunk") == []
+        assert telemetry.metric("gen_ai.client.inference.time_to_first_chunk") == []
         await read_text(await opened(client))
-    (duration,) = telemetry.metric("gen_ai.client.operation.duration")
+    (duration,) = telemetry.metric("gen_ai.client.inference.duration")
     assert (duration.count, duration.attributes["gen_ai.operation.name"]) == (2, "chat")
     assert duration.explicit_bounds[0] == 0.01
-    (first,) = telemetry.metric("gen_ai.client.operation.time_to_first_chunk")
+    (first,) = telemetry.metric("gen_ai.client.inference.time_to_first_chunk")
     assert first.count == 1
-    tokens = telemetry.metric("gen_ai.client.token.usage")
-    assert {point.attributes["gen_ai.token.type"]: point.sum for point in tokens} == {"input": 1, "output": 5}
+    for kind, count in (("input", 9), ("output", 5)):
+        (used,) = telemetry.metric(f"gen_ai.client.inference.usage.{kind}_tokens")
+        assert (used.value, used.attributes["gen_ai.token.modality"]) == (count, "unknown")
+        (each,) = telemetry.metric(f"gen_ai.client.inference.operation.{kind}_tokens")
+        assert (each.sum, each.explicit_bounds[1]) == (count, 4)
+        assert "gen_ai.token.modality" not in each.attributes
+    (cached,) = telemetry.metric("gen_ai.client.inference.usage.cache_read.input_tokens")
+    assert cached.value == 8
+
+
+async def test_embeddings_have_metrics_of_their_own(scripted_server: ScriptedServer, telemetry: Telemetry) -> None:
+    vectors = {"data": [{"index": 0, "embedding": [0.5]}], "usage": {"prompt_tokens": 3, "total_tokens": 3}}
+    scripted_server.on_path("/v1/embeddings", reply(200, vectors))
+    async with LLMClient(scripted_server.api_base, "m", observers=[telemetry.observer()]) as client:
+        await client.embeddings("text")
+    assert telemetry.metric_names == {
+        "gen_ai.client.embeddings.duration",
+        "gen_ai.client.embeddings.operation.input_tokens",
+    }
+    (duration,) = telemetry.metric("gen_ai.client.embeddings.duration")
+    assert (duration.count, duration.attributes["gen_ai.operation.name"]) == (1, "embeddings")
+    (tokens,) = telemetry.metric("gen_ai.client.embeddings.operation.input_tokens")
+    assert tokens.sum == 3
+    attributes = telemetry.span("embeddings m").attributes
+    assert (attributes["gen_ai.usage.input_tokens"], "gen_ai.usage.output_tokens" in attributes) == (3, False)
 
 
 async def test_errors_retries_and_swaps_are_on_the_span(scripted_server: ScriptedServer, telemetry: Telemetry) -> None:
@@ -80,7 +105,7 @@ async def test_errors_retries_and_swaps_are_on_the_span(scripted_server: Scripte
     assert span.events[0].attributes == {"lmbridge.model_swap.before": "a"}
     assert (span.status.status_code, span.attributes["error.type"]) == (StatusCode.ERROR, "400")
     failed = [
-        point for point in telemetry.metric("gen_ai.client.operation.duration") if "error.type" in point.attributes
+        point for point in telemetry.metric("gen_ai.client.inference.duration") if "error.type" in point.attributes
     ]
     assert len(failed) == 1
 
@@ -135,6 +160,8 @@ async def test_a_run_is_the_parent_of_its_requests_and_calls_and_a_call_of_what_
     assert chats[0].attributes is not None
     assert chats[0].attributes["gen_ai.conversation.id"] == run.attributes["gen_ai.conversation.id"]
     assert (run.attributes["lmbridge.stop_reason"], run.attributes["lmbridge.rounds"]) == ("stop", 2)
+    # The agent runs in this process, so it has no provider.
+    assert "gen_ai.provider.name" not in run.attributes
     assert trace.get_current_span() is trace.INVALID_SPAN
 
 
@@ -184,12 +211,15 @@ async def test_a_propagator_that_raises_is_switched_off(
     ]
 
 
-async def test_tokens_from_the_cache_are_on_the_span(scripted_server: ScriptedServer, telemetry: Telemetry) -> None:
-    usage = {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 8}}
+@pytest.mark.parametrize(("cached", "expected"), [(8, 8), (0, None)])
+async def test_tokens_from_the_cache_are_on_the_span_if_there_are_any(
+    scripted_server: ScriptedServer, telemetry: Telemetry, cached: int, expected: int | None
+) -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": cached}}
     scripted_server.default = answer("Hello", usage=usage)
     async with LLMClient(scripted_server.api_base, "m", observers=[telemetry.observer()]) as client:
         await client.ask("?")
-    assert telemetry.span("chat m").attributes["gen_ai.usage.cache_read.input_tokens"] == 8
+    assert telemetry.span("chat m").attributes.get("gen_ai.usage.cache_read.input_tokens") == expected
 
 
 async def test_a_request_after_a_call_is_below_the_run_again(
