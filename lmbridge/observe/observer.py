@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from lmbridge._checks import wrong_type
+from lmbridge.errors import LLMValidationError
 
 if TYPE_CHECKING:
     from lmbridge.observe.events import ObservedEvent
 
 logger: logging.Logger = logging.getLogger("lmbridge.observe")
 
+# Observers are called synchronously, so a `CancelledError` is never the cancellation of the task that calls them. It is
+# a bug like any other, such as the `result()` of a future that was cancelled.
+_FAILURES: Final = (Exception, asyncio.CancelledError)
 _HINT = "pass a list of objects with a method on_event(event), such as [TimelineObserver()]"
 
 
@@ -34,8 +40,8 @@ class Observer(Protocol):
         """Handles an event.
 
         The method is called synchronously where the event happens, mostly in the thread of the event loop, so it must
-        return at once. If it raises an exception, the exception is logged, and the client or agent in question
-        does not notify this observer again; nothing else is affected.
+        return at once, and cannot be an `async def`. If it raises an exception, the exception is logged, and the client
+        or agent in question does not notify this observer again; nothing else is affected.
         """
         ...
 
@@ -73,7 +79,8 @@ class Observers:
         for observer in self._active:
             try:
                 observer.on_event(event)
-            except Exception as error:  # noqa: BLE001 - a bug of an observer must not break what it observes
+            except _FAILURES as error:
+                # A bug of an observer must not break what it observes.
                 self._switch_off(observer, error)
 
     def trace_context(self, request_id: int | None) -> dict[str, str]:
@@ -83,11 +90,11 @@ class Observers:
             if isinstance(observer, ContextPropagator):
                 try:
                     context.update(observer.trace_context(request_id))
-                except Exception as error:  # noqa: BLE001 - as in `tell`
+                except _FAILURES as error:
                     self._switch_off(observer, error)
         return context
 
-    def _switch_off(self, observer: Observer, error: Exception) -> None:
+    def _switch_off(self, observer: Observer, error: BaseException) -> None:
         self._active = tuple(each for each in self._active if each is not observer)
         text = "%r has raised an exception, and is not notified of any further events"
         logger.error(text, observer, exc_info=error)
@@ -97,10 +104,17 @@ def as_observers(observers: Sequence[Observer]) -> Observers | None:
     """Returns the observers to notify, or None if there are none.
 
     Raises:
-        LLMValidationError: The argument is not a list of observers.
+        LLMValidationError: The argument is not a list of observers, or a method of an observer is a coroutine function.
     """
     given: Any = observers
     is_list = isinstance(given, Sequence | set | frozenset) and not isinstance(given, str | bytes)
     if not is_list or not all(isinstance(each, Observer) and not isinstance(each, type) for each in given):
         raise wrong_type("observers", "a list of observers", observers, _HINT)
+    for observer in given:
+        for name in ("on_event", "trace_context"):
+            if inspect.iscoroutinefunction(getattr(observer, name, None)):
+                raise LLMValidationError(
+                    f"the method {name} of an observer must not be a coroutine function, as it is in {observer!r}",
+                    hint=f"define it with `def {name}`; to await something, put events into a queue for a task",
+                )
     return Observers(given) if given else None

@@ -196,14 +196,15 @@ async def test_a_context_is_sent_only_if_it_should_be(scripted_server: ScriptedS
     assert "traceparent" not in scripted_server.requests[-1].headers
 
 
+@pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])
 async def test_a_propagator_that_raises_is_switched_off(
-    scripted_server: ScriptedServer, caplog: pytest.LogCaptureFixture
+    scripted_server: ScriptedServer, caplog: pytest.LogCaptureFixture, error: type[BaseException]
 ) -> None:
     class Broken:
         def on_event(self, event: ObservedEvent) -> None: ...
 
         def trace_context(self, request_id: int | None) -> dict[str, str]:
-            raise RuntimeError("oops")
+            raise error
 
     async with LLMClient(scripted_server.api_base, observers=[Broken()]) as client:
         for _ in range(2):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lmbridge import (
+    Agent,
     Limits,
     LLMClient,
     LLMConnectionError,
@@ -18,7 +19,16 @@ from lmbridge import (
     LLMValidationError,
 )
 from lmbridge.observe import ObservedEvent, Observer, RequestEnded, RequestQueued
-from lmbridge.testing import MockResponse, MockTransport, ScriptedServer, answer, reply, retry_without_waiting, stall
+from lmbridge.testing import (
+    FakeChatClient,
+    MockResponse,
+    MockTransport,
+    ScriptedServer,
+    answer,
+    reply,
+    retry_without_waiting,
+    stall,
+)
 from tests.support import MESSAGES, opened, piece, read_text, turns
 
 ADMITTED = ["RequestQueued", "RequestAdmitted", "AttemptBegun"]
@@ -185,15 +195,16 @@ async def test_derived_clients_and_calls_have_the_same_observers(recorder: Recor
     assert len(recorder.of(RequestEnded)) == 2
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, asyncio.CancelledError])
 async def test_an_observer_that_raises_is_logged_once_and_switched_off(
-    scripted_server: ScriptedServer, recorder: Recorder, caplog: pytest.LogCaptureFixture
+    scripted_server: ScriptedServer, recorder: Recorder, caplog: pytest.LogCaptureFixture, error: type[BaseException]
 ) -> None:
     class Broken:
         calls = 0
 
         def on_event(self, event: ObservedEvent) -> None:
             self.calls += 1
-            raise ZeroDivisionError
+            raise error
 
     broken = Broken()
     async with LLMClient(scripted_server.api_base, observers=[broken, recorder]) as client:
@@ -210,6 +221,24 @@ async def test_an_observer_that_raises_is_logged_once_and_switched_off(
 def test_something_else_than_observers_is_refused(observers: Any) -> None:
     with pytest.raises(LLMValidationError, match="on_event"):
         LLMClient(observers=observers)
+
+
+class AsyncObserver:
+    """An observer whose method would never be awaited."""
+
+    async def on_event(self, event: ObservedEvent) -> None: ...
+
+
+class AsyncPropagator(Recorder):
+    async def trace_context(self, request_id: int | None) -> dict[str, str]:
+        return {}
+
+
+@pytest.mark.parametrize(("observer", "method"), [(AsyncObserver(), "on_event"), (AsyncPropagator(), "trace_context")])
+def test_a_method_that_would_have_to_be_awaited_is_refused(observer: Any, method: str) -> None:
+    for kind in (lambda: LLMClient(observers=[observer]), lambda: Agent(FakeChatClient([]), observers=[observer])):
+        with pytest.raises(LLMValidationError, match=f"{method} of an observer must not be a coroutine function"):
+            kind()
 
 
 def test_the_interface_is_a_protocol() -> None:

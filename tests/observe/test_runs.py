@@ -134,10 +134,13 @@ async def test_a_run_with_a_journal_has_its_events_and_its_options(recorder: Rec
     assert recorder.names == ["RunBegun", *ROUND, "RunEnded"]
 
 
-async def test_an_observer_that_raises_does_not_break_a_run(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, asyncio.CancelledError])
+async def test_an_observer_that_raises_does_not_break_a_run(
+    caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
     class Broken:
         def on_event(self, event: ObservedEvent) -> None:
-            raise ZeroDivisionError
+            raise error
 
     assert (await Agent(FakeChatClient(["Hello"]), observers=[Broken()]).run("?", max_rounds=3)).text == "Hello"
     assert len(caplog.records) == 1
