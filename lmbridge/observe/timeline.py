@@ -17,9 +17,9 @@ import attrs
 
 from lmbridge._checks import check_path
 
-BarKind: TypeAlias = Literal["queue", "prompt", "tokens", "reply", "tool", "retry", "swap", "error"]
-"""What a bar stands for: a wait for a permit, the time until the first token, the tokens, a whole reply, the call of a
-tool, a wait before another attempt, a swap of models, or the error that ended something."""
+BarKind: TypeAlias = Literal["round", "queue", "prompt", "tokens", "reply", "tool", "retry", "swap", "error"]
+"""What a bar stands for: a round of a run, a wait for a permit, the time until the first token, the tokens, a whole
+reply, the call of a tool, a wait before another attempt, a swap of models, or the error that ended something."""
 
 _MOST_ROWS: Final = 60
 """How many rows a page shows at most. If there are more, it shows the rows that failed and the longest ones."""
@@ -33,7 +33,7 @@ _TOTALS: Final[tuple[tuple[str, frozenset[str]], ...]] = (
     ("generating", frozenset(("prompt", "tokens", "reply"))),
     ("calling tools", frozenset(("tool",))),
 )
-_LEGEND: Final = ("queue", "prompt", "tokens", "reply", "tool", "retry", "swap", "error")
+_LEGEND: Final = ("round", "queue", "prompt", "tokens", "reply", "tool", "retry", "swap", "error")
 
 
 @attrs.frozen(kw_only=True)
@@ -159,10 +159,13 @@ def _bar(bar: Bar, lane: int, start: float, seconds: float) -> str:
 
 
 def _lanes(bars: Sequence[Bar]) -> list[int]:
-    """Returns the number of a lane for each bar: the first lane of the row that is free at that time."""
+    """Returns the number of a lane for each bar: the first lane of the row that is free at that time.
+
+    If bars begin at the same time, the longer one comes first, so that a round is above what happens in it.
+    """
     ends: list[float] = []
     lanes = [0] * len(bars)
-    for place in sorted(range(len(bars)), key=lambda each: bars[each].start):
+    for place in sorted(range(len(bars)), key=lambda each: (bars[each].start, -bars[each].end)):
         bar = bars[place]
         lane = next((number for number, end in enumerate(ends) if end <= bar.start), len(ends))
         ends[lane : lane + 1] = [bar.end]
@@ -228,6 +231,7 @@ button { position: absolute; height: 16px; min-width: 3px; padding: 0 2px; borde
   cursor: pointer; font: 11px/16px system-ui, sans-serif; text-align: left; overflow: hidden; white-space: nowrap;
   color: #000; }
 button:focus { outline: 2px solid #1565c0; z-index: 1; }
+.round { background: #d7ccc8; }
 .queue { background: #cfd8dc; } .prompt { background: #90caf9; } .tokens, .reply { background: #64b5f6; }
 .tool { background: #a5d6a7; } .retry { background: #ffe082; }
 .swap { background: #ce93d8; } .error { background: #ef5350; }

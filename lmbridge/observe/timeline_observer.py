@@ -20,6 +20,7 @@ from lmbridge.observe.events import (
     RequestEnded,
     RequestQueued,
     RetryPlanned,
+    RoundBegun,
     RoundEnded,
     RunBegun,
     RunEnded,
@@ -28,6 +29,11 @@ from lmbridge.observe.events import (
 )
 from lmbridge.observe.timeline import Bar, BarKind, Row, Timeline
 
+_PROBES: Final = frozenset(("server info", "model list"))
+"""Operations that ask a server for what it may not have, to find out what kind of server it is."""
+_NOT_FOUND: Final = 404
+_SWAP: Final = "The server loads the model. The bar ends when the reply begins, so it includes the time for the prompt."
+
 
 @attrs.define(eq=False)
 class _OpenRow:
@@ -35,6 +41,8 @@ class _OpenRow:
 
     label: str
     bars: list[Bar] = attrs.field(factory=list)
+    round: RoundBegun | None = None
+    """The round of the run that has not ended."""
     has_failed: bool = False
     has_ended: bool = False
 
@@ -45,12 +53,31 @@ class _OpenRequest:
 
     row: _OpenRow
     label: str
+    operation: str
     kind: BarKind
     since: float
+    swaps: list[ModelSwapped] = attrs.field(factory=list)
+    """The swaps of models for which the request waits."""
+
+    def current_bar(self, at: float, text: str = "") -> Bar:
+        """Returns the current bar, which ends at a given time."""
+        return Bar(kind=self.kind, start=self.since, end=at, label=self.label, text=text)
+
+    def swap_bars(self, at: float) -> list[Bar]:
+        """Returns the bars of the swaps, which end at a given time."""
+        return [
+            Bar(kind="swap", start=swap.at, end=at, label=f"{swap.before} -> {swap.after}", text=_SWAP)
+            for swap in self.swaps
+        ]
 
     def close(self, at: float, text: str = "") -> None:
         """Ends the current bar."""
-        self.row.bars.append(Bar(kind=self.kind, start=self.since, end=at, label=self.label, text=text))
+        self.row.bars.append(self.current_bar(at, text))
+
+    def end_swaps(self, at: float) -> None:
+        """Ends the bars of the swaps, if there are any."""
+        self.row.bars += self.swap_bars(at)
+        self.swaps.clear()
 
     def begin_next_bar(self, kind: BarKind, at: float, text: str = "") -> None:
         """Ends the current bar and begins another one."""
@@ -69,7 +96,8 @@ class TimelineObserver:
             ...
         observer.write("session.html")
 
-    Each run has a row, which shows its requests and tool calls. Each request outside of a run has a row of its own. The
+    Each run has a row, which shows its rounds and tool calls, and its requests if the client has the observer as well.
+    Each request outside of a run has a row of its own. The
     page also shows how many requests waited and ran at each time. If there are many rows, it shows only those that
     failed or took longest.
 
@@ -95,7 +123,7 @@ class TimelineObserver:
                 self._add_row(event.run_id, f"run: {event.task}")
             case RunEnded():
                 self._end_run(event)
-            case RoundEnded() | ToolCallBegun() | ToolCallEnded():
+            case RoundBegun() | RoundEnded() | ToolCallBegun() | ToolCallEnded():
                 self._note_step(event)
             case RequestQueued():
                 self._begin_request(event)
@@ -110,14 +138,17 @@ class TimelineObserver:
     def timeline(self, title: str = "lmbridge session") -> Timeline:
         """Returns the timeline of what has happened so far.
 
-        The bar of a request that has not ended yet ends at the present moment. A tool call has a bar only once it has
-        ended.
+        The bar of a round or a request that has not ended yet ends at the present moment. A tool call has a bar only
+        once it has ended.
         """
         now = monotonic()
         unfinished: dict[int, list[Bar]] = {}
+        for row in self._rows.values():
+            if row.round is not None:
+                unfinished[id(row)] = [_round_bar(row.round, now, "not ended yet")]
         for request in self._requests.values():
-            bar = Bar(kind=request.kind, start=request.since, end=now, label=request.label, text="not ended yet")
-            unfinished.setdefault(id(request.row), []).append(bar)
+            bars = [request.current_bar(now, "not ended yet"), *request.swap_bars(now)]
+            unfinished.setdefault(id(request.row), []).extend(bars)
         rows = [
             Row(label=row.label, bars=[*row.bars, *unfinished.get(id(row), ())], has_failed=row.has_failed)
             for row in self._rows.values()
@@ -143,7 +174,7 @@ class TimelineObserver:
         label = event.operation if event.model is None else f"{event.operation} {event.model}"
         row = self._rows.get(event.run_id) if event.run_id is not None else None
         row = row or self._add_row(event.request_id, label)
-        self._requests[event.request_id] = _OpenRequest(row, label, "queue", event.at)
+        self._requests[event.request_id] = _OpenRequest(row, label, event.operation, "queue", event.at)
 
     def _end_request(self, event: RequestEnded) -> None:
         request = self._requests.pop(event.request_id, None)
@@ -152,30 +183,32 @@ class TimelineObserver:
         tokens = ""
         if event.prompt_tokens is not None:
             tokens = f"\n{event.prompt_tokens} + {event.completion_tokens} tokens"
-        request.close(event.at, f"{event.outcome}, {event.attempts} attempt(s){tokens}")
-        if event.outcome == "error":
+        is_missing = request.operation in _PROBES and event.status == _NOT_FOUND
+        has_failed = event.outcome == "error" and not is_missing
+        outcome = "status 404: the server does not have it" if is_missing else event.outcome
+        request.close(event.at, f"{outcome}, {event.attempts} attempt(s){tokens}")
+        request.end_swaps(event.at)
+        if has_failed:
             reason = event.error or f"status {event.status}"
             request.row.bars.append(Bar(kind="error", start=event.at, end=event.at, label=reason))
         if self._rows.get(event.request_id) is request.row:
             # The request has its own row.
-            request.row.has_ended, request.row.has_failed = True, event.outcome == "error"
+            request.row.has_ended, request.row.has_failed = True, has_failed
 
-    def _note_step(self, event: RoundEnded | ToolCallBegun | ToolCallEnded) -> None:
+    def _note_step(self, event: RoundBegun | RoundEnded | ToolCallBegun | ToolCallEnded) -> None:
         row = self._rows.get(event.run_id)
         if row is None:
             return
-        if isinstance(event, ToolCallBegun):
+        if isinstance(event, RoundBegun):
+            row.round = event
+        elif isinstance(event, RoundEnded):
+            _end_round(row, event)
+        elif isinstance(event, ToolCallBegun):
             self._calls[event.run_id, event.call_id] = event
-        elif isinstance(event, ToolCallEnded):
-            if (begun := self._calls.pop((event.run_id, event.call_id), None)) is not None:
-                arguments = json.dumps(dict(begun.arguments), ensure_ascii=False, default=repr)
-                text = f"{event.name}({arguments})\n{event.outcome}: {event.text}"
-                row.bars.append(Bar(kind="tool", start=begun.at, end=event.at, label=event.name, text=text))
-        elif event.text:
-            # The answer belongs to the last reply of the round. Runs stream all their replies.
-            place = next((at for at in range(len(row.bars) - 1, -1, -1) if row.bars[at].kind == "tokens"), None)
-            if place is not None:
-                row.bars[place] = attrs.evolve(row.bars[place], text=f"{row.bars[place].text}\n\n{event.text}")
+        elif (begun := self._calls.pop((event.run_id, event.call_id), None)) is not None:
+            arguments = json.dumps(dict(begun.arguments), ensure_ascii=False, default=repr)
+            text = f"{event.name}({arguments})\n{event.outcome}: {event.text}"
+            row.bars.append(Bar(kind="tool", start=begun.at, end=event.at, label=event.name, text=text))
 
     def _end_run(self, event: RunEnded) -> None:
         row = self._rows.get(event.run_id)
@@ -186,22 +219,39 @@ class TimelineObserver:
             row.bars.append(Bar(kind="error", start=event.at, end=event.at, label=event.error, text=event.stop_reason))
 
 
+def _round_bar(begun: RoundBegun, end: float, text: str) -> Bar:
+    return Bar(kind="round", start=begun.at, end=end, label=f"round {begun.number}", text=text)
+
+
+def _end_round(row: _OpenRow, event: RoundEnded) -> None:
+    """Adds the bar of a round, and its answer to the bar of the reply."""
+    if row.round is not None:
+        row.bars.append(_round_bar(row.round, event.at, event.text if event.is_complete else "not completed"))
+        row.round = None
+    if event.text:
+        # The answer belongs to the last reply of the round. Runs stream all their replies.
+        place = next((at for at in range(len(row.bars) - 1, -1, -1) if row.bars[at].kind == "tokens"), None)
+        if place is not None:
+            row.bars[place] = attrs.evolve(row.bars[place], text=f"{row.bars[place].text}\n\n{event.text}")
+
+
 def _note_progress(
     request: _OpenRequest, event: RequestAdmitted | ModelSwapped | AttemptBegun | RetryPlanned | FirstEventArrived
 ) -> None:
     match event:
         case AttemptBegun():
             request.begin_next_bar("prompt", event.at)
-        case FirstEventArrived(is_stream=True):
-            request.begin_next_bar("tokens", event.at)
         case FirstEventArrived():
-            # The whole reply has arrived at once, so the bar that began with the attempt stands for all of it.
-            request.kind = "reply"
+            request.end_swaps(event.at)
+            if event.is_stream:
+                request.begin_next_bar("tokens", event.at)
+            else:
+                # The whole reply has arrived at once, so the bar that began with the attempt stands for all of it.
+                request.kind = "reply"
         case RetryPlanned():
             request.begin_next_bar("retry", event.at, event.reason)
         case ModelSwapped():
-            label = f"{event.before} -> {event.after}"
-            request.row.bars.append(Bar(kind="swap", start=event.at, end=event.at, label=label))
+            request.swaps.append(event)
         case RequestAdmitted():
             # The attempt follows at once.
             pass

@@ -13,9 +13,9 @@ import pytest
 
 from lmbridge import Agent, Limits, LLMClient, LLMConnectionError, LLMValidationError, RunResult, ToolCall
 from lmbridge.observe import Bar, Row, Timeline, TimelineObserver
-from lmbridge.testing import FakeChatClient, ScriptedServer, answer, reply, retry_without_waiting
+from lmbridge.testing import FakeChatClient, ScriptedServer, answer, reply, retry_without_waiting, stall
 from tests.gateway.chromium import CHROMIUM, browser_page
-from tests.support import opened
+from tests.support import MESSAGES, opened, piece
 
 NASTY = '</script><script>document.title="broken"</script><img src=x onerror=alert(1)>"\'$title'
 
@@ -99,15 +99,13 @@ async def test_a_session_shows_waits_retries_swaps_calls_and_errors(scripted_ser
     run = rows["run: What is 1 + 2?"]
     kinds = [each.kind for each in run.bars if not each.label.startswith(("model", "server", "properties"))]
     assert [kind for kind in kinds if kind in {"tool", "retry"}] == ["tool", "retry"]
-    assert {"queue", "prompt", "tokens"} <= set(kinds)
+    assert {"round", "queue", "prompt", "tokens"} <= set(kinds)
     tool = next(each for each in run.bars if each.kind == "tool")
     assert (tool.label, tool.text) == ("add", 'add({"a": 1, "b": 2})\nresult: 3')
     assert any(each.text.endswith("It is 3.") for each in run.bars if each.kind == "tokens")
     failed = rows["chat completion other"]
     assert (run.has_failed, failed.has_failed) == (False, True)
-    assert [each.kind for each in failed.bars] == ["queue", "swap", "prompt", "error"] or (
-        [each.kind for each in failed.bars] == ["swap", "queue", "prompt", "error"]
-    )
+    assert [each.kind for each in failed.bars] == ["queue", "prompt", "swap", "error"]
     assert all(each.start <= each.end for row in rows.values() for each in row.bars)
 
 
@@ -130,7 +128,74 @@ async def test_a_failed_run_is_marked() -> None:
     with pytest.raises(LLMConnectionError):
         await Agent(FakeChatClient([LLMConnectionError("down")]), observers=[observer]).run("?")
     (row,) = observer.timeline().rows
-    assert (row.has_failed, [each.label for each in row.bars]) == (True, ["LLMConnectionError"])
+    assert (row.has_failed, [each.label for each in row.bars]) == (True, ["round 1", "LLMConnectionError"])
+    assert row.bars[0].text == "not completed"
+
+
+async def test_an_observer_of_the_agent_alone_shows_the_rounds_and_calls_of_all_runs() -> None:
+    def add(a: int, b: int) -> int:
+        """Adds two numbers."""
+        return a + b
+
+    observer = TimelineObserver()
+    await Agent(FakeChatClient(["Hello."]), observers=[observer]).run("Say hello.")
+    client = FakeChatClient([ToolCall("1", "add", {"a": 1, "b": 2}), "It is 3."])
+    await Agent(client, tools=[add], observers=[observer]).run("1 + 2?")
+    plain, with_call = observer.timeline().rows
+    assert [(each.kind, each.label, each.text) for each in plain.bars] == [("round", "round 1", "Hello.")]
+    assert [each.label for each in with_call.bars] == ["add", "round 1", "round 2"]
+    tool, first, second = with_call.bars
+    assert first.start <= tool.start <= tool.end <= first.end <= second.start < second.end
+    page = observer.timeline().html()
+    assert "run: Say hello." in page
+    # A round is above what happens in it.
+    tops = [re.search(r"top:(\d+)px", each["style"]) for each in Reader(page).bars]
+    assert [top[1] if top else None for top in tops] == ["0", "18", "0", "0"]
+
+
+async def test_a_swap_lasts_until_the_reply_begins(scripted_server: ScriptedServer) -> None:
+    observer = TimelineObserver()
+    limits = Limits(max_loaded_models=1)
+    async with LLMClient(scripted_server.api_base, limits=limits, observers=[observer]) as client:
+        await client.ask("?", model="a")
+        scripted_server.script(stall(after=[piece("Hel")]))
+        async with await client.chat_completion(MESSAGES, model="b", stream=True) as stream:
+            await anext(stream)
+            row = next(each for each in observer.timeline().rows if each.label == "chat completion b")
+            swap = next(each for each in row.bars if each.kind == "swap")
+            prompt = next(each for each in row.bars if each.kind == "prompt")
+    assert (swap.label, swap.end) == ("a -> b", prompt.end)
+    assert prompt.end - prompt.start > 0
+    assert swap.text.startswith("The server loads the model.")
+
+
+async def test_a_swap_that_goes_on_is_shown_up_to_now(scripted_server: ScriptedServer) -> None:
+    observer = TimelineObserver()
+    limits = Limits(max_loaded_models=1)
+    async with LLMClient(scripted_server.api_base, limits=limits, observers=[observer]) as client:
+        await client.ask("?", model="a")
+        scripted_server.script(stall())
+        task = asyncio.ensure_future(client.ask("?", model="b"))
+        await scripted_server.wait_until(lambda: b'"b"' in scripted_server.requests[-1].body)
+        row = next(each for each in observer.timeline().rows if each.label == "chat completion b")
+        assert [each.kind for each in row.bars] == ["queue", "prompt", "swap"]
+        assert row.bars[1].end == row.bars[2].end
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    row = next(each for each in observer.timeline().rows if each.label == "chat completion b")
+    assert [each.kind for each in row.bars] == ["queue", "prompt", "swap"]
+
+
+async def test_what_a_server_does_not_have_is_no_error(scripted_server: ScriptedServer) -> None:
+    observer = TimelineObserver()
+    async with LLMClient(scripted_server.api_base, "m", observers=[observer]) as client:
+        await Agent(client, observers=[observer]).run("?")
+        await client.server_info()
+    rows = observer.timeline().rows
+    assert len(rows) > 1
+    assert not [row.label for row in rows if row.has_failed]
+    assert "error" not in {each.kind for row in rows for each in row.bars}
+    assert any(each.text.startswith("status 404: the server does not have it") for each in rows[-1].bars)
 
 
 async def test_what_has_not_ended_is_shown_up_to_now(scripted_server: ScriptedServer) -> None:
@@ -140,6 +205,24 @@ async def test_what_has_not_ended_is_shown_up_to_now(scripted_server: ScriptedSe
         assert row.bars[-1].text == "not ended yet"
     (row,) = observer.timeline().rows
     assert "cancelled" in row.bars[-1].text
+
+
+async def test_a_round_that_has_not_ended_is_shown_up_to_now() -> None:
+    begun = asyncio.Event()
+
+    async def wait() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    observer = TimelineObserver()
+    client = FakeChatClient([ToolCall("1", "wait", {})])
+    handle = Agent(client, tools=[wait], observers=[observer]).start("?")
+    await begun.wait()
+    (row,) = observer.timeline().rows
+    assert [(each.label, each.text) for each in row.bars] == [("round 1", "not ended yet")]
+    await handle.aclose()
+    (row,) = observer.timeline().rows
+    assert [(each.label, each.text) for each in row.bars if each.kind == "round"] == [("round 1", "not completed")]
 
 
 async def test_only_so_many_rows_are_kept() -> None:
