@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lmbridge.observe import (
 )
 from lmbridge.testing import FakeChatClient, ScriptedServer, answer
 from tests.observe.test_requests import Recorder, recorder
+from tests.support import turns
 
 __all__ = ["recorder"]
 
@@ -108,6 +110,58 @@ async def test_a_run_that_is_cancelled_before_its_first_step_has_no_events(recor
     handle.cancel()
     await handle.aclose()
     assert recorder.names == []
+
+
+class EndSignal:
+    """Wakes up a test at the end of a run."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    def on_event(self, event: ObservedEvent) -> None:
+        if isinstance(event, RunEnded):
+            self.ended.set()
+
+
+async def test_a_run_whose_handle_is_dropped_goes_on_and_ends_once(recorder: Recorder) -> None:
+    begun, gate, signal = asyncio.Event(), asyncio.Event(), EndSignal()
+
+    async def wait() -> str:
+        begun.set()
+        await gate.wait()
+        return "done"
+
+    client = FakeChatClient([ToolCall("1", "wait", {}), "Hello"])
+    handles = [Agent(client, tools=[wait], observers=[recorder, signal]).start("?")]
+    await begun.wait()
+    handles.clear()
+    gc.collect()
+    assert recorder.of(RunEnded) == []
+    gate.set()
+    await signal.ended.wait()
+    await turns()
+    assert recorder.names == ["RunBegun", *ROUND_WITH_CALL, *ROUND, "RunEnded"]
+    assert (recorder.last.stop_reason, recorder.last.error) == ("stop", None)
+
+
+async def test_a_run_whose_stream_is_dropped_is_cancelled_and_ends_once(recorder: Recorder) -> None:
+    begun, signal = asyncio.Event(), EndSignal()
+
+    async def wait() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    client = FakeChatClient([ToolCall("1", "wait", {})])
+    streams = [Agent(client, tools=[wait], observers=[recorder, signal]).stream("?")]
+    await anext(streams[0])
+    await begun.wait()
+    with pytest.warns(ResourceWarning, match="was dropped before its end"):
+        streams.clear()
+    await signal.ended.wait()
+    await turns()
+    assert recorder.names == ["RunBegun", *ROUND_WITH_CALL, "RunEnded"]
+    assert recorder.of(ToolCallEnded)[0].outcome == "cancelled"
+    assert recorder.last.stop_reason == "cancelled"
 
 
 async def test_requests_and_inner_runs_name_their_run(scripted_server: ScriptedServer, recorder: Recorder) -> None:
