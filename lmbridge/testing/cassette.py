@@ -81,6 +81,7 @@ class Cassette:
             and "all" always records and replaces the file.
         match_on: What has to be equal for an exchange to answer a request: "method", "host", "path", "query", "body",
             or a function `(recorded, new) -> bool` of two `CassetteRequest`. By default it is everything but the host.
+            It does not apply to requests to MCP servers.
         redact: Further texts that the file must not contain, such as the name of a customer.
         time_scale: The factor by which the recorded waits are multiplied in a replay: 1 is the pace of the server, and
             with 0, the default, there are no waits.
