@@ -397,6 +397,17 @@ async def test_timeline_writes_a_page_with_a_row_for_each_agent(
     assert page.read_text().count("run: How many people live in") >= 3
 
 
+async def test_observer_adds_up_tokens_and_calls_beside_the_log(scripted_server: ScriptedServer) -> None:
+    scripted_server.script(answer("", tool_calls=[tool_call("count_people", '{"city": "Oslo"}')]), answer(FOX))
+    outcome = await run("observer.py", LMBRIDGE_API_BASE=scripted_server.api_base, LMBRIDGE_MODEL="qwen3-4b")
+    assert outcome.status == 0, outcome.errors
+    lines = outcome.output.splitlines()
+    assert lines[0] == FOX
+    assert {"    2 chat completion", "    1 calls of count_people", "    2 prompt tokens"} <= set(lines)
+    assert re.fullmatch(r" 0\.\d\d seconds in the queue", lines[-1])
+    assert outcome.errors.count("/chat/completions model=qwen3-4b 200 in ") == 2
+
+
 async def test_tracing_prints_the_spans_of_a_run(scripted_server: ScriptedServer) -> None:
     scripted_server.script(answer("", tool_calls=[tool_call("count_people", '{"city": "Oslo"}')]), answer(FOX))
     outcome = await run("tracing.py", LMBRIDGE_API_BASE=scripted_server.api_base, LMBRIDGE_MODEL="qwen3-4b")
@@ -880,6 +891,7 @@ async def embedded() -> AsyncIterator[dict[str, str]]:
         "gateway_openai.py",
         "mcp_several_servers.py",
         "nightly_batch.py",
+        "observer.py",
         "pydantic_extraction.py",
         "sync_script.py",
         "tools.py",
