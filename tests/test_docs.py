@@ -6,6 +6,8 @@ comment on the line before a block changes that:
 - `<!-- before: CODE -->`: the code runs first, to prepare the scripted server; it can use `server` and the names of
   `lmbridge.testing`, and `second_server`, whose URL is in `SECOND_API_BASE`.
 - `<!-- program -->`: the block is a complete program and runs in a separate interpreter.
+- `<!-- collector -->`: the block is a program that also sends spans and metrics to a collector, in whose place the test
+  has a scripted server. It runs if the exporter is installed.
 - `<!-- file: NAME -->`: the block is a file for pytest, which runs once all files of the page have been written.
 - `<!-- real -->`: the block uses the embedded server and runs in a separate test.
 - `<!-- peer -->`: the block is for another library. It is only compiled; `nox -s migrations` checks its types.
@@ -211,6 +213,37 @@ async def test_the_programs_of_a_page_run(page: Path, scripted_server: ScriptedS
         assert printed.decode().removesuffix("\n") == "Hello from the scripted server."
 
 
+@pytest.mark.parametrize("page", pages("collector"))
+async def test_a_program_of_a_page_sends_its_spans_and_metrics_to_a_collector(
+    page: Path, scripted_server: ScriptedServer, second_server: ScriptedServer
+) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs opentelemetry-exporter-otlp-proto-http")
+    proto = "opentelemetry.proto.collector.{0}.v1.{0}_service_pb2"
+    for path in ("/v1/traces", "/v1/metrics"):
+        second_server.on_path(path, testing.reply(200, {}))
+    env = os.environ | {
+        "LMBRIDGE_API_BASE": scripted_server.api_base,
+        "DEFAULT_MODEL": "test-model",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": second_server.origin,
+    }
+    for block in blocks(page, "collector"):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-W", "error", "-c", block.code, env=env, stdout=asyncio.subprocess.PIPE
+        )
+        printed, _ = await process.communicate()
+        assert (process.returncode, printed) == (0, b"Hello from the scripted server.\n")
+        sent = {request.path: request.body for request in second_server.requests}
+        traces = import_module(proto.format("trace")).ExportTraceServiceRequest.FromString(sent["/v1/traces"])
+        spans = [span.name for each in traces.resource_spans for scope in each.scope_spans for span in scope.spans]
+        assert spans == ["chat test-model", "invoke_agent"]
+        metrics = import_module(proto.format("metrics")).ExportMetricsServiceRequest.FromString(sent["/v1/metrics"])
+        names = {
+            metric.name for each in metrics.resource_metrics for scope in each.scope_metrics for metric in scope.metrics
+        }
+        assert "gen_ai.client.inference.duration" in names
+        second_server.requests.clear()
+
+
 @pytest.mark.parametrize("page", pages("file"))
 def test_the_files_of_a_page_run_in_pytest(page: Path, pytester: pytest.Pytester) -> None:
     files = blocks(page, "file")
@@ -226,7 +259,9 @@ def test_the_files_of_a_page_run_in_pytest(page: Path, pytester: pytest.Pytester
 def test_every_code_block_has_a_known_language_and_mark() -> None:
     for page in PAGES:
         found = all_blocks(page)
-        assert {block.mark for block in found} <= {None, "before", "program", "file", "real", "peer"}, page.name
+        assert {block.mark for block in found} <= {None, "before", "program", "collector", "file", "real", "peer"}, (
+            page.name
+        )
         assert {block.language for block in found} <= {"python", "shell", "text"}, page.name
         outputs = sum(block.output is not None for block in found)
         assert page.read_text().count("```") == 2 * (len(found) + outputs), page.name
