@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale           # a minute or two; the last rows have a million tasks
     python -m benchmarks.scale --tiny    # some seconds, and figures that mean little
-    python -m benchmarks.scale --write   # writes the table and the chart of docs/scaling.md
+    python -m benchmarks.scale --write   # writes the table, the chart and the gateway's limit into docs/scaling.md
 
 The same seed gives the same figures on every machine.
 """
@@ -118,10 +118,12 @@ def draw_chart(results: Results) -> str:
 
 
 def describe_limit() -> str:
-    seconds = GATEWAY_REQUEST + ANSWER_TOKENS * GATEWAY_CHUNK
+    answers = round(1 / (GATEWAY_REQUEST + ANSWER_TOKENS * GATEWAY_CHUNK), -2)
+    chunks = round(1 / GATEWAY_CHUNK, -2)
     return (
-        f"One process of the gateway passes at most {1 / GATEWAY_CHUNK:,.0f} chunks a second, or {1 / seconds:,.0f} "
-        f"answers of {ANSWER_TOKENS} chunks."
+        f"The gateway's process needs {GATEWAY_REQUEST * 1e3:.2f} ms for a request and {GATEWAY_CHUNK * 1e6:.0f} µs\n"
+        f"for a chunk. So it passes at most about {answers:,.0f} answers of {ANSWER_TOKENS} chunks a second, or\n"
+        f"{chunks:,.0f} chunks a second if the answers are long."
     )
 
 
@@ -145,7 +147,8 @@ def main() -> None:
     print(f"{as_plain(lines)}\n\n{describe_limit()}\nIt took {time.process_time() - began:.0f} s of CPU time.")
     if arguments.write:
         page = ROOT / "docs" / "scaling.md"
-        page.write_text(replace_section(page.read_text(), "scale", as_markdown(lines)))
+        text = replace_section(page.read_text(), "scale", as_markdown(lines))
+        page.write_text(replace_section(text, "scale-gateway", describe_limit()))
         (ROOT / "docs" / "scaling.svg").write_text(draw_chart(results))
 
 
