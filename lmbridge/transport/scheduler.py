@@ -15,8 +15,11 @@ cannot rely on the server to prevent that, so it must not send such requests tog
 So there is a queue per model, with two rules that give a proven bound on waiting. A model that becomes active gets a
 *closed batch*, which consists of the requests that wait for it at that moment. And as soon as a request for another
 model has waited for `max_wait`, the model that has been active longest is *drained*: its requests in flight finish, and
-it gets no new ones. No generation is ever killed, and a request waits for at most `max_wait` plus one batch for each
-other model that is ahead of it.
+it gets no new ones. No generation is ever killed. Without runs and priorities, a request waits for at most `max_wait`
+plus the time in flight of: what is in flight when that has passed, the rest of the current batch, one batch for each
+other model that becomes active before its own, and the earlier requests for its own model. With priorities, `max_wait`
+counts once more for each level that another request is above it. Older runs go first for as long as they go on, so the
+wait for them has no bound. `test_scheduler.py` states the bound exactly and checks it.
 
 The rules in full:
 

@@ -972,6 +972,13 @@ def test_the_bound_is_met_to_the_second() -> None:
     assert admitted == {"a": 0, "b": 36, "c": 36 + 5 + 7, "d": 36 + 5 + 7 + 4}
 
 
+def test_max_wait_does_not_bound_the_wait_for_earlier_requests_for_the_same_model() -> None:
+    limits = Limits(max_concurrency=1, max_loaded_models=1, max_wait=30.0)
+    reference = _simulate(limits, [(0, "a", 1, 18, 0)] * 10)
+    # docs/model-scheduling.md has this example.
+    assert reference.arrived[-1].admitted == 162
+
+
 # Any events in any order
 
 TestAnyEvents = ScheduleMachine.TestCase
