@@ -242,6 +242,8 @@ class TestInABrowser:
         assert "503" in await page.text("#finished")
         assert "1.2.3 · up for 1 min 15 s" in await page.text("header")
         assert await page.evaluate("document.title") == "2 in flight, 2 waiting · lmbridge gateway"
+        served.status = busy() | {"in_flight": [request(1, server=A, chunks=1)]}
+        await page.wait_for("document.querySelector('#flight').innerText.includes('1 chunk, 2 kB')")
 
     async def test_the_page_follows_the_gateway(self, page: Page, served: StatusServer) -> None:
         await show(page, served)
@@ -307,6 +309,25 @@ class TestInABrowser:
                 ".map((each) => each.outerHTML.slice(0, 80))"
             )
             assert outside == []
+
+    @pytest.mark.parametrize("width", [375, 1180])
+    @pytest.mark.parametrize("taller", ["servers", "waiting"])
+    async def test_the_parts_of_the_page_never_touch(
+        self, page: Page, served: StatusServer, width: int, taller: str
+    ) -> None:
+        """The space below the two columns used to be that of the right one, even if the left one was longer."""
+        await page.resize(width, 1400)
+        value = busy()
+        if taller == "servers":
+            value["models"] += [model(f"model-{number}") for number in range(12)]
+        else:
+            value["waiting"] = [request(number) for number in range(1, 20)]
+        await show(page, served, value)
+        bottom, top = await page.evaluate(
+            "[Math.max(...[...document.querySelectorAll('.columns .panel')].map((each) => each.getBoundingClientRect()"
+            ".bottom)), document.querySelector('section[aria-labelledby=h-swaps]').getBoundingClientRect().top]"
+        )
+        assert top - bottom >= 12
 
     async def test_a_thousand_requests_share_a_few_rows(self, page: Page, served: StatusServer) -> None:
         await show(page, served, many())
