@@ -280,3 +280,30 @@ async def test_many_streams_at_a_time(scripted_server: ScriptedServer) -> None:
         assert all(b'"y"' in body for _, _, body in answers)
         while gateway.stats().in_flight:
             await turns()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_turns_of_a_conversation_go_to_the_server_that_has_the_earlier_ones(
+    http: aiohttp.ClientSession, stream: bool
+) -> None:
+    async with (
+        ScriptedServer(["test-model"]) as one,
+        ScriptedServer(["test-model"]) as two,
+        Gateway(upstreams=[one.api_base, two.api_base], limits=Limits(max_concurrency=4)) as gateway,
+    ):
+        talks = [[{"role": "user", "content": f"Talk {number}"}] for number in range(3)]
+        for turn in range(3):
+            # Every second turn is in another order, so that taking the servers in turn would mix them up.
+            for talk in talks[:: -1 if turn % 2 else 1]:
+                body = {"model": "test-model", "stream": stream, "messages": talk}
+                status, _, _ = await fetch(http, gateway, CHAT, json.dumps(body).encode())
+                assert status == 200
+                talk += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Go on."}]
+        homes = [
+            [request.json["messages"][0]["content"] for request in server.requests if request.path == CHAT]
+            for server in (one, two)
+        ]
+        # Each server has all three turns of its conversations, and neither has all conversations.
+        assert sorted(Counter(homes[0] + homes[1]).values()) == [3, 3, 3]
+        assert set(homes[0]).isdisjoint(homes[1])
+        assert all(homes)
