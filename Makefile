@@ -62,8 +62,8 @@ test: lint $(NPM)/node_modules/.package-lock.json
 	.venv-test/bin/python -m pytest $(IN_PARALLEL) -m 'not slow'
 
 test-slow: .venv-test/installed $(NPM)/node_modules/.package-lock.json $(CLIENTS)/node_modules/.package-lock.json
-	.venv-test/bin/nox --session aioresponses oldest mcp1 clients dbos referee docs migrations dist api
-	.venv-test/bin/python -m pytest $(IN_PARALLEL) -m slow
+	.venv-test/bin/nox --session aioresponses oldest mcp1 clients dbos ray referee docs migrations dist api
+	.venv-test/bin/python -m pytest $(IN_PARALLEL) -m slow --ignore=tests/fleet/test_ray.py
 
 # A Python that was not given on the command line is one of this machine.
 test-newer:

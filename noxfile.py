@@ -109,6 +109,16 @@ def dbos(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/agent/journal/test_dbos_recipe.py", *session.posargs)
 
 
+# `make test-slow` runs this session: fleets on a local Ray, whose processes would compete with those of other tests.
+@nox.session(reuse_venv=True)
+def ray(session: nox.Session) -> None:
+    pytest = ["blockbuster", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout"]
+    session.install("-e", ".[cli,gateway,local,ray]", *pytest)
+    # Without Ray, the tests would be skipped.
+    session.run("python", "-c", "import ray", silent=True)
+    session.run("python", "-m", "pytest", "tests/fleet", *session.posargs)
+
+
 # `make test-slow` runs this session: what LLMock says of lmbridge and of other clients, in the versions of the table in
 # docs/reliability.md.
 @nox.session(reuse_venv=True)

@@ -20,6 +20,7 @@ from lmbridge.fleet import Outcome, map_runs
 from lmbridge.gateway import Gateway
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply, stall
 from tests.agent.support import generations
+from tests.real.support import until_idle
 
 pytest.importorskip("ray", reason="needs lmbridge[ray]")
 
@@ -144,8 +145,11 @@ async def test_200_runs_survive_the_death_of_a_process(tmp_path: Path) -> None:
             if len(outcomes) == RUNS // 3:
                 first = int(min(each.name for each in pids.iterdir()))
                 os.kill(first, signal.SIGKILL)
-        while gateway.stats().in_flight:
-            await asyncio.sleep(0.05)
+        # The process that was killed had runs in flight: the gateway has to end them, and the server what it generates.
+        async with asyncio.timeout(60):
+            while gateway.stats().in_flight:
+                await asyncio.sleep(0.05)
+        await until_idle(server)
     assert sorted(outcome.index for outcome in outcomes) == list(range(RUNS))
     assert [outcome.error for outcome in outcomes if outcome.error is not None] == []
     # A third process has taken the place of the first one.
