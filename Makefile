@@ -16,6 +16,7 @@
 # make solved-real  counts the tasks that agents solve with real small models; ONLY=smollm2 takes one of them, TINY=yes ten tasks
 # make mcp-bench    compares calls of MCP tools with the official SDK; ROUNDS, WRITE as above
 # make scale        simulates agent runs on 1, 10 and 100 servers, up to a million; TINY=yes takes seconds, WRITE as above
+# make journal-cost  measures what a journal costs: steps a second, and bytes a round; TINY, WRITE as above
 # make gateway-bench  compares programs with and without the gateway, and the gateway with other proxies; as above
 # make conformance  runs the official MCP conformance suite against client and server; it needs npm
 # make faults       breaks replies of every endpoint at every byte; STEP=31 takes every 31st, MINUTES=30 an even part, WRITE as above
@@ -25,10 +26,11 @@
 # make clean        removes everything that these commands have created
 #
 # Each command except `clean` creates a virtual environment and installs what it needs, once. `lint` and `test-slow` share
-# the environment of `test`, `conformance` that of `mcp-bench`, and `scale` that of `demo`. The first suitable Python of the
-# list below is used; to use another one, run `make clean`, and then for example `make PYTHON=/path/to/python3.12 test`.
+# the environment of `test`, `conformance` that of `mcp-bench`, `scale` and `journal-cost` that of `demo`. The first
+# suitable Python of the list below is used; to use another one, run `make clean`, and then for example
+# `make PYTHON=/path/to/python3.12 test`.
 
-.PHONY: help demo test test-slow test-newer test-llama-server fuzz lint docs bench swaps fleet-bench nodes-bench agents solved solved-real mcp-bench scale gateway-bench conformance faults cancel-sweep load soak clean
+.PHONY: help demo test test-slow test-newer test-llama-server fuzz lint docs bench swaps fleet-bench nodes-bench agents solved solved-real mcp-bench scale journal-cost gateway-bench conformance faults cancel-sweep load soak clean
 .DELETE_ON_ERROR:
 
 # Tests start many interpreters and workers, which take longer if each has to compile the package and the tests again.
@@ -135,6 +137,9 @@ mcp-bench: .venv-mcp/installed $(NPM)/node_modules/.package-lock.json
 # It is plain Python, so the smallest environment is enough.
 scale: .venv-demo/installed
 	@.venv-demo/bin/python -m benchmarks.scale $(if $(WRITE),--write) $(if $(TINY),--tiny)
+
+journal-cost: .venv-demo/installed
+	@.venv-demo/bin/python -m benchmarks.journal_cost $(if $(WRITE),--write) $(if $(TINY),--tiny)
 
 gateway-bench: .venv-gateway/installed
 	@.venv-gateway/bin/python -m benchmarks gateway-swaps gateway-cost $(BENCH_OPTIONS)

@@ -117,7 +117,7 @@ def describe_machine(table: Table, peers: Iterable[str], rounds: int, load_befor
     loads = f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
     return [
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {times} in {seconds / 60:.0f} minutes",
-        f"{_processor()}, {os.cpu_count()} cores, {pinning}; load average {loads}",
+        f"{describe_processor()}, {os.cpu_count()} cores, {pinning}; load average {loads}",
         f"{platform.platform(terse=True)}, {platform.python_implementation()} {platform.python_version()}",
         ", ".join(f"{name} {version}" for name, version in _versions(table, peers).items()),
     ]
@@ -133,7 +133,8 @@ def _versions(table: Table, peers: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-def _processor() -> str:
+def describe_processor() -> str:
+    """Returns the name of the processor of this machine."""
     try:
         found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from benchmarks import journal_cost
 from benchmarks.tables import TABLES
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +127,19 @@ def test_long_tasks_are_solved_with_notes_and_not_without(tmp_path: Path) -> Non
     solved = {cell: result["figures"]["0"]["solved"] for cell, result in results.items()}
     assert set(solved.values()) == {0, 3}
     assert all((count == 3) == cell.endswith("/ lmbridge") for cell, count in solved.items())
+
+
+def test_the_cost_of_a_journal_has_a_figure_for_each_number_of_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(journal_cost, "RUNS", (1, 2))
+    heading, alone, one, two = journal_cost.measure(1)
+    assert len(heading) == 3
+    assert [row[0] for row in (one, two)] == ["a journal, one run", "a journal, 2 runs at once"]
+    assert all(int(row[1].replace(",", "")) > 0 for row in (alone, one, two))
+    assert all(int(row[2].replace(",", "")) > 2 * len(journal_cost.RESULT) for row in (one, two))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_table_has_its_sections_in_the_documentation() -> None:
