@@ -139,11 +139,14 @@ class LLMError(Exception):
 
     def __str__(self) -> str:
         """Returns one sentence: what was attempted, what went wrong, how long it took, and what to do."""
-        text = self._describe_request() + self.message + self._describe_duration()
+        text = self._text_without_hint()
         # A message of several lines quotes the output of a program. On the same line, the hint would look quoted as
         # well.
         separator = "\n" if "\n" in text else "; "
         return f"{text}{separator}{self.hint}" if self.hint else text
+
+    def _text_without_hint(self) -> str:
+        return self._describe_request() + self.message + self._describe_duration()
 
     def _describe_request(self) -> str:
         operation, model, url = (self.context.get(key) for key in ("operation", "model", "url"))
@@ -516,6 +519,8 @@ class MCPConnectionError(MCPError):
 class MultiMCPError(MCPError):
     """One or more of several MCP servers failed.
 
+    Without a `message`, the errors of the servers are described, and their hints become its `hint`.
+
     Attributes:
         errors: The exception of each server that failed, by the server's name.
     """
@@ -529,7 +534,22 @@ class MultiMCPError(MCPError):
         **details: Unpack[ErrorDetails],
     ) -> None:
         self.errors: dict[str, BaseException] = dict(errors or {})
-        reasons = (f"{server}: {str(error) or _describe_exception(error)}" for server, error in self.errors.items())
-        # Reasons that quote the stderr of a server have several lines.
-        separator = "\n" if any("\n" in str(error) for error in self.errors.values()) else "; "
-        super().__init__(message or f"MCP servers failed: {separator.join(reasons)}", original_exception, **details)
+        if message is None:
+            details = {"hint": self._join_hints(), **details}
+            reasons = [f"{server}: {_describe_without_hint(error)}" for server, error in self.errors.items()]
+            # Reasons that quote the stderr of a server have several lines.
+            separator = "\n" if any("\n" in reason for reason in reasons) else "; "
+            message = f"MCP servers failed: {separator.join(reasons)}"
+        super().__init__(message, original_exception, **details)
+
+    def _join_hints(self) -> str | None:
+        errors = self.errors.items()
+        hints = {server: error.hint for server, error in errors if isinstance(error, LLMError) and error.hint}
+        if len(self.errors) == 1:
+            return next(iter(hints.values()), None)
+        return "; ".join(f"for {server}: {hint}" for server, hint in hints.items()) or None
+
+
+def _describe_without_hint(error: BaseException) -> str:
+    text = error._text_without_hint() if isinstance(error, LLMError) else str(error)  # noqa: SLF001 - of this module
+    return text or _describe_exception(error)

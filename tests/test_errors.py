@@ -264,6 +264,19 @@ def test_the_errors_of_several_servers_are_stored_by_name() -> None:
     assert str(MultiMCPError("nothing started", errors=failed)) == "nothing started"
 
 
+def test_the_hints_of_the_errors_of_several_servers_are_one_hint() -> None:
+    missing = MCPConnectionError("no such program", hint="install it")
+    refused = MCPConnectionError("it answered with 401", hint="give it a token")
+    alone = MultiMCPError(errors={"files": missing})
+    assert alone.hint == "install it"
+    assert str(alone) == "MCP servers failed: files: no such program; install it"
+    both = MultiMCPError(errors={"files": missing, "web": refused, "slow": TimeoutError()})
+    assert both.hint == "for files: install it; for web: give it a token"
+    assert both.message == "MCP servers failed: files: no such program; web: it answered with 401; slow: TimeoutError"
+    assert MultiMCPError(errors={"slow": TimeoutError()}).hint is None
+    assert MultiMCPError(errors={"files": missing}, hint="another").hint == "another"
+
+
 # Texts
 
 

@@ -20,7 +20,7 @@ from lmbridge.cli.connection import ServerConnection
 from lmbridge.cli.conversation_log import ConversationLog, LoggedConversation
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.line_editor import LineEditor
-from lmbridge.cli.running import CommandError, Signals, UsageError
+from lmbridge.cli.running import CommandError, Signals, UsageError, split_hint
 from lmbridge.cli.terminal import Terminal
 from lmbridge.cli.tool_access import ToolAccess
 from lmbridge.cli.turns import ChatTurn
@@ -118,7 +118,9 @@ class Conversation:
             self.terminal.notice("[stopped]")
         except (CommandError, UsageError) as error:
             self.terminal.problem(str(error), error.hint)
-        except (LLMError, ImportError, OSError) as error:
+        except LLMError as error:
+            self.terminal.problem(*split_hint(error))
+        except (ImportError, OSError) as error:
             self.terminal.problem(str(error))
         return True
 

@@ -14,7 +14,7 @@ from lmbridge.cli.connection import DISCOVERY_SECONDS, KIND_NAMES, find_server, 
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.help_examples import examples
 from lmbridge.cli.options import ApiBase, Debug, Json, Local, ServerOptions
-from lmbridge.cli.running import Signals, UsageError, run
+from lmbridge.cli.running import Signals, UsageError, run, split_hint
 from lmbridge.cli.terminal import Terminal
 from lmbridge.client.discovery import FoundServer, discover
 from lmbridge.client.model_managers import DownloadProgress
@@ -70,7 +70,7 @@ def _show(server: FoundServer, terminal: Terminal) -> None:
     version = f" {info.version}" if info.version else ""
     terminal.line(f"{KIND_NAMES[info.kind]}{version} at {server.api_base}", "bold")
     if server.error is not None:
-        terminal.problem(str(server.error), kind="warning")
+        terminal.problem(*split_hint(server.error), kind="warning")
     elif not info.models:
         terminal.line("no models")
     else:

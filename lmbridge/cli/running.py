@@ -129,7 +129,7 @@ def run(work: Work, *, debug: bool = False) -> NoReturn:
         _report(terminal, error, str(error), error.hint, debug=debug)
     except LLMError as error:
         status = exit_status_of(error)
-        _report(terminal, error, *_split_hint(error), debug=debug)
+        _report(terminal, error, *split_hint(error), debug=debug)
     except BrokenPipeError:
         status = ExitStatus.BROKEN_PIPE
         # The interpreter flushes stdout at its end, which would fail again.
@@ -166,7 +166,7 @@ def _report(terminal: Terminal, error: BaseException, text: str, hint: str | Non
     terminal.problem(text, hint)
 
 
-def _split_hint(error: LLMError) -> tuple[str, str | None]:
+def split_hint(error: LLMError) -> tuple[str, str | None]:
     """Returns the text of an error without its hint, and the hint."""
     text = str(error)
     if error.hint and text.endswith(error.hint):

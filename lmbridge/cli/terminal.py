@@ -124,10 +124,10 @@ class Terminal:
     def problem(self, text: str, hint: str | None = None, *, kind: str = "error") -> None:
         """Writes an error or a warning to stderr: one line, and a line that says what to do."""
         style = "bold red" if kind == "error" else "bold yellow"
-        message = Text.assemble((f"{kind}: ", style), printable(text))
-        self._err.print(message, soft_wrap=True)
+        # A text may quote the output of a program, which has several lines.
+        self._err.print(Text.assemble((f"{kind}: ", style), one_line(text)), soft_wrap=True)
         if hint:
-            self._err.print(Text.assemble(("hint: ", "bold"), printable(hint)), soft_wrap=True)
+            self._err.print(Text.assemble(("hint: ", "bold"), one_line(hint)), soft_wrap=True)
         self._err.file.flush()
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -304,8 +305,30 @@ def test_options_that_contradict_each_other_are_refused(
 def test_an_unknown_option_is_a_line_and_a_hint(command: Command) -> None:
     status, _, errors = command("chat", "--nonsense")
     assert status == 2
-    assert errors.splitlines()[-1].startswith("Error: No such option: --nonsense")
-    assert "Try 'lmbridge chat --help' for help." in errors
+    first, second = errors.splitlines()
+    assert first.startswith("error: no such option: --nonsense")
+    assert second == "hint: lmbridge chat --help lists the options"
+
+
+def test_an_mcp_server_that_does_not_start_is_one_line_and_a_hint(command: Command, tmp_path: Path) -> None:
+    code = "import sys; print('first line\\nlast line', file=sys.stderr); sys.exit(3)"
+    config = tmp_path / "mcp.json"
+    config.write_text(json.dumps({"mcpServers": {"files": {"command": sys.executable, "args": ["-c", code]}}}))
+    status, _, errors = command("chat", "Hello", "--mcp", "files", "--mcp-config", str(config))
+    first, second = errors.splitlines()
+    assert status == 1
+    assert first.startswith("error: MCP servers failed: files: ")
+    assert first.endswith("first line   last line")
+    assert second.startswith("hint: ")
+
+
+def test_an_error_that_quotes_several_lines_is_one_line(command: Command, server: ThreadedServer) -> None:
+    server.answer(reply(400, {"error": {"message": "the template failed:\n  line 3\n  line 4"}}))
+    status, _, errors = command("chat", "Hello")
+    (line,) = errors.splitlines()
+    assert status == 1
+    assert line.startswith("error: ")
+    assert "the template failed:   line 3   line 4" in line
 
 
 def test_the_connection_is_lost(command: Command, server: ThreadedServer) -> None:

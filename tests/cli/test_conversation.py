@@ -168,6 +168,14 @@ async def test_a_question_without_an_answer_can_be_asked_again(
     assert "error: chat completion" in capsys.readouterr().err
 
 
+async def test_the_advice_of_an_error_is_a_hint(
+    scripted_server: ScriptedServer, keyboard: PipeInput, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted_server.script(reply(401, {"error": "no"}))
+    await converse(scripted_server, keyboard, "Hello")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("hint: ")
+
+
 async def test_a_conversation_goes_on_after_the_program_was_left(
     scripted_server: ScriptedServer, keyboard: PipeInput
 ) -> None:

@@ -48,8 +48,29 @@ def test_the_version_and_the_short_help(arguments: list[str]) -> None:
 
 
 def test_without_a_command_it_shows_the_help() -> None:
-    outcome = HELP()
-    assert "Usage: lmbridge" in outcome.output + outcome.errors
+    status, output, errors = HELP()
+    assert (status, output) == (2, "")
+    assert errors.startswith("Usage: lmbridge")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (["--nonsense"], "no such option: --nonsense", "lmbridge --help lists the commands and options"),
+        (["nonsense"], "no such command 'nonsense'", "lmbridge --help lists the commands and options"),
+        (["models", "nonsense"], "no such command 'nonsense'", "lmbridge models --help lists the commands and options"),
+        (["models", "load"], "missing argument 'MODEL'", "lmbridge models load --help lists the options"),
+        (["chat", "--max-tokens", "0"], "invalid value for '--max-tokens'", "lmbridge chat --help lists the options"),
+        (["chat", "--model"], "option '--model' requires an argument", "lmbridge chat --help lists the options"),
+        (["chat", "--\x1b[2J\n"], "no such option: --", "lmbridge chat --help lists the options"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_a_hint(arguments: list[str], error: str, hint: str) -> None:
+    status, output, errors = HELP(*arguments)
+    first, second = errors.splitlines()
+    assert (status, output, second) == (2, "", f"hint: {hint}")
+    assert first.startswith(f"error: {error}")
+    assert "\x1b" not in errors
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,13 @@ def test_no_escape_sequence_is_written_where_colours_are_not_wanted(
     assert err.getvalue() == "error: broken\nhint: mend it\n"
 
 
+def test_an_error_of_several_lines_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", err)
+    Terminal().problem("the server answered 400: no\r\nhint: fake", "do this\nor that")
+    assert err.getvalue() == "error: the server answered 400: no hint: fake\nhint: do this or that\n"
+
+
 def test_a_pipe_gets_no_styles_even_with_force_color(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
