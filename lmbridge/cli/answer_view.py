@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
-from lmbridge.cli.terminal import Terminal, json_text, one_line
+from lmbridge._printable import one_line
+from lmbridge.cli.terminal import Terminal, json_text
 
 ReasoningMode = Literal["show", "hide"]
 """Whether the reasoning of a model is shown."""

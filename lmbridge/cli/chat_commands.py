@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from lmbridge._printable import one_line
 from lmbridge.cli.conversation import Conversation
 from lmbridge.cli.running import CommandError, UsageError
-from lmbridge.cli.terminal import one_line
 from lmbridge.client.images import image_part
 from lmbridge.client.server_info import entries_named
 

@@ -13,10 +13,11 @@ from typing import Final, Literal
 
 import attrs
 
+from lmbridge._printable import one_line
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.options import ServerOptions
 from lmbridge.cli.running import CommandError, UsageError
-from lmbridge.cli.terminal import Terminal, one_line
+from lmbridge.cli.terminal import Terminal
 from lmbridge.client import LLMClient
 from lmbridge.client.auto import resolve_limits
 from lmbridge.client.discovery import DEFAULT_PORTS, FoundServer, KeylessTransport, discover

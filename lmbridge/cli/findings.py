@@ -8,7 +8,8 @@ from typing import Any, Final, Literal
 import attrs
 from rich.text import Text
 
-from lmbridge.cli.terminal import Terminal, one_line
+from lmbridge._printable import one_line
+from lmbridge.cli.terminal import Terminal
 
 FindingState = Literal["ok", "warning", "broken", "skipped"]
 """Whether something works, works with a reservation, does not work, or was not tried."""

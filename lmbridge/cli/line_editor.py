@@ -11,7 +11,7 @@ from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from lmbridge.cli.terminal import one_line
+from lmbridge._printable import one_line
 
 
 class LineEditor:

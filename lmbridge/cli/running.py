@@ -20,8 +20,9 @@ from typing import Any, Final, NoReturn
 
 import typer
 
+from lmbridge._printable import SafeFormatter
 from lmbridge.cli.exit_status import ExitStatus, exit_status_of
-from lmbridge.cli.terminal import Terminal, printable
+from lmbridge.cli.terminal import Terminal
 from lmbridge.errors import LLMError
 
 Work = Callable[["Terminal", "Signals"], Coroutine[Any, Any, ExitStatus]]
@@ -174,18 +175,11 @@ def split_hint(error: LLMError) -> tuple[str, str | None]:
     return text, error.hint
 
 
-class _SafeFormatter(logging.Formatter):
-    """Formats log records, which may quote servers, for a terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
 @contextmanager
 def _logging_to_stderr(*, debug: bool) -> Iterator[None]:
     """Writes the log of lmbridge to stderr until the block ends: warnings, or everything."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s" if debug else "%(message)s"))
+    handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s" if debug else "%(message)s"))
     library = logging.getLogger("lmbridge")
     before = library.handlers, library.propagate, library.level
     library.handlers, library.propagate = [handler], False

@@ -151,6 +151,7 @@ def mcp(
     allow_host: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Another name of this machine, with --http.")
     ] = None,
+    debug: Debug = False,
 ) -> None:
     """Offers the models to MCP hosts.
 
@@ -164,4 +165,5 @@ def mcp(
     options = [("--api-base", api_base), ("--model", model), ("--config", config), ("--eof-timeout", eof_timeout)]
     options += [("--host", host), ("--port", port), *(("--allow-host", name) for name in allow_host or ())]
     given = [text for name, value in options if value is not None for text in (name, str(value))]
-    serve_mcp([*given, *(["--http"] if http else [])])
+    switches = [name for name, is_set in (("--http", http), ("--debug", debug)) if is_set]
+    serve_mcp([*given, *switches])

@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from lmbridge.cli.terminal import json_text, one_line
+from lmbridge._printable import one_line
+from lmbridge.cli.terminal import json_text
 from lmbridge.cli.tool_options import ToolOptions
 
 if TYPE_CHECKING:

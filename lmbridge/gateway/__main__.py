@@ -10,10 +10,9 @@ import signal
 import sys
 from typing import Final
 
-from lmbridge._checks import is_usage_error
+from lmbridge._foreground import log_to_stderr, run_program
 from lmbridge._version import __version__
 from lmbridge.config import Limits
-from lmbridge.errors import LLMError
 from lmbridge.gateway.gateway import Gateway
 
 _DESCRIPTION = """\
@@ -29,17 +28,13 @@ def main(argv: list[str] | None = None) -> None:
     """Runs a gateway until a signal arrives.
 
     After an error the process ends with one line on stderr and status 1, or status 2 if the arguments make no sense.
+    A traceback is shown only with `--debug`.
     """
     options = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if options.verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    try:
-        asyncio.run(serve(_gateway(options)))
-    except LLMError as error:
-        sys.stderr.write(f"lmbridge gateway: {error}\n")
-        sys.exit(2 if is_usage_error(error) else 1)
+    level = logging.DEBUG if options.verbose else logging.WARNING
+    log_to_stderr("%(asctime)s %(levelname)s %(name)s: %(message)s", level=level, debug=options.debug)
+    if status := run_program("lmbridge gateway", _open_and_serve(options), debug=options.debug):
+        sys.exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         help="how many models each server holds at a time (default: ask it; no limit if --max-concurrency is given)",
     )
     parser.add_argument("--verbose", action="store_true", help="log every request to stderr")
+    parser.add_argument("--debug", action="store_true", help="log everything, and show tracebacks of errors")
     return parser
+
+
+async def _open_and_serve(options: argparse.Namespace) -> None:
+    await serve(_gateway(options))
 
 
 def _gateway(options: argparse.Namespace) -> Gateway:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import logging
 import os
@@ -11,9 +10,9 @@ import shlex
 import sys
 from typing import Any
 
-from lmbridge._checks import is_usage_error
+from lmbridge._foreground import log_to_stderr, run_program
 from lmbridge._tasks import run_until_signal
-from lmbridge.errors import LLMConnectionError, LLMError
+from lmbridge.errors import LLMConnectionError
 from lmbridge.local.local_server import LocalServer
 
 API_KEY_VARIABLE = "LMBRIDGE_LOCAL_API_KEY"
@@ -53,17 +52,15 @@ With lmbridge:
 def main(argv: list[str] | None = None) -> int:
     """Runs the server until SIGINT or SIGTERM, and returns the exit status.
 
-    The exit status is 0, or 1 after an error, or 2 if the arguments make no sense.
+    The exit status is 0, or 1 after an error, or 2 if the arguments make no sense. A traceback is shown only with
+    `--debug`.
     """
     options = vars(_parser().parse_args(argv))
-    logging.basicConfig(format="%(message)s")
+    debug = options.pop("debug", False)
     logging.getLogger("lmbridge").setLevel(logging.INFO)
-    try:
-        asyncio.run(run_until_signal(serve(options, os.environ.get(API_KEY_VARIABLE) or None)))
-    except (LLMError, ImportError, OSError) as error:
-        sys.stderr.write(f"lmbridge.local: {error}\n")
-        return 2 if is_usage_error(error) else 1
-    return 0
+    log_to_stderr("%(message)s", debug=debug)
+    work = serve(options, os.environ.get(API_KEY_VARIABLE) or None)
+    return run_program("lmbridge.local", run_until_signal(work), debug=debug)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, metavar="N", help="how many threads compute")
     parser.add_argument("--chat-template", metavar="PATH", help="a Jinja template that replaces the one of the model")
     parser.add_argument("--embeddings", action="store_true", help="also serve /v1/embeddings")
+    parser.add_argument("--debug", action="store_true", help="log everything, and show tracebacks of errors")
     return parser
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import math
 import os
 import shlex
@@ -15,7 +14,8 @@ import sys
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
-from lmbridge._checks import check_integer, is_usage_error
+from lmbridge._checks import check_integer
+from lmbridge._foreground import log_to_stderr, run_program
 from lmbridge._http_access import HostNames, bracketed, is_host_name
 from lmbridge._tasks import run_until_signal
 from lmbridge._version import __version__
@@ -65,38 +65,34 @@ def main(argv: list[str] | None = None) -> None:
     """Serves until the host has closed stdin and its requests have been answered, or until SIGINT or SIGTERM arrives.
 
     The process then ends with status 0. After an error it ends with one line on stderr and status 1, or status 2 if the
-    arguments make no sense.
+    arguments make no sense. A traceback is shown only with `--debug`.
     """
     parser = _argument_parser()
     options = vars(parser.parse_args(argv))
     http = {name: options.pop(name) for name in ("host", "port", "allow_host")}
     eof_timeout = options.pop("eof_timeout")
+    debug = options.pop("debug")
     if options.pop("http"):
         if eof_timeout is not None:
             parser.error("--eof-timeout does not apply with --http, because there is no stdin to be closed")
-        _run_to_end(_serve_http(**options, **{name: value for name, value in http.items() if value is not None}))
+        given = {name: value for name, value in http.items() if value is not None}
+        _run_to_end(_serve_http(**options, **given), debug=debug)
         return
-    if given := [name for name, value in http.items() if value is not None]:
-        parser.error(f"--{given[0].replace('_', '-')} needs --http")
+    if needing := [name for name, value in http.items() if value is not None]:
+        parser.error(f"--{needing[0].replace('_', '-')} needs --http")
     if sys.stdin is None or sys.stdout is None:
         sys.exit("lmbridge-mcp: stdin or stdout is closed; an MCP host should start this program with a pipe for each")
     if sys.stdin.isatty():
         # A person has started the program in a terminal, and would otherwise wait for a prompt that never comes.
         sys.stderr.write(_terminal_help())
-    _run_to_end(_serve(**options, eof_timeout=_EOF_TIMEOUT if eof_timeout is None else eof_timeout))
+    _run_to_end(_serve(**options, eof_timeout=_EOF_TIMEOUT if eof_timeout is None else eof_timeout), debug=debug)
 
 
-def _run_to_end(work: Coroutine[Any, Any, None]) -> None:
+def _run_to_end(work: Coroutine[Any, Any, None], *, debug: bool) -> None:
     # The log goes to stderr, because stdout carries only messages to the host.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    try:
-        asyncio.run(run_until_signal(work))
-    except (LLMError, ImportError, OSError) as error:
-        sys.stderr.write(f"lmbridge-mcp: {error}\n")
-        sys.exit(2 if is_usage_error(error) else 1)
-    except KeyboardInterrupt:
-        # SIGINT arrived before the signal handlers were installed.
-        sys.exit(130)
+    log_to_stderr("%(levelname)s %(name)s: %(message)s", debug=debug)
+    if status := run_program("lmbridge-mcp", run_until_signal(work), debug=debug):
+        sys.exit(status)
 
 
 def _argument_parser() -> argparse.ArgumentParser:
@@ -121,6 +117,7 @@ def _argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-host", metavar="NAME", action="append", help="another name of this machine, such as my-pc"
     )
+    parser.add_argument("--debug", action="store_true", help="log everything to stderr, and show tracebacks of errors")
     return parser
 
 

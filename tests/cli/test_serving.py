@@ -67,9 +67,11 @@ def test_a_gateway_that_everybody_could_use_is_an_error_in_one_line(served: list
 
 def test_the_options_of_the_bridge(served: list[Any]) -> None:
     RUN("mcp", "--model", "qwen3-4b", "--eof-timeout", "3")
+    RUN("mcp", "--debug")
     RUN("mcp", "--http", "--host", "::1", "--port", "0", "--allow-host", "my-pc", "--allow-host", "pc.local")
     allowed = ["--allow-host", "my-pc", "--allow-host", "pc.local"]
     assert served == [
         ["--model", "qwen3-4b", "--eof-timeout", "3.0"],
+        ["--debug"],
         ["--host", "::1", "--port", "0", *allowed, "--http"],
     ]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge.cli.terminal import Terminal, json_text, one_line, printable
+from lmbridge._printable import one_line, printable
+from lmbridge.cli.terminal import Terminal, json_text
 
 TEXTS = st.text(st.characters(categories=["Cc", "Cf", "Cs", "L", "Zs", "P"]) | st.sampled_from("\x1b\r\n\t\x9b\u202e"))
 

@@ -388,3 +388,15 @@ async def test_a_client_that_leaves_while_it_is_written_to_is_no_error_in_the_lo
     writer.close()
     await server.close()
     assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_an_unexpected_error_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: Any, **__: Any) -> Gateway:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    monkeypatch.setattr("lmbridge.gateway.__main__.Gateway", fail)
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main([])
+    hint = "run it again with --debug for the traceback"
+    assert capsys.readouterr().err == f"lmbridge gateway: unexpected ZeroDivisionError: a bug; {hint}\n"

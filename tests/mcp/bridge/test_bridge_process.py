@@ -370,6 +370,31 @@ async def test_an_error_at_the_start_is_one_line(
     assert len(errors.splitlines()) == 1
 
 
+BROKEN_BRIDGE = """
+import sys
+from lmbridge.mcp import __main__
+
+def check_sdk():
+    raise ZeroDivisionError("a bug\\n\\x1b[2J")
+
+__main__._check_sdk = check_sdk
+__main__.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [(), ("--http", "--port", "0")])
+async def test_a_traceback_is_shown_only_with_debug(start: StartBridge, arguments: tuple[str, ...]) -> None:
+    status, errors, _ = await (await start("-c", BROKEN_BRIDGE, *arguments, initialise=False)).end()
+    what = "lmbridge-mcp: unexpected ZeroDivisionError: a bug ␛[2J"
+    assert (status, errors) == (1, f"{what}; run it again with --debug for the traceback\n")
+    status, errors, _ = await (await start("-c", BROKEN_BRIDGE, *arguments, "--debug", initialise=False)).end()
+    assert status == 1
+    assert "Traceback" in errors
+    assert "\x1b" not in errors
+    assert errors.endswith(f"{what}\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", ["<&-", ">&-"])
 async def test_without_stdin_or_stdout_the_process_ends_with_one_line(start: StartBridge, closed: str) -> None:
