@@ -60,13 +60,23 @@ class StreamedAnswer:
         if isinstance(tokens := usage.get("completion_tokens"), int):
             parts.append(f"{tokens} token{'' if tokens == 1 else 's'}")
         if (speed := self.tokens_per_second) is not None:
-            parts.append(f"{speed:.1f} tokens/s")
+            parts.append(describe_speed(speed))
         if self.first_token_seconds is not None:
             parts.append(f"first after {self.first_token_seconds:.2f} s")
         if isinstance(used := usage.get("total_tokens"), int):
-            of = f" of {context_length} ({100 * used / context_length:.0f}%)" if context_length else ""
-            parts.append(f"context {used}{of}")
+            parts.append(describe_context(used, context_length))
         return " · ".join(parts)
+
+
+def describe_speed(tokens_per_second: float) -> str:
+    """Returns how fast a model writes, for a line about an answer."""
+    return f"{tokens_per_second:.1f} tokens/s"
+
+
+def describe_context(used: int, length: int | None) -> str:
+    """Returns how many tokens of the context are in use, and of how many, if that is known."""
+    of = f" of {length} ({100 * used / length:.0f}%)" if length else ""
+    return f"context {used}{of}"
 
 
 async def stream_answer(

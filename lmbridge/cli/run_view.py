@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
+from time import monotonic
 from typing import Any, Final
 
 from lmbridge.agent.events import (
@@ -20,6 +20,7 @@ from lmbridge.agent.events import (
 )
 from lmbridge.agent.result import CompactionStep, Round, RunResult
 from lmbridge.cli.answer_view import AnswerView
+from lmbridge.cli.answering import describe_context, describe_speed
 from lmbridge.cli.queue_times import QueueTimes
 from lmbridge.client.progress import ModelLoading, PromptProgress
 
@@ -34,7 +35,10 @@ _COMPACTIONS: Final = {
 
 
 async def show_events(
-    events: AsyncIterator[RunEvent], view: AnswerView, queue: QueueTimes | None = None
+    events: AsyncIterator[RunEvent],
+    view: AnswerView,
+    queue: QueueTimes | None = None,
+    meter: RoundMeter | None = None,
 ) -> RunResult[Any]:
     """Shows the events of a run until its end, and returns the result.
 
@@ -42,11 +46,12 @@ async def show_events(
         events: The events.
         view: Where they are shown.
         queue: How long the requests of each round waited, if that is shown.
+        meter: Measures the rounds. The caller passes one to know afterwards what it has measured.
 
     Raises:
         LLMError: The run failed.
     """
-    meter = RoundMeter()
+    meter = meter or RoundMeter()
     async for event in events:
         meter.see(event)
         if isinstance(event, RunFinished):
@@ -63,15 +68,41 @@ class RoundMeter:
 
     def __init__(self) -> None:
         self._started = self._first = self._last = 0.0
+        self._ended: Round | None = None
+        self._ended_speed: float | None = None
 
     def see(self, event: RunEvent) -> None:
         """Records when an event has arrived."""
-        now = time.monotonic()
+        now = monotonic()
         if isinstance(event, RoundStarted):
             self._started, self._first, self._last = now, 0.0, 0.0
         elif isinstance(event, TextDelta | ReasoningDelta):
             self._first = self._first or now
             self._last = now
+        elif isinstance(event, RoundFinished):
+            self._ended, self._ended_speed = event.round, self._tokens_per_second(event.round)
+
+    def _tokens_per_second(self, ended: Round) -> float | None:
+        tokens = ended.usage["completion_tokens"] if ended.usage else 0
+        if tokens < 2 or self._last <= self._first:
+            return None
+        # The time is measured from the first token on, so the first token does not count.
+        return (tokens - 1) / (self._last - self._first)
+
+    def describe_last(self, context_length: int | None) -> list[str]:
+        """Returns what is known about the last round that has ended: its speed, and how full the context is.
+
+        Args:
+            context_length: The tokens that fit into the context, if that is known.
+        """
+        parts = [] if self._ended_speed is None else [describe_speed(self._ended_speed)]
+        if self._ended is not None and self._ended.usage:
+            parts.append(
+                describe_context(
+                    self._ended.usage["prompt_tokens"] + self._ended.usage["completion_tokens"], context_length
+                )
+            )
+        return parts
 
     def describe(self, ended: Round, queue_seconds: float = 0.0) -> str:
         """Returns one line about a round that has ended.
@@ -86,12 +117,12 @@ class RoundMeter:
         tokens = ended.usage["completion_tokens"] if ended.usage else 0
         if tokens:
             parts.append(f"{tokens} tokens")
-        if tokens > 1 and self._last > self._first:
-            parts.append(f"{(tokens - 1) / (self._last - self._first):.1f} tokens/s")
+        if (speed := self._tokens_per_second(ended)) is not None:
+            parts.append(describe_speed(speed))
         if self._first:
             parts.append(f"first after {self._first - self._started:.2f} s")
         if ended.usage:
-            parts.append(f"context {ended.usage['prompt_tokens'] + tokens}")
+            parts.append(describe_context(ended.usage["prompt_tokens"] + tokens, None))
         return " · ".join([*parts, f"{ended.seconds:.1f} s"])
 
 

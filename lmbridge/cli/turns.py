@@ -15,6 +15,7 @@ from lmbridge.cli.tool_access import ToolAccess
 if TYPE_CHECKING:
     from lmbridge.agent.result import RunResult
     from lmbridge.agent.runs import RunStream
+    from lmbridge.cli.run_view import RoundMeter
 
 _CUT_HINT = "raise --max-tokens, or load the model with a longer context"
 
@@ -29,6 +30,7 @@ class ChatTurn:
     def __init__(self, messages: Sequence[Mapping[str, Any]]) -> None:
         self._asked = [dict(each) for each in messages]
         self._stream: RunStream | None = None
+        self._meter: RoundMeter | None = None
         self._result: RunResult | None = None
         self.answer: StreamedAnswer = StreamedAnswer()
         """The answer, or the part of it that has arrived, if the turn has no tools."""
@@ -52,13 +54,14 @@ class ChatTurn:
             return
         # Agents take a while to import, and most answers need no tools.
         from lmbridge.agent.agent import Agent  # noqa: PLC0415 - see above
-        from lmbridge.cli.run_view import show_events  # noqa: PLC0415 - see above
+        from lmbridge.cli.run_view import RoundMeter, show_events  # noqa: PLC0415 - see above
 
+        self._meter = RoundMeter()
         agent = Agent(connection.client, open_tools=tools.open_tools, approve=tools.approve, **params)
         *past, question = self._asked
         async with agent.stream(question["content"], messages=past) as stream:
             self._stream = stream
-            self._result = await show_events(stream, view)
+            self._result = await show_events(stream, view, meter=self._meter)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -74,12 +77,18 @@ class ChatTurn:
         return messages
 
     def status_line(self, context_length: int | None) -> str:
-        """Returns what is known about the answer: its tokens, its speed, and how full the context is."""
-        if self._result is None:
+        """Returns what is known about the answer: its tokens, its speed, and how full the context is.
+
+        With tools, the speed and the context are those of the last round that has ended.
+        """
+        if self._meter is None:
             return self.answer.status(context_length)
-        usage = self._result.usage
-        rounds = self._result.rounds
-        return f"{usage['completion_tokens']} tokens in {rounds} round{'' if rounds == 1 else 's'}"
+        parts = self._meter.describe_last(context_length)
+        if self._result is not None:
+            rounds = self._result.rounds
+            tokens = self._result.usage["completion_tokens"]
+            parts.insert(0, f"{tokens} tokens in {rounds} round{'' if rounds == 1 else 's'}")
+        return " · ".join(parts)
 
     def exit_status(self, terminal: Terminal) -> ExitStatus:
         """Returns the exit status for the turn, after a warning if the answer is not complete."""

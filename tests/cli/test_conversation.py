@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from lmbridge.cli.answer_view import AnswerView
 from lmbridge.cli.chat_commands import COMMANDS
 from lmbridge.cli.chat_options import ChatOptions
 from lmbridge.cli.connection import connect_to_server
@@ -24,9 +27,12 @@ from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.options import ServerOptions
 from lmbridge.cli.running import Signals
 from lmbridge.cli.terminal import Terminal
+from lmbridge.cli.tool_access import ToolAccess
 from lmbridge.cli.tool_options import ToolOptions
+from lmbridge.cli.turns import ChatTurn
 from lmbridge.testing import ScriptedServer, answer, reply, stall
 from lmbridge.testing.completions import completion_chunk
+from tests.cli.test_agent_run import FakeHub, calling
 from tests.cli.test_chat import PNG
 
 LEAVE = "\x04"
@@ -287,3 +293,24 @@ async def test_the_tools_of_the_configuration_are_listed(
     assert rows.count(["*", "time"]) == 1
     assert rows.count(["files"]) == 3
     assert "error: there is no MCP server 'nothing' in the configuration" in notices
+
+
+async def test_the_status_line_of_a_turn_with_tools_has_its_speed_and_the_context(
+    scripted_server: ScriptedServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmbridge.mcp.servers.hub.McpHub", FakeHub)
+    # Time passes whenever it is asked for.
+    monkeypatch.setattr("lmbridge.cli.run_view.monotonic", count().__next__)
+    scripted_server.script(calling("list_files"), answer("There is one."))
+    options = chat_options(scripted_server, tools=ToolOptions(names=["files"]))
+    turn = ChatTurn([user("Which files are there?")])
+    terminal = Terminal()
+    async with (
+        connect_to_server(options.server, terminal) as connection,
+        ToolAccess(options.tools, None) as tools,
+    ):
+        with AnswerView(terminal) as view:
+            await turn.take(connection, view, {}, tools)
+    assert capsys.readouterr().out == "There is one.\n"
+    line = turn.status_line(200)
+    assert re.fullmatch(r"\d+ tokens in 2 rounds · \d+\.\d tokens/s · context \d+ of 200 \(\d+%\)", line), line

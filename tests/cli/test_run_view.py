@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 
+import attrs
 import pytest
 
 from lmbridge import (
@@ -26,10 +27,11 @@ from lmbridge.cli.agent_run import RunView, show_run
 from lmbridge.cli.answer_view import AnswerView
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.queue_times import QueueTimes
-from lmbridge.cli.run_view import show_events
+from lmbridge.cli.run_view import RoundMeter, show_events
 from lmbridge.cli.terminal import Terminal
 from lmbridge.observe import RequestAdmitted, RequestEnded, RequestQueued, RoundBegun
 from lmbridge.testing import answer
+from lmbridge.types import RunUsage
 from tests.cli.support import Command
 from tests.threaded_server import ThreadedServer
 
@@ -96,6 +98,22 @@ def finished(number: int) -> RoundFinished:
         seconds=2.0,
     )
     return RoundFinished(ended)
+
+
+def test_the_status_line_has_the_speed_and_the_context_of_the_last_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second passes between two events.
+    monkeypatch.setattr("lmbridge.cli.run_view.monotonic", count().__next__)
+    meter = RoundMeter()
+    assert meter.describe_last(1000) == []
+    usage: RunUsage = {"prompt_tokens": 100, "completion_tokens": 11, "total_tokens": 111, "cached": 0}
+    ended = attrs.evolve(finished(1).round, usage=usage)
+    for event in (RoundStarted(1, "m"), TextDelta("H"), TextDelta("i"), RoundFinished(ended)):
+        meter.see(event)
+    assert meter.describe_last(1000) == ["10.0 tokens/s", "context 111 of 1000 (11%)"]
+    # The next round has not ended.
+    meter.see(RoundStarted(2, "m"))
+    meter.see(TextDelta("H"))
+    assert meter.describe_last(None) == ["10.0 tokens/s", "context 111"]
 
 
 # Progress before the answer
