@@ -73,7 +73,7 @@ def doctor(
 
 def _no_server(error: CommandError | LLMError) -> Finding:
     text = error.message if isinstance(error, LLMError) else str(error)
-    return Finding("server", "broken", text, error.hint)
+    return Finding.of_error("server", text, error.hint)
 
 
 class Examination:
@@ -132,7 +132,7 @@ class Examination:
                 async with asyncio.timeout(self._seconds):
                     finding = await check(connection)
             except LLMError as error:
-                finding = Finding(name, "broken", error.message, error.hint)
+                finding = Finding.of_error(name, error.message, error.hint)
             except TimeoutError:
                 text = f"it did not end within {self._seconds:g} s"
                 finding = Finding(name, "broken", text, "try again when the server is idle, or raise --timeout")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import attrs
 from rich.text import Text
@@ -22,9 +22,18 @@ _MARKS: Final[dict[FindingState, tuple[str, str]]] = {
 }
 
 
+_ERROR_FIX: Final = "look at the log of the server; lmbridge doctor --debug shows each request and its answer"
+"""What to do about an error that has no hint."""
+
+
+def _check_fix(finding: Finding, _attribute: attrs.Attribute[str | None], fix: str | None) -> None:
+    if finding.state in ("warning", "broken") and not fix:
+        raise ValueError(f"the finding about {finding.check!r} needs a fix")
+
+
 @attrs.frozen
 class Finding:
-    """The outcome of one check."""
+    """The outcome of one check. A warning, and what is broken, always come with a fix."""
 
     check: str
     """What was checked, in one or two words."""
@@ -32,8 +41,20 @@ class Finding:
     """The result of the check."""
     text: str
     """A description of the result."""
-    fix: str | None = None
+    fix: str | None = attrs.field(default=None, validator=_check_fix)
     """What to do about it; None if there is nothing to do."""
+
+    @classmethod
+    def of_error(cls, check: str, text: str, hint: str | None, default: str = _ERROR_FIX) -> Self:
+        """Returns the finding that an error has shown something to be broken.
+
+        Args:
+            check: What was checked.
+            text: The text of the error, without its hint.
+            hint: The hint of the error, if it has one.
+            default: What to do if the error has no hint.
+        """
+        return cls(check, "broken", text, hint or default)
 
 
 def show_findings(findings: Sequence[Finding], terminal: Terminal) -> None:

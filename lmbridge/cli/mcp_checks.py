@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from lmbridge._tasks import settle
 from lmbridge.cli.findings import Finding
@@ -12,6 +12,9 @@ from lmbridge.errors import MCPError, MultiMCPError
 
 if TYPE_CHECKING:
     from lmbridge.mcp.servers.hub import McpHub
+
+_CONFIGURATION_FIX: Final = "correct the configuration file, or name another one with --mcp-config"
+_SERVER_FIX: Final = 'correct its entry in the configuration, or switch it off there with "disabled": true'
 
 
 async def check_mcp_servers(options: ToolOptions) -> list[Finding]:
@@ -33,7 +36,7 @@ async def check_mcp_servers(options: ToolOptions) -> list[Finding]:
             return [Finding("MCP servers", "skipped", f"none is configured{where}")]
         return [await _check_server(hub, name) for name in names]
     except MCPError as error:
-        return [Finding("MCP servers", "broken", error.message, error.hint)]
+        return [Finding.of_error("MCP servers", error.message, error.hint, _CONFIGURATION_FIX)]
     finally:
         await hub.close()
 
@@ -43,8 +46,8 @@ async def _check_server(hub: McpHub, name: str) -> Finding:
         lease = await hub.tools([name])
     except MultiMCPError as failed:
         error = failed.errors[name]
-        hint = error.hint if isinstance(error, MCPError) else None
-        return Finding(f"MCP: {name}", "broken", error.message if isinstance(error, MCPError) else str(error), hint)
+        text, hint = (error.message, error.hint) if isinstance(error, MCPError) else (str(error), None)
+        return Finding.of_error(f"MCP: {name}", text, hint, _SERVER_FIX)
     try:
         tools = await lease.list_tools()
     finally:

@@ -34,7 +34,7 @@ _JITTER_SECONDS: Final = 1.0
 """The seconds by which two short answers may differ for other reasons."""
 _READ_TOKENS: Final = 5
 """The tokens that are read before a stream is left, to measure how fast the model writes."""
-
+_SWITCH_FIX: Final = 'let lmbridge schedule the requests: limits="auto", or `lmbridge gateway` for all programs'
 
 _now: Final = time.monotonic
 
@@ -166,7 +166,8 @@ async def check_truncation(connection: ServerConnection) -> Finding:
         fix = "find out how long the context is: prompts that do not fit may be cut off without an error"
         return Finding("long prompts", "skipped", "the server does not report its context length", fix)
     if context > _LONGEST_PROBE:
-        return Finding("long prompts", "skipped", f"the context of {context} tokens would take too long to fill")
+        fix = f"keep prompts shorter than the context, or try it with one of at most {_LONGEST_PROBE} tokens"
+        return Finding("long prompts", "skipped", f"the context of {context} tokens would take too long to fill", fix)
     # Each of the words is at least one token.
     prompt = " ".join(f"word{number}" for number in range(context))
     try:
@@ -206,10 +207,10 @@ async def check_model_switch(connection: ServerConnection) -> Finding:
         finally:
             await end_task(request)
     if killed is not None:
-        fix = 'let lmbridge schedule the requests: limits="auto", or `lmbridge gateway` for all programs'
-        return Finding("model switch", "warning", f"it killed the generation: {killed.message}", fix)
+        return Finding("model switch", "warning", f"it killed the generation: {killed.message}", _SWITCH_FIX)
     if (failure := request.exception()) is not None:
-        return Finding("model switch", "warning", f"{other.id} could not answer meanwhile: {failure}")
+        reason = failure.message if isinstance(failure, LLMError) else failure
+        return Finding("model switch", "warning", f"{other.id} could not answer meanwhile: {reason}", _SWITCH_FIX)
     return Finding("model switch", "ok", f"{other.id} answered, and the generation of {connection.model} went on")
 
 

@@ -15,7 +15,7 @@ import pytest_asyncio
 from lmbridge import LLMClient, LLMConnectionError, ModelInfo, ServerInfo
 from lmbridge.cli import doctor, security_checks, server_checks
 from lmbridge.cli.connection import ServerConnection
-from lmbridge.cli.findings import Finding, any_broken
+from lmbridge.cli.findings import Finding, FindingState, any_broken
 from lmbridge.cli.mcp_checks import check_mcp_servers
 from lmbridge.cli.security_checks import check_network, check_websites
 from lmbridge.cli.server_checks import (
@@ -169,7 +169,8 @@ async def test_a_context_of_unknown_or_great_length_is_not_filled(
     scripted_server: ScriptedServer, connection: ServerConnection, context: int | None
 ) -> None:
     model = ModelInfo(id="a", loaded=True, context_length=context)
-    assert (await check_truncation(connection_to(connection.client, model))).state == "skipped"
+    finding = await check_truncation(connection_to(connection.client, model))
+    assert (finding.state, bool(finding.fix)) == ("skipped", True)
     assert scripted_server.requests == []
 
 
@@ -186,6 +187,21 @@ async def test_a_server_that_holds_both_models_is_fine(
 ) -> None:
     assert (await check_model_switch(connection_to(connection.client, A, B))).state == "ok"
     assert (await check_model_switch(connection)).state == "skipped"
+
+
+async def test_a_model_that_cannot_answer_beside_the_other_is_a_warning(
+    scripted_server: ScriptedServer, connection: ServerConnection
+) -> None:
+    async def refuse_the_other(exchange: Exchange) -> None:
+        behave = reply(400, {"error": "no room for it"}) if exchange.request.json["model"] == "b" else LONG_ANSWER
+        await behave(exchange)
+
+    scripted_server.default = refuse_the_other
+    finding = await check_model_switch(connection_to(connection.client, A, B))
+    assert finding.state == "warning"
+    assert finding.text.startswith("b could not answer meanwhile: ")
+    assert "no room for it" in finding.text
+    assert "lmbridge gateway" in str(finding.fix)
 
 
 async def test_cancelling_the_check_leaves_no_request_behind(scripted_server: ScriptedServer) -> None:
@@ -367,6 +383,23 @@ async def test_a_check_that_does_not_end_is_broken(connection: ServerConnection)
     await examination._run("hanging", hang, connection)
     assert examination.findings[0].text == "it did not end within 0.01 s"
     assert any_broken(examination.findings)
+
+
+@pytest.mark.parametrize("state", ["warning", "broken"])
+def test_a_finding_without_a_fix_is_refused(state: FindingState) -> None:
+    with pytest.raises(ValueError, match="needs a fix"):
+        Finding("streaming", state, "it does not work")
+
+
+async def test_an_error_without_a_hint_has_a_fix_all_the_same(connection: ServerConnection) -> None:
+    async def fail(_connection: ServerConnection) -> Finding:
+        raise LLMConnectionError("it broke")
+
+    examination = doctor.Examination(Terminal(), seconds=10)
+    await examination._run("failing", fail, connection)
+    (finding,) = examination.findings
+    assert (finding.state, finding.text) == ("broken", "it broke")
+    assert "lmbridge doctor --debug" in str(finding.fix)
 
 
 @pytest.mark.parametrize(("try_switch", "tried"), [(None, False), (False, False), (True, True)])
