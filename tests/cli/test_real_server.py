@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from lmbridge import LocalServer
+from tests.cli.test_real_terminal import Screen
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -37,6 +39,26 @@ def test_the_shortest_way_to_an_answer() -> None:
     done = lmbridge("chat", "--local", "-t", "0", "What is the capital of France?")
     assert (done.returncode, done.stderr) == (0, "")
     assert "Paris" in done.stdout
+
+
+def test_a_conversation_in_a_terminal_shows_answers_as_they_arrive_and_survives_ctrl_c(tmp_path: Path) -> None:
+    arguments = ["chat", "--local", "--no-log", "-t", "0", "--max-tokens", "400"]
+    screen = Screen(arguments, {"LMBRIDGE_DATA_HOME": str(tmp_path)})
+    try:
+        screen.shows("\n>")
+        screen.type("Write a long story about a fox.\r")
+        begun = screen.shows("Once upon a time")
+        screen.wait_for(lambda text: len(text) > len(begun) + 100)
+        screen.type("\x03")
+        screen.shows("[stopped]")
+        # The embedded server goes on to answer in the same conversation.
+        screen.type("What is the capital of France?\r")
+        # Only an answer that is complete has a speed.
+        screen.wait_for(lambda text: " tokens/s" in text.rpartition("the capital of France?")[2])
+        screen.type("\x04")
+        assert screen.wait_end() == 0
+    finally:
+        screen.program.close(force=True)
 
 
 @pytest.mark.asyncio(loop_scope="module")
