@@ -80,7 +80,8 @@ def _show(server: FoundServer, terminal: Terminal) -> None:
 
 def _row(model: ModelInfo) -> tuple[str, ...]:
     state = model.status or {True: "loaded", False: "", None: "?"}[model.loaded]
-    kind = "embedding" if model.embeds else "vision" if model.vision else ""
+    kinds = {"embedding": model.embeds, "vision": model.vision, "tools": model.tools}
+    kind = ", ".join(name for name, applies in kinds.items() if applies)
     return model.id, state, str(model.context_length or ""), str(model.slots or ""), _size(model.size_bytes), kind
 
 

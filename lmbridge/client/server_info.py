@@ -11,7 +11,8 @@ answers 200 to any path.
   `meta.size`.
 - Ollama: the namespace of the model, usually "library"; `/api/version`, `/api/ps` with the loaded models and their
   context lengths, and `/api/tags` with the sizes of the files (the `size` in `/api/ps` is the size in memory). If the
-  client's own model is not loaded, `/api/show` has the `num_ctx` of its Modelfile (https://docs.ollama.com/api).
+  client's own model is not loaded, `/api/show` has the `num_ctx` of its Modelfile, and its `capabilities`
+  (https://docs.ollama.com/api).
 - vLLM: "vllm", with `max_model_len` (vllm/entrypoints/openai/serving_models.py); `/version`.
 """
 
@@ -54,7 +55,11 @@ class ModelInfo:
     embeds: bool = False
     """Whether the model makes embeddings instead of text."""
     vision: bool | None = None
-    """Whether the model can see images. LM Studio and llama.cpp report it."""
+    """Whether the model can see images. LM Studio and llama.cpp report it, and Ollama does for the client's own model
+    while that is not loaded."""
+    tools: bool | None = None
+    """Whether the model was made to call tools. LM Studio reports it, and Ollama does for the client's own model while
+    that is not loaded. Other models may call tools as well, but less reliably."""
     status: str | None = None
     """What a llama.cpp router reports about the model: "loaded", "unloaded", "loading", "sleeping" (the next request
     loads it again) or "downloading". None for other servers."""
@@ -111,7 +116,7 @@ async def describe(server: ServerApi, model: str | None) -> ServerInfo:
     else:
         info = ServerInfo(kind="unknown", models=_models_from(entries))
     if info.kind == "ollama" and model is not None:
-        info = await _with_num_ctx(server, info, model)
+        info = await _with_shown(server, info, model)
     return _summarized(info, model)
 
 
@@ -175,20 +180,25 @@ async def _probe_lmstudio(server: ServerApi, entries: Sequence[_Entry]) -> Serve
 def _lmstudio_instances(models: Iterable[LMStudioModel]) -> Iterator[ModelInfo]:
     for model in models:
         embeds = model.get("type") == "embedding"
-        vision = _as_flag(_as_mapping(model.get("capabilities")).get("vision"))
-        size = _as_count(model.get("size_bytes"))
+        capabilities = _as_mapping(model.get("capabilities"))
+        unloaded = ModelInfo(
+            id=model["key"],
+            loaded=False,
+            embeds=embeds,
+            vision=_as_flag(capabilities.get("vision")),
+            tools=_as_flag(capabilities.get("trained_for_tool_use")),
+            size_bytes=_as_count(model.get("size_bytes")),
+        )
         if not model["loaded_instances"]:
-            yield ModelInfo(id=model["key"], loaded=False, embeds=embeds, vision=vision, size_bytes=size)
+            yield unloaded
         for instance in model["loaded_instances"]:
             config = _as_mapping(_as_mapping(instance).get("config"))
-            yield ModelInfo(
+            yield attrs.evolve(
+                unloaded,
                 id=_string_or_none(_as_mapping(instance).get("id")) or model["key"],
                 loaded=True,
                 context_length=_as_count(config.get("context_length")),
                 slots=_as_count(config.get("parallel")),
-                embeds=embeds,
-                vision=vision,
-                size_bytes=size,
             )
 
 
@@ -265,8 +275,8 @@ def _by_name(listed: _Entry) -> dict[str, _Entry] | None:
     return {_with_tag(each["name"]): each for each in models if _string_or_none(_as_mapping(each).get("name"))}
 
 
-async def _with_num_ctx(server: ServerApi, info: ServerInfo, model: str) -> ServerInfo:
-    """Adds the context length with which Ollama will load a model that is not loaded, if its Modelfile sets it."""
+async def _with_shown(server: ServerApi, info: ServerInfo, model: str) -> ServerInfo:
+    """Adds what Ollama shows of a model that is not loaded: its capabilities, and the context of its Modelfile."""
     named = entries_named(info.models, model)
     if not named or any(each.context_length is not None for each in named):
         return info
@@ -274,17 +284,20 @@ async def _with_num_ctx(server: ServerApi, info: ServerInfo, model: str) -> Serv
     request.timeouts = server.probe_timeouts()
     reply = await server.request(request)
     try:
-        parameters = server.json_object(reply).get("parameters")
+        shown = server.json_object(reply)
     except LLMError as error:
         if is_damaged(reply):
             raise
         logger.debug("the server does not show %r: %s", model, error)
         return info
-    found = _NUM_CTX.search(parameters) if isinstance(parameters, str) else None
-    if found is None:
-        return info
-    length = int(found[1])
-    models = (attrs.evolve(each, context_length=length) if each in named else each for each in info.models)
+    known: dict[str, Any] = {}
+    parameters, capabilities = shown.get("parameters"), shown.get("capabilities")
+    if isinstance(parameters, str) and (found := _NUM_CTX.search(parameters)):
+        # Ollama loads the model with this context length.
+        known["context_length"] = int(found[1])
+    if isinstance(capabilities, list):
+        known.update(vision="vision" in capabilities, tools="tools" in capabilities)
+    models = (attrs.evolve(each, **known) if each in named else each for each in info.models)
     return attrs.evolve(info, models=tuple(models))
 
 

@@ -18,7 +18,7 @@ LM_STUDIO = {
             "type": "llm",
             "key": "qwen/qwen3-4b",
             "loaded_instances": [{"id": "qwen/qwen3-4b", "config": {"context_length": 8192, "parallel": 4}}],
-            "capabilities": {"vision": True},
+            "capabilities": {"vision": True, "trained_for_tool_use": True},
             "size_bytes": 2_497_281_120,
         },
         {"type": "embedding", "key": "nomic", "loaded_instances": [], "size_bytes": 84_106_624},
@@ -40,7 +40,7 @@ def test_the_models_of_the_server_are_listed(command: Command, lm_studio: Thread
     assert " ".join(title) == f"LM Studio at {lm_studio.api_base}"
     assert rows == [
         ["model", "state", "context", "slots", "size", "kind"],
-        ["qwen/qwen3-4b", "loaded", "8192", "4", "2.5", "GB", "vision"],
+        ["qwen/qwen3-4b", "loaded", "8192", "4", "2.5", "GB", "vision,", "tools"],
         ["nomic", "84", "MB", "embedding"],
         ["unsized"],
     ]
@@ -54,6 +54,7 @@ def test_the_list_as_json(command: Command, lm_studio: ThreadedServer) -> None:
         ("nomic", False, 84_106_624),
         ("unsized", False, None),
     ]
+    assert [(each["vision"], each["tools"]) for each in server["models"]] == [(True, True), (None, None), (None, None)]
 
 
 def test_without_an_address_all_servers_on_the_machine_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:

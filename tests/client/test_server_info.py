@@ -240,6 +240,21 @@ async def test_lm_studio_reports_context_and_slots_of_its_loaded_instances(
     assert requested_paths(scripted_server) == ["/v1/models", "/api/v1/models"]
 
 
+async def test_lm_studio_reports_what_its_models_were_made_for(scripted_server: ScriptedServer) -> None:
+    listed = lmstudio_models(
+        {
+            "key": "qwen3-4b",
+            "loaded_instances": [instance("qwen3-4b", 8192)],
+            "capabilities": {"vision": False, "trained_for_tool_use": True},
+        },
+        {"key": "gemma-3", "capabilities": {"vision": True, "trained_for_tool_use": False}},
+        {"key": "odd", "capabilities": {"trained_for_tool_use": "maybe"}},
+    )
+    result = await info(scripted_server, models=LMSTUDIO_LIST, v1=listed)
+    found = [(each.id, each.vision, each.tools) for each in result.models]
+    assert found == [("qwen3-4b", False, True), ("gemma-3", True, False), ("odd", None, None)]
+
+
 async def test_lm_studio_without_models_is_recognized(scripted_server: ScriptedServer) -> None:
     result = await info(scripted_server, models=models_list(), v1=lmstudio_models())
     assert result == ServerInfo(kind="lmstudio")
@@ -383,6 +398,29 @@ async def test_vllm_reports_its_version_and_the_context_of_its_model(scripted_se
         context_length=40960,
     )
     assert requested_paths(scripted_server) == ["/v1/models", "/version"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "context", "vision", "tools"),
+    [
+        ({"capabilities": ["completion", "tools"], "parameters": "num_ctx 4096"}, 4096, False, True),
+        ({"capabilities": ["completion", "vision"]}, None, True, False),
+        ({"parameters": "num_ctx 4096"}, 4096, None, None),
+        ({"capabilities": "tools"}, None, None, None),
+    ],
+)
+async def test_ollama_shows_the_capabilities_of_the_own_model_while_it_is_not_loaded(
+    scripted_server: ScriptedServer,
+    shown: dict[str, Any],
+    context: int | None,
+    vision: bool | None,
+    tools: bool | None,
+) -> None:
+    scripted_server.on_path("/api/show", reply(200, shown))
+    result = await info(scripted_server, "qwen3:8b", models=TAGS, ollama={"version": "0.12.6"}, ps=RUNNING)
+    models = {each.id: (each.context_length, each.vision, each.tools) for each in result.models}
+    assert models["qwen3:8b"] == (context, vision, tools)
+    assert models["llama3.2:latest"] == (8192, None, None)
 
 
 # Replies that are damaged
