@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from lmbridge import FoundServer, LLMAuthenticationError, ModelInfo, ServerInfo
 from lmbridge.cli import models
-from lmbridge.testing import reply
+from lmbridge.cli.terminal import Terminal
+from lmbridge.testing import Exchange, reply
 from tests.cli.support import Command
+from tests.client.test_model_management import SUCCESS, Router, loading
 from tests.threaded_server import ThreadedServer
 
 LM_STUDIO = {
@@ -55,6 +61,50 @@ def test_the_list_as_json(command: Command, lm_studio: ThreadedServer) -> None:
         ("unsized", False, None),
     ]
     assert [(each["vision"], each["tools"]) for each in server["models"]] == [(True, True), (None, None), (None, None)]
+
+
+def test_a_router_says_what_each_model_is_doing(command: Command, server: ThreadedServer) -> None:
+    router = Router(server.scripted)
+    router.statuses = {each: {"value": each} for each in ("loaded", "loading", "sleeping", "downloading", "unloaded")}
+    status, output, _ = command("models")
+    rows = [line.split() for line in output.splitlines()[2:] if line]
+    assert status == 0
+    assert [row[1] for row in rows] == list(router.statuses)
+    (described,) = json.loads(command("models", "--json").output)
+    assert [(each["status"], each["loaded"]) for each in described["models"]] == [
+        ("loaded", True),
+        ("loading", False),
+        ("sleeping", True),
+        ("downloading", False),
+        ("unloaded", False),
+    ]
+
+
+def test_a_load_shows_how_far_it_is(command: Command, server: ThreadedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    is_half_done = threading.Event()
+
+    def show(text: str) -> None:
+        shown.append(text)
+        if "50%" in text:
+            is_half_done.set()
+
+    @contextmanager
+    def waiting(_terminal: Terminal, text: str) -> Iterator[Callable[[str], None]]:
+        show(text)
+        yield show
+
+    async def load(exchange: Exchange) -> None:
+        assert await asyncio.to_thread(is_half_done.wait, 20)
+        router.statuses["small"] = {"value": "loaded"}
+        await reply(200, SUCCESS)(exchange)
+
+    monkeypatch.setattr(Terminal, "waiting", waiting)
+    router = Router(server.scripted)
+    router.events = [loading(0.5)]
+    server.scripted.on_path("/models/load", load)
+    assert command("models", "load", "small") == (0, "loaded small\n", "")
+    assert shown == ["loading small ...", "loading small ...", "loading small: 50%"]
 
 
 def test_without_an_address_all_servers_on_the_machine_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
