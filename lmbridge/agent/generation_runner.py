@@ -131,6 +131,8 @@ class GenerationRunner:
         self._check_complete(reply)
         if self._output is not None and reply.is_only_reasoning and not reply.calls:
             reply.text = answer_in_reasoning(reply.reasoning)
+        if self._context.is_unknown:
+            self._context.learn_context_length(await self._source.context_length_after_reply(record.model))
         self._count_tokens(reply, prompt_size)
         lost = self._cache_watch.compare(messages, params.get("tools"), reply.usage)
         if lost is not None and self._channel.has_listener:

@@ -15,7 +15,7 @@ from lmbridge._checks import hint_for, is_blocking
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool, CountsTokens, EmbedsTexts, ReportsServerInfo
 from lmbridge.agent.result_images import ImagePlace
 from lmbridge.client.names import is_same_model
-from lmbridge.client.server_info import context_length_of
+from lmbridge.client.server_info import awaits_load, context_length_of
 from lmbridge.errors import LLMError, LLMValidationError
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class ClientSource:
         self._cannot_count: set[str | None] = set()
         self.server_kinds: dict[str | None, str] = {}
         self.unloaded_models: set[str | None] = set()
+        self._models_awaiting_load: set[str | None] = set()
         self._locks: dict[str | None, asyncio.Lock] = {}
 
     @property
@@ -114,6 +115,19 @@ class ClientSource:
                 if not self._is_known(model):
                     self._context_lengths[model] = await self._request_context_length(model), self._timer()
         return self._context_lengths[model][0]
+
+    async def context_length_after_reply(self, model: str | None) -> int | None:
+        """Returns the context length of a model that has just replied; None if it is unknown.
+
+        If the model was not loaded when its server was asked, the server is asked once more, because it has loaded the
+        model for the reply. If it has unloaded the model again, it is asked only after a minute.
+        """
+        if model in self._models_awaiting_load:
+            async with self._locks.setdefault(model, asyncio.Lock()):
+                if model in self._models_awaiting_load:
+                    self._context_lengths[model] = await self._request_context_length(model), self._timer()
+                    self._models_awaiting_load.discard(model)
+        return self._context_lengths.get(model, (None, -math.inf))[0]
 
     async def count_tokens(
         self, model: str | None, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
@@ -153,7 +167,10 @@ class ClientSource:
                     self.unloaded_models.add(model)
                 if _is_blind(info, model):
                     self.image_places[model] = "none"
-                return context_length_of(info, model)
+                length = context_length_of(info, model)
+                if length is None and awaits_load(info, model):
+                    self._models_awaiting_load.add(model)
+                return length
         except (LLMError, TimeoutError) as error:
             logger.debug("the context length of model %r is unknown: %s", model, error)
             return None

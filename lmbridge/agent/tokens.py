@@ -100,6 +100,15 @@ class ContextBudget:
         self._estimate.learn(prompt_size, prompt_tokens)
 
     @property
+    def is_unknown(self) -> bool:
+        """Whether the length of the context is unknown, so that nothing can be compared with it."""
+        return self._context_length is None
+
+    def learn_context_length(self, tokens: int | None) -> None:
+        """Records the length of the context, which has become known in the middle of the run; None if it has not."""
+        self._context_length = tokens
+
+    @property
     def needs_exact_count(self) -> bool:
         """Whether the prompt may be too long by the estimate, so that the exact count is worth a request."""
         if self._context_length is None or self._estimate.is_known(self.prompt_size):

@@ -111,27 +111,27 @@ class ChatMethods(EndpointMethods):
         check_messages(messages)
         server, body = self._prepare({"messages": messages}, params, model, stream=stream)
         request = server.build_post("chat completion", "/chat/completions", body, body.get("model"))
-        prompt_size = None
+        check_reply = None
         if server.context_overflow is not None:
             from lmbridge.client.context_overflow import check_prompt
 
             # What is measured is what is sent, in which every mapping is a dict, and every text can be encoded.
             body = decode_json(request.body or b"{}")
-            prompt_size = await check_prompt(server, body)
+            check = await check_prompt(server, body)
+            check_reply = None if check is None else check.check_reply
         if stream:
             choices = body.get("n")
             events = await server.stream(request)
-            return ChatStream(events, server.mismatch_policy, server.redact, choices if isinstance(choices, int) else 1)
+            count = choices if isinstance(choices, int) else 1
+            return ChatStream(events, server.mismatch_policy, server.redact, count, check_reply)
         reply = await server.request(request)
         value = await server.read_object(reply)
         if not complete_chat_reply(value):
             raise server.unexpected_reply(reply, "a chat completion")
         server.check_choices(reply, value)
         server.check_served_model(reply, value)
-        if prompt_size is not None:
-            from lmbridge.client.context_overflow import check_reply
-
-            check_reply(server, prompt_size, body, value)
+        if check_reply is not None:
+            await check_reply(value)
         return cast("ChatCompletion", value)
 
     @overload

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lmbridge._tasks import LARGE
@@ -101,15 +101,31 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
         LLMStreamError: The stream was cut off, or the server reported an error other than those below.
         ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: The server reported this error.
         LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
+        ContextLengthExceededError: At the end: the server has cut the prompt (only with `context_overflow="raise"`,
+            and with the usage in the stream).
         ModelMismatchError: The model that answers was not asked for (only with `model_mismatch="raise"`).
         ModelChangedDuringExecutionError: Another model continued the answer (except with `model_mismatch="ignore"`).
         TaskCancelledError: The stream was closed, by another task or before its end.
     """
 
-    __slots__ = ()
+    __slots__ = ("_check_reply",)
 
-    def __init__(self, events: EventStream, mismatch_policy: MismatchPolicy, redact: Redact, choices: int = 1) -> None:
+    def __init__(
+        self,
+        events: EventStream,
+        mismatch_policy: MismatchPolicy,
+        redact: Redact,
+        choices: int = 1,
+        check_reply: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None,
+    ) -> None:
         super().__init__(events, mismatch_policy, redact, ChatAccumulator(choices))
+        self._check_reply = check_reply
+
+    async def _check_whole_reply(self) -> None:
+        if self._check_reply is not None:
+            await self._check_reply({"usage": self._accumulator.usage, "model": self._named_model})
+            # Reading past the end must not repeat a warning.
+            self._check_reply = None
 
     def text(self) -> StreamedText:
         """Returns an iterator over the pieces of the answer's text, without the reasoning before it.

@@ -3,8 +3,12 @@
 Ollama leaves out the beginning of a prompt that does not fit, answers as if nothing had happened, and counts the tokens
 after the cut (ollama#3839, little-coder#128). llama.cpp, LM Studio and vLLM report an error. So with the option
 `context_overflow`, the size of a prompt is compared with the context before the prompt is sent. The size is exact if
-the server can count tokens, and an estimate otherwise. After a plain reply, the number of tokens that the server says
-it has read is compared with that size.
+the server can count tokens, and an estimate otherwise. After the reply, or at the end of its stream, the number of
+tokens that the server says it has read is compared with that size.
+
+A server may not know the context length of a model that it has not loaded, which is so for an Ollama model without a
+`num_ctx`. It is then asked again after the first reply, for which it has loaded the model. To load the model only for
+this question was the alternative; it could push another model out of memory for a request that may never be sent.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import attrs
 
 from lmbridge._checks import is_integer
 from lmbridge.client.server_api import ServerApi
-from lmbridge.client.server_info import context_length_of, describe
+from lmbridge.client.server_info import awaits_load, context_length_of, describe
 from lmbridge.client.token_count import count_tokens, estimate_tokens
 from lmbridge.errors import ContextLengthExceededError, LLMError, TaskCancelledError
 from lmbridge.transport import BaseTransport
@@ -98,15 +102,66 @@ def _all_factors() -> WeakKeyDictionary[BaseTransport, dict[str | None, float]]:
     return WeakKeyDictionary()
 
 
+@attrs.frozen
+class _ContextLength:
+    """What a server has said about the context length of a model."""
+
+    tokens: int | None
+    """The context length, or None if it is unknown."""
+    asked_at: float
+    """When the server was asked, by the clock of `check_prompt`."""
+    awaits_load: bool = False
+    """Whether it is unknown because the model was not loaded. The server is then asked again after a reply."""
+
+
 @cache
-def _context_lengths() -> WeakKeyDictionary[BaseTransport, dict[str | None, tuple[int | None, float]]]:
-    """The context lengths of the models of each server, and when they were asked for."""
+def _context_lengths() -> WeakKeyDictionary[BaseTransport, dict[str | None, _ContextLength]]:
+    """The context lengths of the models of each server."""
     return WeakKeyDictionary()
+
+
+@attrs.frozen(eq=False)
+class PromptCheck:
+    """Compares a prompt that was sent with the tokens that the server says it has read."""
+
+    _server: ServerApi
+    _model: str | None
+    _estimate: int
+    """The tokens of the prompt, by an estimate that has learned nothing from earlier replies."""
+    _size: PromptSize | None
+    """The size of the prompt, or None if the context length becomes known only with the reply."""
+    _timer: Callable[[], float]
+
+    async def check_reply(self, reply: Mapping[str, Any]) -> None:
+        """Compares the tokens that the server has read with the prompt, and learns from the difference.
+
+        A reply without `usage` shows nothing.
+
+        Args:
+            reply: The whole reply, or the `usage` and the `model` of a stream that has ended.
+
+        Raises:
+            ContextLengthExceededError: The server has cut the prompt, and `context_overflow` is "raise".
+        """
+        size = self._size or await self._size_once_loaded()
+        usage = reply.get("usage")
+        counted = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+        if size is None or not is_integer(counted) or counted <= 0:
+            return
+        if size.was_cut(counted):
+            _report_overflow(self._server, describe_cut(counted, size.context_length), size, reply.get("model"), reply)
+        elif self._estimate > _TOKENS_TO_LEARN_FROM:
+            factor = min(max(counted / self._estimate, _LEAST_FACTOR), _GREATEST_FACTOR)
+            _learned_factors(self._server)[self._model] = factor
+
+    async def _size_once_loaded(self) -> PromptSize | None:
+        length = await _context_length_once_loaded(self._server, self._model, self._timer)
+        return None if length is None else _estimated_size(self._server, self._model, self._estimate, length)
 
 
 async def check_prompt(
     server: ServerApi, body: Mapping[str, Any], *, timer: Callable[[], float] = time.monotonic
-) -> PromptSize | None:
+) -> PromptCheck | None:
     """Compares the prompt of a chat completion with the context of its model, as `context_overflow` asks for.
 
     Args:
@@ -115,42 +170,32 @@ async def check_prompt(
         timer: The clock. Default: `time.monotonic`.
 
     Returns:
-        The size of the prompt, or None if the context length is unknown.
+        What compares the prompt with the reply, or None if the context length is unknown, and stays so.
 
     Raises:
         ContextLengthExceededError: The prompt does not fit, and `context_overflow` is "raise".
     """
-    context_length = await _context_length(server, body.get("model"), timer)
+    model = body.get("model")
+    known = await _context_length(server, model, timer)
+    context_length = known.tokens
     if context_length is None:
-        return None
-    estimate = round(estimate_tokens(body) * _learned_factors(server).get(body.get("model"), 1.0))
-    size = PromptSize(estimate, exact=False, context_length=context_length)
+        return PromptCheck(server, model, estimate_tokens(body), None, timer) if known.awaits_load else None
+    estimate = estimate_tokens(body)
+    size = _estimated_size(server, model, estimate, context_length)
     if size.tokens > _MAY_BE_TOO_LONG * context_length:
         prompt = {name: body[name] for name in ("messages", "tools", "model") if name in body}
         count = await count_tokens(server, prompt)
         if count.exact:
             size = attrs.evolve(size, tokens=count.tokens, exact=True)
     if size.is_too_long:
-        _report_overflow(server, size.describe(), size, body.get("model"))
-    return size
+        _report_overflow(server, size.describe(), size, model)
+    return PromptCheck(server, model, estimate, size, timer)
 
 
-def check_reply(server: ServerApi, size: PromptSize, body: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
-    """Compares the tokens that the server has read with the prompt that it was sent, and learns from the difference.
-
-    Raises:
-        ContextLengthExceededError: The server has cut the prompt, and `context_overflow` is "raise".
-    """
-    usage = reply.get("usage")
-    counted = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
-    if not is_integer(counted) or counted <= 0:
-        return
-    estimate = estimate_tokens(body)
-    if not size.was_cut(counted):
-        if estimate > _TOKENS_TO_LEARN_FROM:
-            _learned_factors(server)[body.get("model")] = min(max(counted / estimate, _LEAST_FACTOR), _GREATEST_FACTOR)
-    else:
-        _report_overflow(server, describe_cut(counted, size.context_length), size, reply.get("model"), reply)
+def _estimated_size(server: ServerApi, model: str | None, estimate: int, context_length: int) -> PromptSize:
+    """Returns the size of a prompt by an estimate, corrected by what the replies of the model have taught."""
+    tokens = round(estimate * _learned_factors(server).get(model, 1.0))
+    return PromptSize(tokens, exact=False, context_length=context_length)
 
 
 def _report_overflow(
@@ -169,23 +214,42 @@ def _report_overflow(
     )
 
 
-async def _context_length(server: ServerApi, model: str | None, timer: Callable[[], float]) -> int | None:
-    """Returns the context length of a model, or None if it is unknown.
+async def _context_length(server: ServerApi, model: str | None, timer: Callable[[], float]) -> _ContextLength:
+    """Returns the context length of a model.
 
     It is requested once a minute, because it may change, and because a server may be unable to answer for a while.
     """
-    known = _context_lengths().setdefault(server.transport, {})
-    length, asked_at = known.get(model, (None, -_ASK_AGAIN_SECONDS))
-    if timer() - asked_at < _ASK_AGAIN_SECONDS:
-        return length
+    known = _context_lengths().setdefault(server.transport, {}).get(model)
+    if known is not None and timer() - known.asked_at < _ASK_AGAIN_SECONDS:
+        return known
+    return await _request_context_length(server, model, timer)
+
+
+async def _context_length_once_loaded(server: ServerApi, model: str | None, timer: Callable[[], float]) -> int | None:
+    """Returns the context length of a model that was not loaded, and that has answered now; None if it is unknown.
+
+    The server is asked only once. If it has unloaded the model again, the next question follows after a minute.
+    """
+    lengths = _context_lengths().setdefault(server.transport, {})
+    known = lengths.get(model)
+    if known is None or known.awaits_load:
+        known = attrs.evolve(await _request_context_length(server, model, timer), awaits_load=False)
+        lengths[model] = known
+    return known.tokens
+
+
+async def _request_context_length(server: ServerApi, model: str | None, timer: Callable[[], float]) -> _ContextLength:
+    lengths = _context_lengths().setdefault(server.transport, {})
     try:
         infos = [await describe(each, model) for each in server.each()]
     except LLMError as error:
         # The generation that follows meets the same problem, and reports it.
         logger.debug("the context length of model %r is unknown: %s", model, error)
+        unknown = _ContextLength(None, timer())
         if not isinstance(error, TaskCancelledError):
-            known[model] = None, timer()
-        return None
-    lengths = [each for each in (context_length_of(info, model) for info in infos) if each is not None]
-    known[model] = min(lengths, default=None), timer()
-    return known[model][0]
+            lengths[model] = unknown
+        return unknown
+    tokens = min((each for info in infos if (each := context_length_of(info, model)) is not None), default=None)
+    is_unloaded = tokens is None and any(awaits_load(info, model) for info in infos)
+    lengths[model] = _ContextLength(tokens, timer(), is_unloaded)
+    return lengths[model]

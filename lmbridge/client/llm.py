@@ -123,8 +123,9 @@ class LLMClient(ChatMethods):
             context.
         context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
             `ContextLengthExceededError` before anything is sent, and "warn" logs a warning. Ollama would cut such a
-            prompt without a word; after a plain reply, this is noticed as well. The server is asked for the context
-            length once a minute, and for an exact count of a prompt that may be too long. Default: None, no check.
+            prompt without a word; after the reply, this is noticed as well, at the end of a stream only if the stream
+            has the usage. The server is asked for the context length once a minute, and for an exact count of a
+            prompt that may be too long. Default: None, no check.
         trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
             interface is never reached through a proxy. Default: False.
         max_reply_bytes: The most bytes that a whole reply or the body of an error may have, after decompression; a

@@ -88,7 +88,7 @@ class ServerApi:
         self.mismatch_policy: Final = mismatch_policy
         self.context_overflow: Final = context_overflow
         self.on_response: Callable[[int, Mapping[str, str]], None] | None = None
-        """A function that is called with the status and the headers of each whole reply, or None."""
+        """A function that is called with the status and the headers of each whole reply of a model, or None."""
         self._make_transport = make_transport
         self._timeouts = timeouts
         self._max_retries = max_retries
@@ -289,7 +289,7 @@ class ServerApi:
         if self._former_transports:
             await self._close_idle_transports()
         reply = await self.transport.request(request)
-        if self.on_response is not None:
+        if self.on_response is not None and request.queued:
             self.on_response(reply.status, reply.headers)
         await pause_after(len(reply.body))
         return reply

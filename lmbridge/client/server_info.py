@@ -353,6 +353,11 @@ def context_length_of(info: ServerInfo, model: str | None) -> int | None:
     return None if any(each.loaded is False for each in named) else info.context_length
 
 
+def awaits_load(info: ServerInfo, model: str | None) -> bool:
+    """Returns whether a model is not loaded, so that the server may know more about it after its first reply."""
+    return any(each.loaded is False for each in _relevant_models(info.models, model))
+
+
 def _relevant_models(models: Sequence[ModelInfo], model: str | None) -> Iterator[ModelInfo]:
     """Yields the client's own model, or every model if the client has none or the server does not list it."""
     own = [] if model is None else entries_named(models, model)

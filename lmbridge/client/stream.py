@@ -208,6 +208,11 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
             self._end_of_body()
         if self._is_complete:
             await self._events.drain()
+            try:
+                await self._check_whole_reply()
+            except LLMError as error:
+                self._fail(error)
+                raise
             raise StopAsyncIteration
         if self._accumulator.is_finished:
             self._events.expect_end(_GRACE_AFTER_TEXT if self._accumulator.ends_with_text else DRAIN_SECONDS)
@@ -233,6 +238,13 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
             self._add_to_partial(self._failure, events)
             raise self._failure
         self._pending = iter(events)
+
+    async def _check_whole_reply(self) -> None:
+        """Checks the reply when the whole of it has arrived. A caller that is cancelled meanwhile may call it again.
+
+        Raises:
+            LLMError: The reply must not be taken for an answer.
+        """
 
     def _log_missing_end(self, error: LLMError) -> None:
         """Logs that neither `[DONE]` nor the end of the body followed the finish reason."""

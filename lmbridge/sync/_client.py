@@ -67,6 +67,8 @@ class ChatStream(Stream[ChatCompletionChunk]):
         LLMStreamError: The stream was cut off, or the server reported an error other than those below.
         ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: The server reported this error.
         LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
+        ContextLengthExceededError: At the end: the server has cut the prompt (only with `context_overflow="raise"`,
+            and with the usage in the stream).
         ModelMismatchError: The model that answers was not asked for (only with `model_mismatch="raise"`).
         ModelChangedDuringExecutionError: Another model continued the answer (except with `model_mismatch="ignore"`).
         TaskCancelledError: The stream was closed, by another task or before its end.
@@ -574,8 +576,9 @@ class LLMClient(Owner):
             context.
         context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
             `ContextLengthExceededError` before anything is sent, and "warn" logs a warning. Ollama would cut such a
-            prompt without a word; after a plain reply, this is noticed as well. The server is asked for the context
-            length once a minute, and for an exact count of a prompt that may be too long. Default: None, no check.
+            prompt without a word; after the reply, this is noticed as well, at the end of a stream only if the stream
+            has the usage. The server is asked for the context length once a minute, and for an exact count of a
+            prompt that may be too long. Default: None, no check.
         trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
             interface is never reached through a proxy. Default: False.
         max_reply_bytes: The most bytes that a whole reply or the body of an error may have, after decompression; a

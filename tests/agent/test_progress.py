@@ -71,6 +71,7 @@ async def test_a_load_that_a_run_waits_for_is_reported(scripted_server: Scripted
 
     async def answer_after_load(exchange: Exchange) -> None:
         await reported.wait()
+        llama_cpp(scripted_server, "loaded")
         await answer("Hello.")(exchange)
 
     scripted_server.on_path("/models/sse", sse({**loading, "model": "other"}, loading, loading))
@@ -82,7 +83,6 @@ async def test_a_load_that_a_run_waits_for_is_reported(scripted_server: Scripted
             if event.fraction is not None:
                 reported.set()
     assert seen == [ModelLoading("test-model", None), ModelLoading("test-model", 0.5)]
-    llama_cpp(scripted_server, "loaded")
     assert not [event for event in await collect_events(agent) if isinstance(event, ModelLoading)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import UserString
 from types import MappingProxyType
@@ -9,16 +10,17 @@ from typing import Any
 
 import pytest
 
-from lmbridge import Agent, ChatStream, ContextLengthExceededError, LLMClient, LLMValidationError
+from lmbridge import Agent, ChatStream, ContextLengthExceededError, LLMClient, LLMValidationError, collect
 from lmbridge.client.context_overflow import PromptSize
-from lmbridge.testing import ScriptedServer, answer, reply
-from tests.support import MESSAGES, read_text
+from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, reply
+from tests.support import MESSAGES, in_flight, read_text
 
 CHAT = "/v1/chat/completions"
 COUNTS = "/v1/chat/completions/input_tokens"
 LONG = [{"role": "user", "content": "word " * 3000}]
 """About 3,000 tokens, which are estimated as 5,000."""
 
+WITH_USAGE: Any = {"include_usage": True}
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -35,9 +37,24 @@ def counted_answer(prompt_tokens: int) -> Any:
     return answer("Hello.", usage={"prompt_tokens": prompt_tokens, "completion_tokens": 2, "total_tokens": 9})
 
 
+def loads_and_answers(server: ScriptedServer, prompt_tokens: int) -> Behaviour:
+    """Returns an answer for which Ollama loads the model, with a context of 4096 tokens."""
+
+    async def load_and_answer(exchange: Exchange) -> None:
+        ollama(server, context=4096)
+        await counted_answer(prompt_tokens)(exchange)
+
+    return load_and_answer
+
+
+def count_of(server: ScriptedServer, path: str) -> int:
+    """Returns how many requests for a path the server has received."""
+    return [request.path for request in server.requests].count(path)
+
+
 def chats(server: ScriptedServer) -> int:
     """Returns how many chat completions the server was asked for."""
-    return [request.path for request in server.requests].count(CHAT)
+    return count_of(server, CHAT)
 
 
 async def test_a_prompt_that_is_too_long_is_raised_before_it_is_sent(scripted_server: ScriptedServer) -> None:
@@ -98,6 +115,115 @@ async def test_a_prompt_that_ollama_has_cut_is_noticed_by_its_count(scripted_ser
         with pytest.raises(ContextLengthExceededError, match="cut the prompt to 8192 tokens") as caught:
             await client.chat_completion([{"role": "user", "content": "字" * 5_000}])
     assert caught.value.partial["choices"] == choices
+
+
+async def test_a_prompt_that_was_cut_is_raised_at_the_end_of_the_stream(scripted_server: ScriptedServer) -> None:
+    ollama(scripted_server, context=4096)
+    scripted_server.default = counted_answer(4096)
+    options: dict[str, Any] = {"context_overflow": "raise", "model_mismatch": "ignore"}
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", **options) as client:
+        async with client.stream_chat(MESSAGES, stream_options=WITH_USAGE) as stream:
+            texts: list[str] = []
+            with pytest.raises(ContextLengthExceededError, match="cut the prompt to 4096 tokens") as caught:
+                texts.extend([text async for text in stream.text()])
+            assert in_flight(client) == 0
+            with pytest.raises(ContextLengthExceededError):
+                await anext(stream)
+        with pytest.raises(ContextLengthExceededError):
+            await collect(await client.chat_completion(MESSAGES, stream=True, stream_options=WITH_USAGE))
+    assert caught.value.partial["choices"][0]["message"]["content"] == "Hello."
+    assert caught.value.context["operation"] == "chat completion"
+
+
+async def test_a_prompt_that_was_cut_is_warned_of_once_at_the_end_of_the_stream(
+    scripted_server: ScriptedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    ollama(scripted_server, context=4096)
+    scripted_server.default = counted_answer(4096)
+    options: dict[str, Any] = {"context_overflow": "warn", "model_mismatch": "ignore"}
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", **options) as client:
+        stream = await client.chat_completion(MESSAGES, stream=True, stream_options=WITH_USAGE)
+        assert await read_text(stream) == await read_text(await client.chat_completion(MESSAGES, stream=True))
+        assert (await collect(stream))["choices"][0]["message"]["content"] == "Hello."
+    # The second stream had no usage, so that what was read of the prompt is unknown.
+    [record] = [each for each in caplog.records if "cut the prompt" in each.message]
+    assert record.name == "lmbridge.client"
+
+
+async def test_a_raw_response_of_a_prompt_that_was_cut_is_an_error_as_well(scripted_server: ScriptedServer) -> None:
+    ollama(scripted_server, context=4096)
+    scripted_server.script(counted_answer(4096))
+    options: dict[str, Any] = {"context_overflow": "raise", "model_mismatch": "ignore"}
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", **options) as client:
+        with pytest.raises(ContextLengthExceededError, match="cut the prompt"):
+            await client.with_raw_response.chat_completion(MESSAGES)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_model_that_was_not_loaded_is_asked_for_its_context_again_after_its_first_reply(
+    scripted_server: ScriptedServer, stream: bool
+) -> None:
+    ollama(scripted_server)
+    scripted_server.script(loads_and_answers(scripted_server, 4096))
+    options: dict[str, Any] = {"context_overflow": "raise", "model_mismatch": "ignore"}
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", **options) as client:
+
+        async def ask() -> None:
+            answered = await client.chat_completion(LONG, stream=stream, stream_options=WITH_USAGE)
+            assert isinstance(answered, ChatStream)
+            await collect(answered)
+
+        with pytest.raises(ContextLengthExceededError, match="the model's context has 4096"):
+            await ask()
+        with pytest.raises(ContextLengthExceededError, match="the prompt has about"):
+            await client.chat_completion(LONG, stream=stream)
+        assert await client.chat_completion(MESSAGES)
+    assert count_of(scripted_server, "/api/ps") == 2
+
+
+async def test_a_model_that_is_unloaded_after_each_reply_is_asked_about_twice_a_minute(
+    scripted_server: ScriptedServer,
+) -> None:
+    ollama(scripted_server)
+    options: dict[str, Any] = {"context_overflow": "raise", "model_mismatch": "ignore"}
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", **options) as client:
+        for _ in range(4):
+            assert await client.chat_completion(LONG)
+    assert count_of(scripted_server, "/api/ps") == 2
+
+
+async def test_a_raw_response_has_the_headers_of_the_reply_whatever_was_asked_after_it(
+    scripted_server: ScriptedServer,
+) -> None:
+    ollama(scripted_server)
+    answered = {"model": "qwen3:4b", "choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello."}}]}
+    scripted_server.script(reply(200, answered, headers={"X-Id": "7"}))
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", context_overflow="raise") as client:
+        raw = await client.with_raw_response.chat_completion(MESSAGES)
+    assert raw.headers["X-Id"] == "7"
+    assert count_of(scripted_server, "/api/ps") == 2
+
+
+async def test_a_reader_that_is_cancelled_during_the_check_can_read_on(scripted_server: ScriptedServer) -> None:
+    ollama(scripted_server)
+    options: dict[str, Any] = {"context_overflow": "raise", "model_mismatch": "ignore"}
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", **options) as client:
+        scripted_server.script(counted_answer(4096))
+        stream = await client.chat_completion(LONG, stream=True, stream_options=WITH_USAGE)
+
+        async def hold(exchange: Exchange) -> None:
+            await exchange.client_left()
+
+        scripted_server.on_path("/api/ps", hold)
+        reading = asyncio.create_task(read_text(stream))
+        await scripted_server.wait_until(lambda: count_of(scripted_server, "/api/ps") == 2)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        ollama(scripted_server, context=4096)
+        with pytest.raises(ContextLengthExceededError):
+            await anext(stream)
+    assert in_flight(client) == 0
 
 
 async def test_a_reply_teaches_how_far_the_estimate_is_off(scripted_server: ScriptedServer) -> None:
@@ -216,3 +342,27 @@ async def test_an_agent_notices_that_its_prompt_was_cut(scripted_server: Scripte
         assert warning.startswith("the server has cut the prompt to 4096 tokens")
         with pytest.raises(ContextLengthExceededError, match="cut the prompt"):
             await Agent(client, context_overflow="raise").run("字" * 1500)
+
+
+async def test_an_agent_learns_the_context_of_a_model_that_was_not_loaded(scripted_server: ScriptedServer) -> None:
+    ollama(scripted_server)
+    scripted_server.script(loads_and_answers(scripted_server, 4096), counted_answer(2))
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", model_mismatch="ignore") as client:
+        agent = Agent(client)
+        [warning] = (await agent.run("字" * 1500)).warnings
+        assert warning.startswith("the server has cut the prompt to 4096 tokens")
+        assert (await agent.run("Hi.")).warnings == ()
+        assert count_of(scripted_server, "/api/ps") == 2
+        last = scripted_server.requests[-1].json
+        assert last["max_tokens"] < 4096, "the answer has to fit into the context"
+
+
+async def test_an_agent_asks_only_once_more_about_a_model_that_is_unloaded_again(
+    scripted_server: ScriptedServer,
+) -> None:
+    ollama(scripted_server)
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", model_mismatch="ignore") as client:
+        agent = Agent(client)
+        for _ in range(3):
+            assert (await agent.run("Hi.")).warnings == ()
+    assert count_of(scripted_server, "/api/ps") == 2

@@ -18,7 +18,15 @@ import pytest
 from blockbuster import BlockBuster
 
 import lmbridge
-from lmbridge import LLMConnectionError, LLMError, LLMValidationError, RunFinished, Tool, sync
+from lmbridge import (
+    ContextLengthExceededError,
+    LLMConnectionError,
+    LLMError,
+    LLMValidationError,
+    RunFinished,
+    Tool,
+    sync,
+)
 from lmbridge.sync import Agent, DynamicAutonomousAgent, LLMClient, LLMClientPool
 from lmbridge.testing import answer, reply, stall
 from tests.agent.support import asks, tool_texts
@@ -59,6 +67,19 @@ def test_collect_returns_the_whole_reply_of_a_stream_that_was_begun(server: Thre
     stream = client.chat_completion(HELLO, stream=True)
     next(stream)
     assert text_of(stream.collect()) == FOX
+
+
+def test_the_end_of_a_stream_says_that_its_prompt_was_cut(server: ThreadedServer, client: LLMClient) -> None:
+    models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 4096}]}
+    server.scripted.on_path("/v1/models", reply(200, models))
+    server.answer(answer("Hello.", usage={"prompt_tokens": 4096, "completion_tokens": 2, "total_tokens": 4098}))
+    careful = client.with_options(context_overflow="raise")
+    with careful.stream_chat(HELLO, stream_options={"include_usage": True}) as stream:
+        with pytest.raises(ContextLengthExceededError, match="cut the prompt to 4096 tokens") as caught:
+            list(stream)
+        assert caught.value.partial["choices"][0]["message"]["content"] == "Hello."
+    with pytest.raises(ContextLengthExceededError):
+        careful.with_raw_response.chat_completion(HELLO)
 
 
 @pytest.mark.parametrize("how", ["close", "with", "break and drop"])
