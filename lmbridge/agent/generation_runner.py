@@ -95,7 +95,7 @@ class GenerationRunner:
         self._output = output
         self.may_call = True
         self.stops_thinking = False
-        self._progress = ProgressReporter(source, channel, record.model)
+        self._progress = ProgressReporter(source, channel, record.model, record.watch)
         self._cache_watch = PromptCacheWatch()
         self._has_warned_of_overflow = False
         # Set while a reply arrives whose text may have calls in it.
@@ -230,6 +230,7 @@ class GenerationRunner:
 
         self._record.attach_stream(reply_so_far)
         splitter = None if self._channel.is_muted else ReasoningSplitter()
+        reports_progress = self._progress.may_be_wanted
         halves: Halves = {}
         served_model: str | None = None
         try:
@@ -242,17 +243,16 @@ class GenerationRunner:
                     may_change = own is not None and own.ignores_model_names
                     self._check_served_model(name, begins_reply=served_model is None, may_change=may_change)
                     served_model = name
-                if splitter is not None:
+                if reports_progress:
                     await self._progress.report(chunk)
+                if splitter is not None:
                     await self._send_deltas(splitter.feed(chunk))
         except BaseException:
             # The caller no longer reads the stream, so the server should stop generating now.
             await stream.aclose()
             raise
         if splitter is not None:
-            if (rest := rest_of_halves(halves)) is not None:
-                await self._send_deltas(splitter.feed(rest))
-            await self._send_deltas(splitter.close())
+            await self._send_rest(splitter, halves)
         if own is not None:
             return await ModelReply.from_completion(await own.collect())
         return await ModelReply.from_completion(await accumulator.reply_in_slices() if accumulator.has_begun else {})
@@ -264,6 +264,12 @@ class GenerationRunner:
                     await self._channel.put(ReasoningDelta(piece.text))
                 elif text := self._held_text.feed(piece.text) if self._held_text is not None else piece.text:
                     await self._channel.put(TextDelta(text))
+
+    async def _send_rest(self, splitter: ReasoningSplitter, halves: Halves) -> None:
+        """Sends what is held back until the end of a reply."""
+        if (rest := rest_of_halves(halves)) is not None:
+            await self._send_deltas(splitter.feed(rest))
+        await self._send_deltas(splitter.close())
 
     async def _send_held_text(self, text_before_calls: str | None) -> None:
         """Sends the text that was held because it could be a call.

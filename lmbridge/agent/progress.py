@@ -1,7 +1,7 @@
 """`ProgressReporter`: reports how far a prompt has been processed, and that a model is being loaded.
 
-Progress is requested only if the run has a listener and the server is known to report progress. Another server might
-refuse the field, and without a listener the additional chunks would only cost time.
+Progress is requested only if the run has a listener or observers, and the server is known to report progress. Another
+server might refuse the field, and if nobody is interested, the additional chunks would only cost time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lmbridge.agent.events import RunEvent
 from lmbridge.agent.source import ClientSource
 from lmbridge.client.progress import ModelLoading, PromptProgress, progress_of
 from lmbridge.errors import LLMError
+from lmbridge.observe.watches import RunWatch
 
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
@@ -27,25 +28,41 @@ class ProgressReporter:
         source: What is known of the server.
         channel: Carries the events of the run.
         model: The model of the run.
+        watch: Notifies the observers of the run, or None without observers.
     """
 
-    def __init__(self, source: ClientSource, channel: Channel[RunEvent], model: str | None) -> None:
+    def __init__(
+        self, source: ClientSource, channel: Channel[RunEvent], model: str | None, watch: RunWatch | None
+    ) -> None:
         self._source = source
         self._channel = channel
         self._model = model
+        self._watch = watch
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody is interested in the progress now."""
+        return self._watch is not None or self._channel.has_listener
+
+    @property
+    def may_be_wanted(self) -> bool:
+        """Whether anybody is interested in the progress, or can begin to be while the run goes on."""
+        return self._watch is not None or not self._channel.is_muted
 
     def params(self) -> dict[str, Any]:
         """Returns the parameters of a request that make the server report its progress."""
-        if self._channel.has_listener and self._source.server_kinds.get(self._model) == "llama.cpp":
+        if self.is_wanted and self._source.server_kinds.get(self._model) == "llama.cpp":
             return {"return_progress": True}
         return {}
 
     async def report(self, chunk: Mapping[str, Any]) -> None:
         """Sends an event with the progress of the prompt, if a chunk reports it."""
-        if "prompt_progress" in chunk and self._channel.has_listener:
-            progress = progress_of(chunk)
-            if isinstance(progress, PromptProgress):
-                await self._channel.put(progress)
+        if "prompt_progress" in chunk and self.is_wanted and isinstance(progress := progress_of(chunk), PromptProgress):
+            if self._watch is not None:
+                self._watch.prompt_progressed(
+                    processed=progress.processed, total=progress.total, cached=progress.cached
+                )
+            await self._channel.put(progress)
 
     def watch_loading(self, client: Any) -> asyncio.Task[None] | None:
         """Starts a task that reports how the model is being loaded, if the model is known not to be loaded yet.
@@ -56,13 +73,13 @@ class ProgressReporter:
         Returns:
             The task, which the caller has to cancel; None if there is nothing to report.
         """
-        if not self._channel.has_listener or self._model not in self._source.unloaded_models:
+        if not self.is_wanted or self._model not in self._source.unloaded_models:
             return None
         self._source.unloaded_models.discard(self._model)
         return asyncio.create_task(self._report_loading(client))
 
     async def _report_loading(self, client: Any) -> None:
-        await self._channel.put(ModelLoading(self._model, None))
+        await self._send_loading(ModelLoading(self._model, None))
         if self._source.server_kinds.get(self._model) != "llama.cpp" or not hasattr(type(client), "models"):
             return
         last: float | None = None
@@ -71,7 +88,12 @@ class ProgressReporter:
                 # The router of llama.cpp reports the same fraction several times.
                 if loading.fraction not in (None, last):
                     last = loading.fraction
-                    await self._channel.put(loading)
+                    await self._send_loading(loading)
         except LLMError as error:
             # The model is still being loaded. If that fails, the request that needs the model reports the error.
             logger.debug("the progress of loading %r is unknown: %s", self._model, error)
+
+    async def _send_loading(self, loading: ModelLoading) -> None:
+        if self._watch is not None:
+            self._watch.model_load_progressed(loading.model, loading.fraction)
+        await self._channel.put(loading)

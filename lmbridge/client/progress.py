@@ -45,6 +45,11 @@ class ModelLoading:
     """How much of the model has been loaded, from 0 to 1; None if the server does not say."""
 
 
+def reports_progress(data: bytes) -> bool:
+    """Returns whether the data of an event is the progress of a prompt. Within a text, the quotes would be escaped."""
+    return b'"prompt_progress"' in data
+
+
 def progress_of(value: Any) -> PromptProgress | ModelLoading | None:
     """Returns the progress that a chunk of a stream, or an event of a server, reports; None if it reports none.
 

@@ -22,6 +22,7 @@ from lmbridge.client.error_body import is_error_object, reports_error
 from lmbridge.client.json_codec import decode_json, decode_whole_characters, encode_body
 from lmbridge.client.model_lists import add_available_models
 from lmbridge.client.names import MismatchPolicy
+from lmbridge.client.progress import reports_progress
 from lmbridge.client.servers import find_models
 from lmbridge.client.usage import usage_in_body
 from lmbridge.config import UNSET, Timeouts, Unset
@@ -37,6 +38,7 @@ PROBE_BYTES: Final = 16 * 1024 * 1024
 _GENERATION_INTERPRETER: Final = Interpreter(
     classify=failures.classify,
     reports_error=reports_error,
+    reports_progress=reports_progress,
     read_usage=usage_in_body,
     concerns_server=failures.concerns_server,
     report_loss=failures.report_loss,

@@ -98,7 +98,7 @@ class RetryPlanned:
 
 @attrs.frozen(kw_only=True)
 class FirstEventArrived:
-    """The first event of a stream has arrived, or the whole of a plain reply."""
+    """The first event of a stream has arrived, or the whole of a plain reply. Progress of the prompt does not count."""
 
     at: float
     """When it happened."""
@@ -160,6 +160,36 @@ class RoundBegun:
     """The number of the round; the first one is 1."""
     model: str | None
     """The model of the run; None if the server chooses it."""
+
+
+@attrs.frozen(kw_only=True)
+class ModelLoadProgressed:
+    """The run waits for the server to load its model, or more of the model has been loaded."""
+
+    at: float
+    """When it happened."""
+    run_id: str
+    """The id of the run."""
+    model: str | None
+    """The model, or None if it is not known."""
+    fraction: float | None
+    """How much of the model has been loaded, from 0 to 1; None in the first event, and if the server does not say."""
+
+
+@attrs.frozen(kw_only=True)
+class PromptProgressed:
+    """The server, which is llama.cpp, has processed a part of the prompt of the current round."""
+
+    at: float
+    """When it happened."""
+    run_id: str
+    """The id of the run."""
+    processed: int
+    """How many tokens of the prompt are done, those from the prompt cache included."""
+    total: int
+    """How many tokens the prompt has."""
+    cached: int
+    """How many tokens come from the server's prompt cache."""
 
 
 @attrs.frozen(kw_only=True)
@@ -270,6 +300,8 @@ ObservedEvent: TypeAlias = (
     | RequestEnded
     | RunBegun
     | RoundBegun
+    | ModelLoadProgressed
+    | PromptProgressed
     | RoundEnded
     | ToolCallBegun
     | McpRequestSent

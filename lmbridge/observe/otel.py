@@ -27,6 +27,7 @@ from lmbridge.observe import otel_names as names
 from lmbridge.observe.events import (
     FirstEventArrived,
     McpRequestSent,
+    ModelLoadProgressed,
     ModelSwapped,
     ObservedEvent,
     RequestAdmitted,
@@ -170,6 +171,8 @@ class OpenTelemetryObserver:
                 self._begin_run(event)
             case RunEnded():
                 self._end_run(event)
+            case ModelLoadProgressed():
+                self._note_load(event)
             case ToolCallBegun():
                 self._begin_call(event)
             case McpRequestSent():
@@ -177,7 +180,8 @@ class OpenTelemetryObserver:
             case ToolCallEnded():
                 self._end_call(event)
             case _:
-                # Attempts and rounds have no spans in the conventions.
+                # Attempts and rounds have no spans in the conventions, and the time to the first chunk shows how long
+                # a prompt took.
                 pass
 
     def trace_context(self, request_id: int | None) -> Mapping[str, str]:
@@ -253,6 +257,12 @@ class OpenTelemetryObserver:
         if event.model is not None:
             attributes[names.REQUEST_MODEL] = event.model
         self._enter((event.run_id, None), names.INVOKE_AGENT, attributes)
+
+    def _note_load(self, event: ModelLoadProgressed) -> None:
+        """Adds an event to the span of the run when a load begins. A span may have 128 events, and a load hundreds."""
+        scope = self._scopes.get((event.run_id, None))
+        if scope is not None and event.fraction is None:
+            scope.span.add_event(names.LOAD_EVENT, {} if event.model is None else {names.REQUEST_MODEL: event.model})
 
     def _end_run(self, event: RunEnded) -> None:
         scope = self._leave((event.run_id, None))

@@ -16,6 +16,7 @@ from lmbridge.observe.events import (
     FirstEventArrived,
     ModelSwapped,
     ObservedEvent,
+    PromptProgressed,
     RequestAdmitted,
     RequestEnded,
     RequestQueued,
@@ -58,9 +59,12 @@ class _OpenRequest:
     since: float
     swaps: list[ModelSwapped] = attrs.field(factory=list)
     """The swaps of models for which the request waits."""
+    progress: str = ""
+    """How many tokens of the prompt the server has processed, as far as it says so."""
 
     def current_bar(self, at: float, text: str = "") -> Bar:
-        """Returns the current bar, which ends at a given time."""
+        """Returns the current bar, which ends at a given time, with the progress of the prompt in its text."""
+        text = "\n".join(filter(None, (text, self.progress)))
         return Bar(kind=self.kind, start=self.since, end=at, label=self.label, text=text)
 
     def swap_bars(self, at: float) -> list[Bar]:
@@ -73,6 +77,7 @@ class _OpenRequest:
     def close(self, at: float, text: str = "") -> None:
         """Ends the current bar."""
         self.row.bars.append(self.current_bar(at, text))
+        self.progress = ""
 
     def end_swaps(self, at: float) -> None:
         """Ends the bars of the swaps, if there are any."""
@@ -125,6 +130,8 @@ class TimelineObserver:
                 self._end_run(event)
             case RoundBegun() | RoundEnded() | ToolCallBegun() | ToolCallEnded():
                 self._note_step(event)
+            case PromptProgressed():
+                self._note_prompt(event)
             case RequestQueued():
                 self._begin_request(event)
             case RequestEnded():
@@ -209,6 +216,12 @@ class TimelineObserver:
             arguments = json.dumps(dict(begun.arguments), ensure_ascii=False, default=repr)
             text = f"{event.name}({arguments})\n{event.outcome}: {event.text}"
             row.bars.append(Bar(kind="tool", start=begun.at, end=event.at, label=event.name, text=text))
+
+    def _note_prompt(self, event: PromptProgressed) -> None:
+        row = self._rows.get(event.run_id)
+        for request in self._requests.values():
+            if request.row is row and request.kind == "prompt" and request.operation == "chat completion":
+                request.progress = f"{event.processed} of {event.total} tokens, {event.cached} of them from the cache"
 
     def _end_run(self, event: RunEnded) -> None:
         row = self._rows.get(event.run_id)

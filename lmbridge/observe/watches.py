@@ -12,7 +12,9 @@ from lmbridge.observe.events import (
     AttemptBegun,
     FirstEventArrived,
     McpRequestSent,
+    ModelLoadProgressed,
     ModelSwapped,
+    PromptProgressed,
     RequestAdmitted,
     RequestEnded,
     RequestOutcome,
@@ -191,6 +193,16 @@ class RunWatch:
         """Notifies the observers that a round has begun."""
         self._round = number
         self._observers.tell(RoundBegun(at=monotonic(), run_id=self.run_id, number=number, model=model))
+
+    def model_load_progressed(self, model: str | None, fraction: float | None) -> None:
+        """Notifies the observers that the run waits for its model to be loaded."""
+        self._observers.tell(ModelLoadProgressed(at=monotonic(), run_id=self.run_id, model=model, fraction=fraction))
+
+    def prompt_progressed(self, *, processed: int, total: int, cached: int) -> None:
+        """Notifies the observers that a part of the prompt has been processed."""
+        self._observers.tell(
+            PromptProgressed(at=monotonic(), run_id=self.run_id, processed=processed, total=total, cached=cached)
+        )
 
     def round_ended(self, text: str, *, is_complete: bool = True) -> None:
         """Notifies the observers that the current round has ended, if there is one."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -305,6 +305,30 @@ class Call:
         """
         if self.watch is not None:
             self.watch.first_event(is_stream=is_stream)
+        self._mark_loaded(first)
+
+    def note_events(self, events: Sequence[Event]) -> bool:
+        """Records that the first events of a stream have arrived, as `note_first_event` does.
+
+        Observers measure the time until a reply begins, and the progress of a prompt is not a part of it.
+
+        Args:
+            events: The events that have arrived together, at least one.
+
+        Returns:
+            Whether the reply has begun. Otherwise this method has to be called with the next events as well.
+        """
+        self._mark_loaded(events[0])
+        if self.watch is None:
+            return True
+        # The progress comes before everything else, so the last event shows whether anything has followed it.
+        last = events[-1]
+        if not isinstance(last, NamedEvent) and self.request.interpreter.reports_progress(last):
+            return False
+        self.watch.first_event(is_stream=True)
+        return True
+
+    def _mark_loaded(self, first: Event) -> None:
         if self.permit is None:
             return
         self.permit.has_answered = True

@@ -43,6 +43,7 @@ class EventStream:
 
     __slots__ = (
         "__weakref__",
+        "_awaits_reply",
         "_decoder",
         "_end_deadline",
         "_error",
@@ -80,6 +81,8 @@ class EventStream:
         self._reading = False
         self._idle_limit = call.request.timeouts.idle
         self._has_events = False
+        # Whether nothing has arrived that is a part of the reply.
+        self._awaits_reply = True
         self._end_deadline = math.inf
         # It is None as soon as the stream is closed.
         self._loop: asyncio.AbstractEventLoop | None = call.deadline_timer.loop
@@ -155,9 +158,9 @@ class EventStream:
             if not arrived:
                 self._finish()
                 return self._decoder.close()
-            if not self._has_events:
+            if self._awaits_reply:
                 self._has_events = True
-                self.call.note_first_event(arrived[0])
+                self._awaits_reply = not self.call.note_events(arrived)
         except (ConnectionFailed, LLMError) as exc:
             self._reading = False
             self.abort(self._error or (exc if isinstance(exc, LLMError) else self._error_from(exc)))
@@ -386,7 +389,7 @@ async def _read_first_events(
         with Deadline(call.deadline_timer, call.first_byte_deadline):
             events = await _read_events(response, decoder, data)
         if events:
-            call.note_first_event(events[0])
+            call.note_events(events)
     except TimeoutError as exc:
         response.close()
         return call.attempt_timed_out(exc)

@@ -18,6 +18,10 @@ def _never_reports_error(_data: bytes) -> bool:
     return False
 
 
+def _never_reports_progress(_data: bytes) -> bool:
+    return False
+
+
 def _finds_no_usage(_body: bytes) -> TokenUsage | None:
     return None
 
@@ -38,6 +42,8 @@ class Interpreter:
     """Decides from the status, the headers and the body of an error reply whether the request is sent again."""
     reports_error: Callable[[bytes], bool] = _never_reports_error
     """Decides whether the body of a reply, or the data of an event, is an error although its status is not."""
+    reports_progress: Callable[[bytes], bool] = _never_reports_progress
+    """Decides whether the data of an event only says how far the server is, so that it is no part of a reply."""
     read_usage: Callable[[bytes], TokenUsage | None] = _finds_no_usage
     """Finds the numbers of tokens in the body of a reply. They go into the log."""
     concerns_server: Callable[[int, bytes], bool] = _never_concerns_server

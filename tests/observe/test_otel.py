@@ -13,7 +13,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from lmbridge import Agent, Limits, LLMClient, LLMResponseError, LLMValidationError, ToolCall
 from lmbridge.observe import ObservedEvent, OpenTelemetryObserver
-from lmbridge.testing import FakeChatClient, ScriptedServer, answer, reply, retry_without_waiting
+from lmbridge.testing import FakeChatClient, ScriptedServer, answer, reply, retry_without_waiting, sse
 from tests.observe.telemetry import Telemetry
 from tests.support import MESSAGES, opened, read_text
 
@@ -212,6 +212,20 @@ async def test_a_propagator_that_raises_is_switched_off(
     assert [record.message.partition(" has ")[2] for record in caplog.records if record.levelname == "ERROR"] == [
         "raised an exception, and is not notified of any further events"
     ]
+
+
+async def test_the_load_of_a_model_is_an_event_of_the_run(
+    scripted_server: ScriptedServer, telemetry: Telemetry
+) -> None:
+    status = {"id": "m", "owned_by": "llamacpp", "status": {"value": "unloaded"}}
+    scripted_server.on_path("/v1/models", reply(200, {"data": [status]}))
+    scripted_server.on_path("/props", reply(200, {"max_instances": 1}))
+    loaded = {"model": "m", "event": "status_change", "data": {"status": "loaded"}}
+    scripted_server.on_path("/models/sse", sse(loaded))
+    async with LLMClient(scripted_server.api_base, "m") as client:
+        await Agent(client, observers=[telemetry.observer()]).run("Hi.")
+    [event] = telemetry.span("invoke_agent").events
+    assert (event.name, event.attributes) == ("lmbridge.model_load", {"gen_ai.request.model": "m"})
 
 
 @pytest.mark.parametrize(("cached", "expected"), [(8, 8), (0, None)])

@@ -13,7 +13,7 @@ import pytest
 
 from lmbridge import Agent, Limits, LLMClient, LLMConnectionError, LLMValidationError, RunResult, ToolCall
 from lmbridge.observe import Bar, Row, Timeline, TimelineObserver
-from lmbridge.testing import FakeChatClient, ScriptedServer, answer, reply, retry_without_waiting, stall
+from lmbridge.testing import FakeChatClient, ScriptedServer, answer, reply, retry_without_waiting, sse, stall
 from tests.gateway.chromium import CHROMIUM, browser_page
 from tests.support import MESSAGES, opened, piece
 
@@ -121,6 +121,21 @@ async def test_a_whole_reply_is_one_bar_and_a_stream_has_a_bar_for_its_tokens(sc
     assert [each.kind for each in streamed.bars] == ["queue", "prompt", "tokens"]
     assert plain.bars[-1].end > plain.bars[-1].start
     assert plain.bars[-1].text.startswith("answer, 1 attempt(s)")
+
+
+async def test_the_bar_of_a_prompt_has_its_tokens(scripted_server: ScriptedServer) -> None:
+    scripted_server.on_path("/v1/models", reply(200, {"data": [{"id": "test-model", "owned_by": "llamacpp"}]}))
+    scripted_server.on_path("/props", reply(200, {"total_slots": 1}))
+    progress = [{**piece(), "prompt_progress": {"processed": each, "total": 721, "cache": 9}} for each in (9, 721)]
+    scripted_server.script(sse(*progress, piece("Hello."), piece(finish_reason="stop"), done=True))
+    observer = TimelineObserver()
+    async with LLMClient(scripted_server.api_base, "test-model", observers=[observer]) as client:
+        await Agent(client, observers=[observer]).run("Hi.")
+    [row] = observer.timeline().rows
+    bars = [bar for bar in row.bars if bar.label == "chat completion test-model"]
+    assert [bar.kind for bar in bars] == ["queue", "prompt", "tokens"]
+    assert bars[1].text == "721 of 721 tokens, 9 of them from the cache"
+    assert "cache" not in bars[2].text
 
 
 async def test_a_failed_run_is_marked() -> None:
