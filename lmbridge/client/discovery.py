@@ -26,7 +26,7 @@ from lmbridge.transport import Transport
 DEFAULT_PORTS: Final = (1234, 9931, 8080, 11434, 8000)
 """The ports on which servers listen by default: LM Studio, llama.cpp (9931, and 8080 before it moved, see
 https://github.com/ggml-org/llama.cpp/pull/26508), Ollama, vLLM."""
-_PORTS_HINT: Final = "for example ports=[1234, 8080]"
+_PORTS_HINT: Final = "for example ports=[1234, 9931]"
 _NOT_READY: Final = (401, 403, 503)
 """The statuses with which a model server refuses to describe itself: it requires a key, or is loading its model."""
 

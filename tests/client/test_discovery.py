@@ -144,7 +144,7 @@ async def test_a_cancelled_search_leaves_no_connection_behind(scripted_server: S
 @pytest.mark.parametrize(
     ("ports", "message"),
     [
-        ([], "ports is empty; for example"),
+        ([], r"ports is empty; for example ports=\[1234, 9931\]"),
         ([0], "ports must be an integer from 1 to 65535, not 0"),
         ([65536], "not 65536"),
         (["1234"], "not '1234'"),
