@@ -162,6 +162,12 @@ async def test_the_definitions_of_tools_have_the_order_in_which_they_were_given(
     assert [each["function"]["name"] for each in json.loads(bodies.pop())] == ["b", "c", "a"]
 
 
+async def test_a_slot_is_pinned_in_each_request_of_a_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(calls(asks("read", page=1)), answer(""), answer("Done."))
+    await Agent(client, tools=[read], extra_body={"id_slot": 1}).run("Go.")
+    assert [request.json["id_slot"] for request in generations(scripted_server)] == [1, 1, 1]
+
+
 # What comes from the cache
 
 
