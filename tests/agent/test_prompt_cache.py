@@ -1,10 +1,11 @@
-"""What a run sends only grows at its end, and what the server did not find in its cache is noticed."""
+"""What a run sends only grows at its end or is trimmed, and what the server did not find in its cache is noticed."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -148,6 +149,76 @@ async def test_what_is_left_out_is_one_block_behind_the_task() -> None:
 @given(sizes=st.lists(st.integers(1, 500), min_size=4, max_size=10))
 async def test_what_any_run_leaves_out_is_one_block_behind_the_task(sizes: list[int]) -> None:
     await check_that_one_block_is_left_out(sizes)
+
+
+async def check_that_what_is_trimmed_is_marked(sizes: Sequence[int], mode: Any) -> Counter[str]:
+    """Runs an agent in a context that is too small for its results, and compares what was sent from round to round.
+
+    Returns:
+        How often each kind of step made room.
+    """
+
+    def long(words: int) -> str:
+        """Returns many words."""
+        return "word " * words
+
+    async with ScriptedServer() as server, LLMClient(server.api_base, "test-model") as client:
+        server.on_path("/v1/models", reply(200, {"data": [{**MODELS["data"][0], "max_model_len": 6000}]}))
+        turns = iter([counted(asks("long", f"c{number}", words=size)) for number, size in enumerate(sizes)])
+
+        async def behave(exchange: Exchange) -> None:
+            is_summary = "about to be removed" in exchange.request.json["messages"][-1]["content"]
+            await (answer("I read on.") if is_summary else next(turns, answer("Done.")))(exchange)
+
+        server.default = behave
+        agent = Agent(client, tools=[long], system_prompt="Be brief.", compaction=mode, repetition_limit=None)
+        result = await agent.run("Go.")
+        requests = [request.json["messages"] for request in generations(server)]
+    sent: list[list[dict[str, Any]]] = []
+    for messages in requests:
+        if "about to be removed" in messages[-1]["content"]:
+            # The question for a summary is asked below what the server has in its cache.
+            assert messages[:-2] == sent[-1][: len(messages) - 2]
+        else:
+            sent.append(messages)
+    for (before, after), finished in zip(itertools.pairwise(sent), result.log[1:], strict=True):
+        if finished.compactions:
+            check_trimmed(before, after)
+        else:
+            assert after[: len(before)] == before
+    return Counter(step.kind for finished in result.log for step in finished.compactions)
+
+
+def check_trimmed(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> None:
+    """Checks that one block behind the task is missing, and that only a note and shortened results are different."""
+    task = len("Go.")
+    assert (after[0], after[1]["role"], after[1]["content"][:task]) == (before[0], "user", "Go.")
+    # The last call and its result are new.
+    kept = after[2:-2]
+    for old, new in zip(before[len(before) - len(kept) :], kept, strict=True):
+        if new != old:
+            assert {**new, "content": ""} == {**old, "content": ""}
+            assert new["role"] == "tool"
+            assert len(new["content"]) < len(old["content"])
+
+
+MODES = ("drop", "shorten", "summarize")
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_what_is_trimmed_is_marked_and_everything_else_stays(mode: str) -> None:
+    steps = await check_that_what_is_trimmed_is_marked([900, 700, 200, 900, 900, 700, 900, 900, 200, 900], mode)
+    assert steps["drop"] or steps["summarize"]
+    assert bool(steps["shorten"]) == (mode != "drop")
+    assert bool(steps["summarize"]) == (mode == "summarize")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@settings(max_examples=10, deadline=None)
+@given(sizes=st.lists(st.integers(1, 1000), min_size=6, max_size=12), mode=st.sampled_from(MODES))
+async def test_what_any_run_trims_is_marked(sizes: list[int], mode: str) -> None:
+    await check_that_what_is_trimmed_is_marked(sizes, mode)
 
 
 async def test_the_definitions_of_tools_have_the_order_in_which_they_were_given(
