@@ -20,7 +20,7 @@ COUNTS = "/v1/chat/completions/input_tokens"
 LONG = [{"role": "user", "content": "word " * 3000}]
 """About 3,000 tokens, which are estimated as 5,000."""
 
-WITH_USAGE: Any = {"include_usage": True}
+WITH_USAGE = {"include_usage": True}
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 
 
