@@ -125,7 +125,7 @@ class ChatMethods(EndpointMethods):
             count = choices if isinstance(choices, int) else 1
             return ChatStream(events, server.mismatch_policy, server.redact, count, check_reply)
         reply = await server.request(request)
-        value = await server.read_object(reply)
+        value = await server.read_object(reply, complete_chat_reply)
         if not complete_chat_reply(value):
             raise server.unexpected_reply(reply, "a chat completion")
         server.check_choices(reply, value)

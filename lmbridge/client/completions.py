@@ -45,7 +45,7 @@ async def request_text_completion(
         choices = prompts * (n if isinstance(n, int) else 1)
         return TextStream(await server.stream(request), server.mismatch_policy, server.redact, choices)
     reply = await server.request(request)
-    value = await server.read_object(reply)
+    value = await server.read_object(reply, _has_texts)
     if not complete_text_reply(value) or len(value["choices"]) < prompts:
         raise server.unexpected_reply(
             reply, "a text completion" if prompts == 1 else f"text completions of {prompts} prompts"
@@ -53,6 +53,10 @@ async def request_text_completion(
     server.check_choices(reply, value)
     server.check_served_model(reply, value)
     return cast("TextCompletion", value)
+
+
+def _has_texts(value: dict[str, Any]) -> bool:
+    return complete_text_reply(value) and bool(value["choices"])
 
 
 def _text_in(chunk: Mapping[str, Any]) -> str:

@@ -167,9 +167,8 @@ async def request_response(server: ServerApi, body: dict[str, Any], *, stream: b
         event_class = _message_event_class()
         return ResponseStream(await server.stream(request), server.mismatch_policy, server.redact, event_class)
     reply = await server.request(request)
-    value = await server.read_object(reply)
-    output = value.get("output")
-    if not isinstance(output, list) or not all(isinstance(item, dict) for item in output):
+    value = await server.read_object(reply, _has_output)
+    if not _has_output(value):
         raise server.unexpected_reply(reply, "a response")
     server.check_served_model(reply, value)
     if (reason := _reason_of_failure(value)) is not None:
@@ -177,6 +176,11 @@ async def request_response(server: ServerApi, body: dict[str, Any], *, stream: b
             reason, status=reply.status, body=server.body_text(reply), context=reply.call.context(), partial=value
         )
     return cast("Response", value)
+
+
+def _has_output(response: Mapping[str, Any]) -> bool:
+    output = response.get("output")
+    return isinstance(output, list) and all(isinstance(item, dict) for item in output)
 
 
 def _reason_of_failure(response: Mapping[str, Any]) -> str | None:

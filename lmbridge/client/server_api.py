@@ -337,16 +337,22 @@ class ServerApi:
 
     # Replies
 
-    async def read_object(self, reply: Reply) -> dict[str, Any]:
+    async def read_object(
+        self, reply: Reply, has_answer: Callable[[dict[str, Any]], bool] | None = None
+    ) -> dict[str, Any]:
         """Returns what `json_object` returns, with "?" in place of each half of a surrogate pair.
 
         If the server does not have the model, the error lists the models that it has.
+
+        Args:
+            reply: The reply.
+            has_answer: See `json_object`.
 
         Raises:
             LLMError: The reply reports an error, or is not a JSON object.
         """
         try:
-            return self.json_object(reply, decode_whole_characters)
+            return self.json_object(reply, decode_whole_characters, has_answer)
         except LLMError as error:
             await self.complete_error(error)
             raise
@@ -366,19 +372,29 @@ class ServerApi:
         is_open = closing is not None and not closing.done() and not self.refuses_requests
         return is_open and self.transport.owns_url(str(error.context.get("url")))
 
-    def json_object(self, reply: Reply, decode: Callable[[bytes], Any] = decode_json) -> dict[str, Any]:
+    def json_object(
+        self,
+        reply: Reply,
+        decode: Callable[[bytes], Any] = decode_json,
+        has_answer: Callable[[dict[str, Any]], bool] | None = None,
+    ) -> dict[str, Any]:
         """Returns the JSON object that a reply consists of.
 
         Args:
             reply: The reply.
             decode: Decodes JSON, and raises a ValueError for anything else.
+            has_answer: Returns whether an object that reports an error has an answer beside it. Such an object is the
+                `.partial` of the error.
 
         Raises:
             LLMError: The reply reports an error, or is not a JSON object.
         """
         value = _json_object_in(reply, decode)
-        if value is None:
-            raise self._error_from(reply)
+        if value is None or is_error_object(value):
+            error = self._error_from(reply)
+            if value is not None and has_answer is not None and has_answer(value):
+                error.partial = value
+            raise error
         return value
 
     def unexpected_reply(
@@ -481,11 +497,11 @@ _UNKNOWN_PATH_OF_LM_STUDIO: Final = "unexpected endpoint or method"
 
 
 def _json_object_in(reply: Reply, decode: Callable[[bytes], Any]) -> dict[str, Any] | None:
-    """Returns the JSON object of a reply, or None if the reply reports an error or is not a JSON object."""
+    """Returns the JSON object of a reply, or None if it has an error status or is not a JSON object."""
     if not 200 <= reply.status < 300:
         return None
     try:
         value = decode(reply.body)
     except ValueError:
         return None
-    return value if isinstance(value, dict) and not is_error_object(value) else None
+    return value if isinstance(value, dict) else None

@@ -453,6 +453,28 @@ async def test_an_error_in_a_choice_of_a_text_completion_is_an_error(
         await client.text_completion("Say")
 
 
+async def test_the_error_for_a_plain_reply_has_the_answer_beside_it(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    chat = {"choices": [{"index": 0, "message": {"content": [{"type": "text", "text": "Hel"}]}}]}
+    text = {"choices": [{"index": 0, "text": "Hel"}]}
+    scripted_server.script(*(whole_reply({**each, "error": {"message": CRASH}}) for each in (chat, text)))
+    with pytest.raises(ModelLoadError, match="The model has crashed") as caught:
+        await client.chat_completion(MESSAGES)
+    assert text_of(caught.value.partial) == "Hel"
+    with pytest.raises(ModelLoadError, match="The model has crashed") as caught:
+        await client.text_completion("Say")
+    assert caught.value.partial["choices"][0]["text"] == "Hel"
+
+    others: list[dict[str, Any]] = [{}, {"choices": []}, {"choices": None}, {"choices": [{"text": 1}]}]
+    for other in others:
+        scripted_server.default = whole_reply({**other, "error": {"message": CRASH}})
+        for call in (client.chat_completion(MESSAGES), client.text_completion("Say")):
+            with pytest.raises(ModelLoadError, match="The model has crashed") as caught:
+                await call
+            assert caught.value.partial is None
+
+
 async def test_an_empty_error_in_a_choice_is_no_error(scripted_server: ScriptedServer, client: LLMClient) -> None:
     errors: list[Any] = [None, {}, "", False]
     for error in errors:

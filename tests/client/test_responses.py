@@ -194,6 +194,27 @@ async def test_a_failed_response_raises(
     assert str(caught.value).startswith("response with model 'test-model' at http")
 
 
+@pytest.mark.parametrize("error", [None, {"code": "server_error", "message": "Oh no."}, "model crashed"])
+async def test_the_error_of_a_failed_response_has_its_output(
+    scripted_server: ScriptedServer, client: LLMClient, error: Any
+) -> None:
+    failed = response(message("Hel", "incomplete"), status="failed", error=error)
+    scripted_server.script(reply(200, failed), sse(*HALF, named("response.failed", response=failed)))
+    with pytest.raises(LLMError) as caught:
+        await client.create_response("Hi")
+    assert caught.value.partial == failed
+    with pytest.raises(LLMError) as streamed:
+        await collect(await opened(client))
+    assert streamed.value.partial == failed
+
+
+async def test_an_error_without_a_response_has_no_partial(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(reply(200, {"error": {"message": "Oh no."}}))
+    with pytest.raises(LLMResponseError, match="Oh no") as caught:
+        await client.create_response("Hi")
+    assert caught.value.partial is None
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_server_errors_raise_the_same_classes_as_for_a_chat(
     scripted_server: ScriptedServer, client: LLMClient, stream: bool
