@@ -83,6 +83,19 @@ def run_at_once(slices: Generator[None, None, _T]) -> _T:
         return cast("_T", end.value)
 
 
+async def run_in_slices(slices: Generator[None, None, _T]) -> _T:
+    """Runs a generator that yields after each slice of its work, and returns its result. Other tasks run in between.
+
+    Without a `yield`, it does not wait at all. On cancellation of the caller, the rest is not done.
+    """
+    try:
+        while True:
+            next(slices)
+            await asyncio.sleep(0)
+    except StopIteration as end:
+        return cast("_T", end.value)
+
+
 async def settle(work: Awaitable[_T]) -> _T:
     """Awaits a piece of work until it has ended, even if the caller is cancelled in the meantime.
 

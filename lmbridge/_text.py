@@ -17,6 +17,8 @@ _T = TypeVar("_T")
 _EXCERPT_CHARACTERS: Final = 500
 """The number of characters of a reply that an error quotes."""
 
+_LARGE_JSON: Final = 100_000
+"""The number of bytes beyond which JSON is written without spaces."""
 _QUOTED_BYTES: Final = 250_000
 """The number of bytes at the beginning of a body that an error keeps."""
 _LONGEST_SECRET: Final = 10_000
@@ -55,6 +57,24 @@ def redacted_beginning(text: bytes | str, redact: Callable[[str], str]) -> str:
     readable = redact(head if isinstance(head, str) else head.decode("utf-8", "replace"))
     # A secret that was cut in two is not found, so the end is left out.
     return readable if len(head) == len(text) else readable[:-_LONGEST_SECRET]
+
+
+def to_json(value: object) -> str:
+    """Returns a JSON value as JSON: with a space after each comma and colon, or without spaces if it is large.
+
+    For large values, msgspec is used, because `json` is so slow that it would hold up the event loop.
+
+    Raises:
+        TypeError, ValueError, RecursionError: The value is none that JSON has, or is nested too deeply.
+    """
+    try:
+        encoded = msgspec.json.encode(value)
+        if len(encoded) > _LARGE_JSON:
+            return encoded.decode()
+    except UnicodeEncodeError:
+        # It holds half of a surrogate pair, which `json` accepts.
+        pass
+    return json.dumps(value, ensure_ascii=False)
 
 
 def join_surrogates(text: str) -> str:

@@ -1,24 +1,15 @@
 """How much work a single step of the event loop does while a server sends very much, or something hostile.
 
-The tests depend neither on the speed of the machine nor on what else it does: instead of the time of a step, they count
-the lines of Python that are executed in it, those of asyncio and of other libraries included. Whatever comes, and in
-however many pieces, this number must not depend on the size.
-
-The time that C code takes for a long text, such as decoding JSON, cannot be counted like this. The table `steps` of the
-benchmarks measures it.
+See `tests.step_meter` for how it is measured. The same for MCP servers is in `tests/mcp/test_step_lengths.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
-import sys
-from asyncio.events import Handle
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from functools import partial
-from types import FrameType
 from typing import Any, TypeAlias
 
 import msgspec
@@ -27,6 +18,7 @@ import pytest
 from lmbridge import Agent, LLMClient, LLMError, collect
 from lmbridge.testing import MockRequest, MockResponse, MockTransport
 from tests.agent.support import asks_raw
+from tests.step_meter import StepMeter, assert_work_stays_equal, divide_into_short_slices
 from tests.support import MESSAGES, piece
 
 Replies: TypeAlias = list[MockResponse]
@@ -37,53 +29,7 @@ _BYTES_AT_ONCE = 2_000
 """The number of bytes that arrive at once. It is small, so that no other step is hidden behind those that read them."""
 
 
-@pytest.fixture(autouse=True)
-def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Divides work into slices of a tenth of their size, so that a loop without slices stands out with fewer calls."""
-    replaced = 0
-    for name, module in list(sys.modules.items()):
-        if name.startswith("lmbridge."):
-            for constant, value in (("MANY", 10), ("LARGE", 10_000)):
-                if hasattr(module, constant):
-                    monkeypatch.setattr(module, constant, value)
-                    replaced += 1
-    assert replaced >= 8
-
-
-class StepMeter:
-    """Counts the lines of Python that are executed in each step of the event loop."""
-
-    def __init__(self) -> None:
-        self.most_lines = 0
-        self._lines = 0
-
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Counts from the next step on."""
-        run = Handle._run
-
-        def measured(handle: Handle) -> None:
-            self._lines = 0
-            run(handle)
-            self.most_lines = max(self.most_lines, self._lines)
-
-        # A garbage collection would run finalizers in any step.
-        gc.collect()
-        gc.disable()
-        before = sys.gettrace()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Handle, "_run", measured)
-            sys.settrace(self._trace)
-            try:
-                yield
-            finally:
-                sys.settrace(before)
-                gc.enable()
-
-    def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
-        # A loop within one line counts each time as well, because each of its jumps back is an event.
-        self._lines += event == "line"
-        return self._trace
+short_slices = pytest.fixture(autouse=True)(divide_into_short_slices)
 
 
 def largest_step(replies: Replies, read: Reader) -> int:
@@ -112,15 +58,7 @@ def largest_step(replies: Replies, read: Reader) -> int:
 
 def assert_steps_stay_short(replies: Callable[[int], Replies], read: Reader, size: int) -> None:
     """Checks that the largest step does not do more work if four times as much arrives."""
-    # The first time, patterns are compiled, and modules imported.
-    largest_step(replies(size), read)
-    small = largest_step(replies(size), read)
-    large = largest_step(replies(4 * size), read)
-    if large >= 1.2 * small:
-        # The larger size may have been the first that needs them.
-        large = largest_step(replies(4 * size), read)
-    assert small > 0
-    assert large < 1.2 * small, f"the largest step grew from {small} lines to {large}"
+    assert_work_stays_equal(lambda size: largest_step(replies(size), read), size)
 
 
 # What the server sends

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge._text import excerpt, redacted_beginning, replace_lone_surrogates, shorten
+from lmbridge._text import excerpt, redacted_beginning, replace_lone_surrogates, shorten, to_json
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters()),
@@ -64,3 +65,17 @@ def test_a_value_without_lone_surrogates_can_be_encoded(value: Any) -> None:
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_a_text_without_surrogates_is_returned_unchanged(text: str) -> None:
     assert replace_lone_surrogates(text) is text
+
+
+@given(JSON_VALUES)
+def test_small_and_large_values_are_the_same_json(value: Any) -> None:
+    assert json.loads(to_json(value)) == value
+    large = to_json([value, "x" * 100_000])
+    assert json.loads(large) == [value, "x" * 100_000]
+
+
+def test_only_large_json_has_no_spaces() -> None:
+    assert to_json({"ä": [1, 2]}) == '{"ä": [1, 2]}'
+    assert to_json({"ä": [1, 2], "b": "x" * 100_000}).startswith('{"ä":[1,2],"b":"x')
+    with pytest.raises(TypeError):
+        to_json(object())

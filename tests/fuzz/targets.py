@@ -17,6 +17,7 @@ import attrs
 import msgspec
 
 from lmbridge import JournalError, LLMError, LLMValidationError, MCPError, Tool
+from lmbridge._tasks import run_at_once
 from lmbridge.agent.journal.database import Database
 from lmbridge.agent.journal.journal import _describe_run, _export, find_run, read_recording
 from lmbridge.agent.toolset import Toolset
@@ -32,7 +33,7 @@ from lmbridge.mcp.sdk.event_stream import EventReader
 from lmbridge.mcp.sdk.exchange import MessageExchange, NotificationHandlers, has_name
 from lmbridge.mcp.sdk.sent_requests import track_request
 from lmbridge.mcp.servers.definitions import describe_tool, read_hints, sanitize_schema
-from lmbridge.mcp.servers.results import McpText, result_text
+from lmbridge.mcp.servers.results import McpText, read_result
 from lmbridge.transport.sse import SSEDecoder
 
 
@@ -173,7 +174,7 @@ def read_envelopes(data: bytes) -> None:
             continue
         if "method" in message or "id" in message:
             _receive(message)
-        result_text(message)
+        run_at_once(read_result(message))
         msgspec.json.encode(McpText("", message).image_parts)
         with suppress(RecursionError):
             # The caller says that the definition is nested too deeply.
@@ -190,7 +191,8 @@ def _receive(message: dict[str, Any]) -> None:
         with track_request(method):
             sent = exchange.outgoing({"jsonrpc": "2.0", "id": 0, "method": method, "params": {}})
             # It answers the request, whatever id it has.
-            exchange.incoming({**message, "id": sent["id"]} if sent and "method" not in message else message)
+            answer = {**message, "id": sent["id"]} if sent and "method" not in message else message
+            run_at_once(exchange.incoming_in_slices(answer))
 
 
 def read_config(data: bytes) -> None:

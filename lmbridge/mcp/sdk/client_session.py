@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
+from lmbridge._tasks import list_in_slices
 from lmbridge._version import __version__
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import MessageLink
@@ -200,7 +201,7 @@ class _SessionBase:
     async def list_page(self, cursor: str | None) -> Mapping[str, Any]:
         with track_request("tools/list") as request:
             page = await self._make_request(self._sdk_list_tools(cursor, request), request)
-        return _mark_unusable(request.result or {}, {tool.name for tool in page.tools})
+        return await _mark_unusable(request.result or {}, page.tools)
 
     async def call(self, tool: str, arguments: Mapping[str, Any], listener: CallListener) -> Mapping[str, Any]:
         from pydantic_core import to_json
@@ -337,13 +338,14 @@ class _SessionV1(_SessionBase):
                 await self._client.send_notification(notification)
 
 
-def _mark_unusable(page: Mapping[str, Any], kept: set[str]) -> Mapping[str, Any]:
+async def _mark_unusable(page: Mapping[str, Any], kept_tools: Iterable[Any]) -> Mapping[str, Any]:
     """Adds the key `UNUSABLE_REASON` to the tools of a page that the SDK has left out, and returns the page.
 
     The protocol of 2026-07-28 requires clients to leave out a tool whose x-mcp-header is not valid, and the SDK does.
     """
-    tools = [
+    kept = set(await list_in_slices(tool.name for tool in kept_tools))
+    marked = (
         {**each, UNUSABLE_REASON: _BAD_HEADERS} if has_name(each) and each["name"] not in kept else each
         for each in page.get("tools") or ()
-    ]
-    return {**page, "tools": tools}
+    )
+    return {**page, "tools": await list_in_slices(marked)}

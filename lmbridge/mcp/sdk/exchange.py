@@ -16,13 +16,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import Any, Final
 
 import attrs
 
 from lmbridge._jsonrpc_ids import is_answer, read_id
-from lmbridge._tasks import end_task
+from lmbridge._tasks import MANY, end_task
 from lmbridge._text import shorten
 from lmbridge.mcp.sdk.normalize import normalize_handshake, read_answer
 from lmbridge.mcp.sdk.package import known_handshake_versions
@@ -181,10 +181,13 @@ class MessageExchange:
 
     # Messages from the server.
 
-    def incoming(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        """Handles a message that has arrived, and returns the part of it that the SDK gets, or None."""
+    def incoming_in_slices(self, message: dict[str, Any]) -> Generator[None, None, dict[str, Any] | None]:
+        """Handles a message that has arrived, and returns the part of it that the SDK gets, or None.
+
+        It is a generator that yields whenever other tasks should run. The next message must wait until it has ended.
+        """
         if is_answer(message):
-            return self._incoming_answer(message)
+            return (yield from self._incoming_answer(message))
         method = message["method"]
         if not isinstance(method, str):
             self.report("a message whose method is not a text", method)
@@ -206,18 +209,22 @@ class MessageExchange:
         request.failure = self.failure = failure
         return {"jsonrpc": "2.0", "id": sdk_id, "error": _PLACEHOLDER_ERROR}
 
-    def _incoming_answer(self, message: dict[str, Any]) -> dict[str, Any] | None:
+    def _incoming_answer(self, message: dict[str, Any]) -> Generator[None, None, dict[str, Any] | None]:
         wire_id = self._match_id(message.get("id"))
         if wire_id is None:
             if read_id(message.get("id")) not in self._finished:
                 self.report("an answer to a request that was not sent", message.get("id"))
             return None
-        request, sdk_id = self._pending.pop(wire_id)
-        self._finished.append(wire_id)
+        request, sdk_id = self._pending[wire_id]
         self.questions.on_request_over(request)
-        answer = read_answer(message, request.method)
-        for note in answer.notes:
+        answer = yield from read_answer(message, request.method)
+        for note in sorted(answer.notes):
             self.report(note, request.method)
+        sdk_result = {} if answer.result is None else (yield from self._result_for_sdk(request.method, answer.result))
+        if self._pending.pop(wire_id, None) is None:
+            # The caller has given the request up while the answer was read.
+            return None
+        self._finished.append(wire_id)
         if answer.result is None:
             request.failure = self.failure = refusal_error(answer.refusal, answer.error)
             # Only in a handshake does the SDK act on what the error says.
@@ -226,20 +233,25 @@ class MessageExchange:
         self.failure = None
         if answer.result.get("resultType") != _INPUT_REQUIRED:
             request.result = answer.result
-        return {"jsonrpc": "2.0", "id": sdk_id, "result": self._result_for_sdk(request.method, answer.result)}
+        return {"jsonrpc": "2.0", "id": sdk_id, "result": sdk_result}
 
     def _match_id(self, answered_id: Any) -> Any:
         """Returns the id of the pending request that an answer names, or None. Some servers return the id as a text."""
         answered_id = read_id(answered_id)
         return answered_id if answered_id in self._pending else None
 
-    def _result_for_sdk(self, method: str, result: dict[str, Any]) -> dict[str, Any]:
-        notes: list[str] = []
+    def _result_for_sdk(self, method: str, result: dict[str, Any]) -> Generator[None, None, dict[str, Any]]:
+        notes: set[str] = set()
         sdk_result: dict[str, Any]
         if method == "initialize":
             sdk_result, self.protocol = normalize_handshake(result, known_handshake_versions(), notes)
         elif method == "tools/list":
-            definitions = [_minimal_definition(each) for each in result["tools"] if has_name(each)]
+            definitions = []
+            for number, definition in enumerate(result["tools"], 1):
+                if has_name(definition):
+                    definitions.append(_minimal_definition(definition))
+                if number % MANY == 0:
+                    yield
             sdk_result = {**_cache_hints(result), "tools": definitions}
         elif method == "tools/call" and result.get("resultType", "complete") == "complete":
             sdk_result = {"content": []}
@@ -248,7 +260,7 @@ class MessageExchange:
         if self.is_modern:
             # The specification says that a result without this field counts as complete. The SDK rejects it.
             sdk_result.setdefault("resultType", "complete")
-        for note in notes:
+        for note in sorted(notes):
             self.report(note, method)
         return sdk_result
 

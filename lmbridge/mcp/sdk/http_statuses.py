@@ -39,7 +39,7 @@ def find_error(body: bytes) -> tuple[Any, Mapping[str, Any]] | None:
 def _find_error(values: list[Any]) -> tuple[Any, Mapping[str, Any]] | None:
     for value in values:
         if isinstance(value, dict) and value.get("error") is not None and ("jsonrpc" in value or "id" in value):
-            return value.get("id"), normalize_error(value["error"], [])
+            return value.get("id"), normalize_error(value["error"], set())
     return None
 
 

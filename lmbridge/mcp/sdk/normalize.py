@@ -4,19 +4,29 @@ Many servers send almost what the protocol says: a list as structured content, a
 is a string, a tool without a schema. The SDK rejects each of these, and with it the data that a model could have used.
 So every answer passes through here before anybody else sees it. The functions do no I/O.
 
-Each deviation adds a note to a list, a few words such as "a result that is null". The caller logs it once for each
+Each deviation adds a note to a set, a few words such as "a result that is null". The caller logs it once for each
 session.
+
+An answer may hold a million blocks. So the functions that go through them are generators that yield after every 100, so
+that other tasks can run.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any, Final, TypeVar
 
 import attrs
 
-from lmbridge._text import shorten
+from lmbridge._tasks import MANY
+from lmbridge._text import shorten, to_json
+
+_T = TypeVar("_T")
+
+MOST_TOOLS: Final = 5_000
+"""How many tools a server may have. More would fit into no prompt, and the SDK reads a list of them in one step."""
+TOO_MANY_TOOLS: Final = f"its list of tools has more than {MOST_TOOLS:,} tools"
+"""Why a longer list is refused."""
 
 _LONGEST_REFUSAL: Final = 2000
 """The length to which the message of a server's error is shortened, in characters."""
@@ -38,40 +48,48 @@ class ServerAnswer:
     """The code and the message of the server's error; empty if there is a result."""
     error: Mapping[str, Any] = attrs.field(factory=dict)
     """The error as the protocol specifies it, with `code` and `message`; empty if there is a result."""
-    notes: list[str] = attrs.field(factory=list)
+    notes: set[str] = attrs.field(factory=set)
     """What had to be changed, each in a few words."""
 
 
-def read_answer(message: Mapping[str, Any], method: str) -> ServerAnswer:
-    """Reads the answer to a request.
+def read_answer(message: Mapping[str, Any], method: str) -> Generator[None, None, ServerAnswer]:
+    """Reads the answer to a request, as a generator that yields whenever other tasks should run.
 
     Args:
         message: The message that has arrived.
         method: The method of the request that it answers.
     """
-    notes: list[str] = []
+    notes: set[str] = set()
     if message.get("jsonrpc") != "2.0":
-        notes.append('an answer without "jsonrpc": "2.0"')
+        notes.add('an answer without "jsonrpc": "2.0"')
     error = message.get("error")
     has_error = error is not None if "result" not in message else error not in (None, False, "", {}, [])
     if has_error:
         normalized = normalize_error(error, notes)
         return ServerAnswer(refusal=describe_refusal(normalized), error=normalized, notes=notes)
     if "error" in message and "result" in message:
-        notes.append("a result with an empty error beside it")
+        notes.add("a result with an empty error beside it")
     if "result" not in message:
-        notes.append("an answer with neither a result nor an error")
+        notes.add("an answer with neither a result nor an error")
         return _unreadable("its answer has neither a result nor an error", notes)
     result = message["result"]
     if method == "tools/call":
-        return ServerAnswer(normalize_call_result(result, notes), notes=notes)
+        fields = yield from normalize_call_result(result, notes)
+        return ServerAnswer(fields, notes=notes)
     if method == "tools/list":
-        page = normalize_tool_page(result, notes)
-        return _unreadable("its list of tools is not valid", notes) if page is None else ServerAnswer(page, notes=notes)
+        return (yield from _read_tool_page(result, notes))
     if not isinstance(result, dict):
-        notes.append("a result that is not an object")
+        notes.add("a result that is not an object")
         return _unreadable(f"its answer to {method!r} is not an object", notes)
     return ServerAnswer(result, notes=notes)
+
+
+def _read_tool_page(result: Any, notes: set[str]) -> Generator[None, None, ServerAnswer]:
+    tools = result.get("tools") if isinstance(result, dict) else result
+    if isinstance(tools, list | dict) and len(tools) > MOST_TOOLS:
+        return _unreadable(TOO_MANY_TOOLS, notes)
+    page = yield from normalize_tool_page(result, notes)
+    return _unreadable("its list of tools is not valid", notes) if page is None else ServerAnswer(page, notes=notes)
 
 
 def _unreadable(problem: str, notes: list[str]) -> ServerAnswer:
@@ -79,15 +97,16 @@ def _unreadable(problem: str, notes: list[str]) -> ServerAnswer:
     return ServerAnswer(refusal=problem, error={"code": 0, "message": problem}, notes=notes)
 
 
-def normalize_error(error: Any, notes: list[str]) -> dict[str, Any]:
+def normalize_error(error: Any, notes: set[str]) -> dict[str, Any]:
     """Returns an error with an integer `code`, which is 0 by default, and a text as its `message`."""
     if not isinstance(error, Mapping):
-        notes.append("an error that is not an object")
+        notes.add("an error that is not an object")
         return {"code": 0, "message": _as_text(error)}
     code, message = error.get("code"), error.get("message")
     if not isinstance(code, int) or isinstance(code, bool) or not isinstance(message, str):
-        notes.append("an error without a numeric code or without a message")
-    rest = {key: value for key, value in error.items() if key != "code"}
+        notes.add("an error without a numeric code or without a message")
+    rest = dict(error)
+    rest.pop("code", None)
     words = message if isinstance(message, str) else _as_text(message if message is not None else rest or "no reason")
     normalized = {"code": _as_integer(code), "message": words}
     return normalized if error.get("data") is None else {**normalized, "data": error["data"]}
@@ -104,7 +123,7 @@ def describe_refusal(error: Mapping[str, Any]) -> str:
     return f"{error['code']}: {words}" if error["code"] else words
 
 
-def normalize_call_result(result: Any, notes: list[str]) -> dict[str, Any]:
+def normalize_call_result(result: Any, notes: set[str]) -> Generator[None, None, dict[str, Any]]:
     """Returns the result of a tool with a list of blocks as `content` and a bool as `isError`.
 
     A result that is not an object, or whose data is under other keys, becomes the content or the structured content.
@@ -112,28 +131,28 @@ def normalize_call_result(result: Any, notes: list[str]) -> dict[str, Any]:
     if isinstance(result, dict):
         fields = dict(result)
     else:
-        notes.append("a result that is not an object")
-        fields = _wrap_result(result)
+        notes.add("a result that is not an object")
+        fields = yield from _wrap_result(result)
     content = fields.get("content")
-    fields["content"] = _normalize_blocks(content, notes)
+    fields["content"] = yield from _normalize_blocks(content, notes)
     if not isinstance(content, list):
-        notes.append("a result without a list as content")
+        notes.add("a result without a list as content")
         if fields.get("structuredContent") is None and (rest := _data_outside(fields)) is not None and not content:
             fields["structuredContent"] = rest
     structured = fields.get("structuredContent")
     if structured is not None and not isinstance(structured, dict):
-        notes.append("structured content that is not an object")
-    if structured is not None and not any(_has_content(block) for block in fields["content"]):
+        notes.add("structured content that is not an object")
+    if structured is not None and (yield from _are_all(_is_empty_text, fields["content"])):
         # An empty text block would be shown to the model in place of the data.
         fields["content"] = []
     fields["isError"] = _is_true(fields.get("isError"))
     return fields
 
 
-def _wrap_result(result: Any) -> dict[str, Any]:
+def _wrap_result(result: Any) -> Generator[None, None, dict[str, Any]]:
     if result is None:
         return {"content": []}
-    is_content = isinstance(result, list) and bool(result) and all(map(_is_block, result))
+    is_content = isinstance(result, list) and bool(result) and (yield from _are_all(_is_block, result))
     return {"content": result} if isinstance(result, str) or is_content else {"structuredContent": result}
 
 
@@ -143,34 +162,55 @@ def _is_block(value: Any) -> bool:
 
 def _data_outside(fields: Mapping[str, Any]) -> Any:
     """Returns the data that a result has under keys that the protocol does not define, or None."""
-    rest = {key: value for key, value in fields.items() if key not in _ENVELOPE_KEYS}
+    # There may be many keys, so they are copied by C code.
+    rest = dict(fields)
+    for key in _ENVELOPE_KEYS:
+        rest.pop(key, None)
     # In the first revision of the protocol, the data of a result was under the key `toolResult`.
     return rest.get("toolResult", rest or None)
 
 
-def _normalize_blocks(content: Any, notes: list[str]) -> list[dict[str, Any]]:
+def _normalize_blocks(content: Any, notes: set[str]) -> Generator[None, None, list[dict[str, Any]]]:
     if content is None:
         return []
-    items = content if isinstance(content, list) else [content]
-    return [_normalize_block(each, notes) for each in items if each is not None]
+    blocks: list[dict[str, Any]] = []
+    for items in _slices(content if isinstance(content, list) else [content]):
+        blocks += [_normalize_block(each, notes) for each in items if each is not None]
+        if len(items) == MANY:
+            yield
+    return blocks
 
 
-def _normalize_block(given: Any, notes: list[str]) -> dict[str, Any]:
+def _slices(items: list[_T]) -> Iterable[list[_T]]:
+    return (items[begin : begin + MANY] for begin in range(0, len(items), MANY))
+
+
+def _are_all(fits: Callable[[_T], bool], items: list[_T]) -> Generator[None, None, bool]:
+    """Returns whether all items fit, as a generator that yields after every 100 items."""
+    for some in _slices(items):
+        if not all(map(fits, some)):
+            return False
+        if len(some) == MANY:
+            yield
+    return True
+
+
+def _normalize_block(given: Any, notes: set[str]) -> dict[str, Any]:
     block: dict[str, Any] = given if isinstance(given, dict) else {"type": "text", "text": _as_text(given)}
     if not isinstance(given, dict):
-        notes.append("a content block that is not an object")
+        notes.add("a content block that is not an object")
     kind = block.get("type")
     if not isinstance(kind, str):
-        notes.append("a content block without a type")
+        notes.add("a content block without a type")
         kind = _guess_block_type(block)
         block = {**block, "type": kind}
     if kind == "text" and not isinstance(block.get("text"), str):
-        notes.append("a text block without a text")
+        notes.add("a text block without a text")
         text = block.get("text", block.get("data"))
         return {**block, "text": "" if text is None else _as_text(text)}
     resource = block.get("resource")
     if kind == "resource" and isinstance(resource, dict) and not isinstance(resource.get("text"), str | None):
-        notes.append("a resource whose text is not a text")
+        notes.add("a resource whose text is not a text")
         return {**block, "resource": {**resource, "text": _as_text(resource["text"])}}
     return block
 
@@ -180,43 +220,47 @@ def _guess_block_type(block: Mapping[str, Any]) -> str:
         return "text"
     if "resource" in block:
         return "resource"
-    media = str(block.get("mimeType", ""))
-    if "data" in block and media.startswith(("image/", "audio/")):
+    media = block.get("mimeType")
+    if "data" in block and isinstance(media, str) and media.startswith(("image/", "audio/")):
         return media.partition("/")[0]
     return "resource_link" if "uri" in block else "unknown"
 
 
-def _has_content(block: Mapping[str, Any]) -> bool:
-    return block.get("type") != "text" or bool(str(block.get("text", "")).strip())
+def _is_empty_text(block: Mapping[str, Any]) -> bool:
+    return block.get("type") == "text" and not str(block.get("text", "")).strip()
 
 
-def normalize_tool_page(result: Any, notes: list[str]) -> dict[str, Any] | None:
+def normalize_tool_page(result: Any, notes: set[str]) -> Generator[None, None, dict[str, Any] | None]:
     """Returns a page of tools with a list as `tools`, or None if it has no list of tools."""
     page = dict(result) if isinstance(result, dict) else {"tools": result}
     tools = page.get("tools", ())
     if isinstance(tools, dict):
-        notes.append("tools that are not a list")
+        notes.add("tools that are not a list")
         tools = [{"name": name, **each} for name, each in tools.items() if isinstance(each, dict)]
     if tools is None and isinstance(result, dict):
-        notes.append("tools that are null")
+        notes.add("tools that are null")
         tools = []
     if not isinstance(tools, list):
         return None
-    page["tools"] = [_normalize_tool(each, notes) for each in tools]
+    page["tools"] = normalized = []
+    for some in _slices(tools):
+        normalized += [_normalize_tool(each, notes) for each in some]
+        if len(some) == MANY:
+            yield
     cursor = page.get("nextCursor")
     if isinstance(cursor, int | float) and not isinstance(cursor, bool):
-        notes.append("a cursor that is a number")
+        notes.add("a cursor that is a number")
         page["nextCursor"] = str(cursor)
     return page
 
 
-def _normalize_tool(tool: Any, notes: list[str]) -> Any:
+def _normalize_tool(tool: Any, notes: set[str]) -> Any:
     if not isinstance(tool, dict):
         return tool
     schema = tool.get("inputSchema")
     if schema is None or schema is True or schema == {}:
         if schema != {}:
-            notes.append("a tool without an inputSchema")
+            notes.add("a tool without an inputSchema")
         return {**tool, "inputSchema": dict(_NO_PARAMETERS)}
     if not isinstance(schema, dict):
         return tool
@@ -224,12 +268,12 @@ def _normalize_tool(tool: Any, notes: list[str]) -> Any:
     if fixed.get("type") is None or fixed["type"] in (["object"], ["object", "null"], ["null", "object"]):
         fixed["type"] = "object"
     if fixed != schema:
-        notes.append("an inputSchema without the type object")
+        notes.add("an inputSchema without the type object")
     return {**tool, "inputSchema": fixed}
 
 
 def normalize_handshake(
-    result: Mapping[str, Any], known_versions: tuple[str, ...], notes: list[str]
+    result: Mapping[str, Any], known_versions: tuple[str, ...], notes: set[str]
 ) -> tuple[dict[str, Any], str]:
     """Returns the answer to `initialize` that the SDK accepts, and the protocol revision that the server named.
 
@@ -240,18 +284,18 @@ def normalize_handshake(
     Args:
         result: The server's answer.
         known_versions: The revisions that the SDK accepts, oldest first.
-        notes: A list to which deviations are added.
+        notes: A set to which deviations are added.
     """
     named = result.get("protocolVersion")
     version = str(named) if named else known_versions[-1]
     accepted = version
     if version not in known_versions or not isinstance(named, str):
-        notes.append(f"the unknown protocol revision {shorten(_as_text(named), 40)}")
+        notes.add(f"the unknown protocol revision {shorten(_as_text(named), 40)}")
         older = [each for each in known_versions if each <= version]
         accepted = older[-1] if older and version[:2] == "20" else known_versions[-1 if version[:2] != "20" else 0]
     info = result.get("serverInfo")
     if not isinstance(info, dict) or not isinstance(info.get("name"), str) or not isinstance(info.get("version"), str):
-        notes.append("a handshake without the name and version of the server")
+        notes.add("a handshake without the name and version of the server")
         info = info if isinstance(info, dict) else {"name": info}
         info = {"name": _as_text(info.get("name") or ""), "version": _as_text(info.get("version") or "")}
     instructions = result.get("instructions")
@@ -263,19 +307,19 @@ def normalize_handshake(
     return (handshake | ({"instructions": instructions} if isinstance(instructions, str) else {})), version
 
 
-def _normalize_capabilities(given: Any, notes: list[str]) -> dict[str, Any]:
+def _normalize_capabilities(given: Any, notes: set[str]) -> dict[str, Any]:
     """Returns only the capability `tools`, the one that lmbridge uses, or nothing if the server does not have it."""
     if isinstance(given, list):
-        notes.append("capabilities that are a list")
+        notes.add("capabilities that are a list")
         given = {each: {} for each in given if isinstance(each, str)}
     if not isinstance(given, dict):
-        notes.append("a handshake without capabilities")
+        notes.add("a handshake without capabilities")
         return {}
     tools = given.get("tools")
     if tools is None or tools is False:
         return {}
     if not isinstance(tools, dict):
-        notes.append("a capability that is not an object")
+        notes.add("a capability that is not an object")
         return {"tools": {}}
     return {"tools": {"listChanged": _is_true(tools.get("listChanged"))}}
 
@@ -284,7 +328,7 @@ def _as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     try:
-        return json.dumps(value, ensure_ascii=False)
+        return to_json(value)
     except (ValueError, TypeError, RecursionError):
         return str(type(value).__name__)
 

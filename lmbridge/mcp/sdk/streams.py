@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol, Self, TypeAlias
 import attrs
 import msgspec
 
+from lmbridge._tasks import run_in_slices
 from lmbridge.mcp.jsonrpc import MessageLink
 from lmbridge.mcp.sdk.exchange import MessageExchange
 from lmbridge.mcp.sdk.package import is_v2
@@ -164,7 +165,7 @@ def client_streams(connection: ClientConnection, exchange: MessageExchange) -> S
             if isinstance(item, FailedRequest):
                 message = exchange.fail(item.request_id, item.failure)
             else:
-                message = exchange.incoming(item)
+                message = await run_in_slices(exchange.incoming_in_slices(item))
             if message is not None:
                 try:
                     return SessionMessage(parse(message))

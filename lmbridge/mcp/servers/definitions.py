@@ -7,11 +7,13 @@ validated against the schema as the server sent it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 
+from lmbridge._tasks import MANY, run_in_slices
 from lmbridge._text import shorten
 from lmbridge.agent.definition_budget import DefinitionBudget, definition_tokens
 from lmbridge.agent.tools import Tool, ToolContext
@@ -19,7 +21,7 @@ from lmbridge.client.subschemas import map_subschemas
 from lmbridge.errors import LLMValidationError
 from lmbridge.mcp.sdk import UNUSABLE_REASON
 from lmbridge.mcp.servers.managed_server import ManagedServer
-from lmbridge.mcp.servers.results import McpText, result_text
+from lmbridge.mcp.servers.results import McpText, read_result
 from lmbridge.mcp.servers.sanitize import sanitize_text
 
 _LONGEST_DESCRIPTION: Final = 4_000
@@ -40,10 +42,10 @@ class LeftOutTool:
     """Why it is not offered."""
 
 
-def make_tools(
+async def make_tools(
     server: ManagedServer, definitions: Iterable[Any], timeout: float | None, left_out: list[LeftOutTool]
 ) -> list[Tool]:
-    """Returns the tools of a server that its configuration allows.
+    """Returns the tools of a server that its configuration allows, and lets other tasks run after every 100 of them.
 
     Args:
         server: The server, which the tools call.
@@ -54,6 +56,8 @@ def make_tools(
     """
     tools: dict[str, Tool] = {}
     for number, definition in enumerate(definitions, 1):
+        if number % MANY == 0:
+            await asyncio.sleep(0)
         name = definition.get("name") if isinstance(definition, Mapping) else None
         if isinstance(name, str) and name and not server.spec.offers(name):
             continue
@@ -90,7 +94,7 @@ def _tool_from_definition(server: ManagedServer, definition: Any, name: Any, tim
         seconds = timeout or (None if context is None else context.tool_timeout)
         is_idempotent = hints["idempotentHint"] is True
         result = await server.call(name, arguments, is_idempotent=is_idempotent, timeout=seconds)
-        return McpText(result_text(result), result)
+        return await run_in_slices(read_result(result))
 
     return Tool(
         name,

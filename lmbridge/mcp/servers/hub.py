@@ -36,7 +36,7 @@ from lmbridge.mcp.config.files import McpConfig, file_fingerprint, find_config, 
 from lmbridge.mcp.config.server_spec import HeadersFunction
 from lmbridge.mcp.servers.elicitation import OnElicitation
 from lmbridge.mcp.servers.events import McpEvent
-from lmbridge.mcp.servers.leased_tools import McpTools
+from lmbridge.mcp.servers.leased_tools import McpTools, lease_tools
 from lmbridge.mcp.servers.managed_server import ManagedServer, ServerStatus
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
@@ -154,7 +154,7 @@ class McpHub:
                 raise MultiMCPError(errors=errors)
             for name, error in errors.items():
                 logger.warning("the run continues without MCP server %r: %s", name, error)
-            return McpTools(
+            return await lease_tools(
                 servers, definitions, errors, call_timeout=call_timeout, max_definition_tokens=max_definition_tokens
             )
         except BaseException:

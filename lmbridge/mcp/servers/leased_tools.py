@@ -21,6 +21,29 @@ from lmbridge.mcp.servers.managed_server import ManagedServer
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 
+async def lease_tools(
+    servers: Sequence[ManagedServer],
+    definitions: Mapping[str, list[Any]],
+    errors: Mapping[str, MCPError],
+    *,
+    call_timeout: float | None,
+    max_definition_tokens: int | None,
+) -> McpTools:
+    """Returns the tools of some servers, all of which the caller has acquired.
+
+    Args:
+        servers: The servers.
+        definitions: The definitions of the tools of those servers that could be started, by the names of the servers.
+        errors: The errors of the others, by their names.
+        call_timeout: Seconds that a call may take if the configuration does not say.
+        max_definition_tokens: About how many tokens the definitions may take.
+    """
+    lease = McpTools(servers, errors, call_timeout=call_timeout, max_definition_tokens=max_definition_tokens)
+    started = [(each, definitions[each.spec.name]) for each in servers if each.spec.name in definitions]
+    await lease._add(started)  # noqa: SLF001 - a constructor cannot wait
+    return lease
+
+
 class McpTools:
     """The tools of some servers, leased for a run until `release()`.
 
@@ -36,7 +59,6 @@ class McpTools:
     def __init__(
         self,
         servers: Sequence[ManagedServer],
-        definitions: Mapping[str, list[Any]],
         errors: Mapping[str, MCPError],
         *,
         call_timeout: float | None = None,
@@ -47,10 +69,9 @@ class McpTools:
         order = [*(server.spec.name for server in servers), *errors]
         self.errors: dict[str, MCPError] = {name: errors[name] for name in order if name in errors}
         self._servers = list(servers)
-        self._definitions = dict(definitions)
+        self._definitions: dict[str, list[Any]] = {}
         self._call_timeout, self._budget = call_timeout, max_definition_tokens
         self._announced: list[Tool] = []
-        self._add([server for server in servers if server.spec.name in definitions])
 
     def __repr__(self) -> str:
         names = [tool.name for tool in self.tools]
@@ -65,18 +86,15 @@ class McpTools:
 
         An agent calls this method before each round. A server is asked only if it has announced other tools.
         """
-        changed: list[ManagedServer] = []
         # A copy, because the lease may be released meanwhile.
         servers = list(self._servers)
         newer = await asyncio.gather(
             *(server.newer_definitions(self._definitions.get(server.spec.name)) for server in servers)
         )
-        for server, definitions in zip(servers, newer, strict=True):
-            if definitions is not None:
-                self._definitions[server.spec.name] = definitions
-                changed.append(server)
+        changed = [(server, each) for server, each in zip(servers, newer, strict=True) if each is not None]
+        added = await self._add(changed)
         # Several runs may use the lease, so each call returns all tools that were announced, and not only new ones.
-        self._announced += self._add(changed)
+        self._announced += added
         return list(self._announced)
 
     def release(self) -> None:
@@ -85,14 +103,19 @@ class McpTools:
         for server in servers:
             server.release()
 
-    def _add(self, servers: Sequence[ManagedServer]) -> list[Tool]:
-        """Adds those tools of the servers that are new and fit into the budget, and returns them."""
+    async def _add(self, changed: Sequence[tuple[ManagedServer, list[Any]]]) -> list[Tool]:
+        """Adds those tools that are new and fit into the budget, and returns them.
+
+        Args:
+            changed: The servers that have other definitions than before, each with all of its definitions.
+        """
         left_out: list[LeftOutTool] = []
-        found = [
-            tool
-            for server in servers
-            for tool in make_tools(server, self._definitions[server.spec.name], self._call_timeout, left_out)
-        ]
+        found: list[Tool] = []
+        for server, definitions in changed:
+            found += await make_tools(server, definitions, self._call_timeout, left_out)
+        # Nothing is changed before this point, so a caller that is cancelled loses no tool: the next call finds it. And
+        # nothing waits from here on, so two runs that use the lease do not both add a tool.
+        self._definitions |= {server.spec.name: definitions for server, definitions in changed}
         known = {(tool.server, tool.name) for tool in self.tools}
         added = fit_budget([tool for tool in found if (tool.server, tool.name) not in known], self._budget, left_out)
         if self._budget is not None:

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import attrs
 
-from lmbridge._tasks import SingleFlight
+from lmbridge._tasks import SingleFlight, run_in_slices
 from lmbridge.errors import MCPConnectionError, MCPError, TaskCancelledError, ToolError
 from lmbridge.mcp.config.server_spec import DEFAULT_CONNECT_TIMEOUT, ServerSpec
 from lmbridge.mcp.sdk import (
@@ -41,7 +41,7 @@ from lmbridge.mcp.servers.elicitation import OnElicitation
 from lmbridge.mcp.servers.environment import missing_variables
 from lmbridge.mcp.servers.events import McpEvent, ServerStarting, ServerStateChanged
 from lmbridge.mcp.servers.package_runners import package_runner_of, start_patience
-from lmbridge.mcp.servers.results import McpText, result_text
+from lmbridge.mcp.servers.results import read_result
 from lmbridge.mcp.servers.session_owner import SessionOwner
 from lmbridge.mcp.servers.start_hints import start_hint
 
@@ -332,8 +332,10 @@ class ManagedServer:
         finally:
             self.release()
         if result.get("isError"):
-            text = result_text(result) or "the tool failed without saying why"
-            raise ToolError(text, images=McpText(text, result).image_parts, context={"result": result})
+            text = await run_in_slices(read_result(result))
+            raise ToolError(
+                str(text) or "the tool failed without saying why", images=text.image_parts, context={"result": result}
+            )
         return result
 
     async def _connect(self) -> SessionOwner:

@@ -7,12 +7,13 @@ line that describes it, unless its bytes are text after all, such as those of a 
 from __future__ import annotations
 
 import base64
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import suppress
 from typing import Any, Final, Self
 
+from lmbridge._tasks import MANY, run_at_once
+from lmbridge._text import to_json
 from lmbridge.client.images import image_part
 from lmbridge.errors import LLMValidationError
 from lmbridge.mcp.servers.sanitize import sanitize_text
@@ -22,6 +23,8 @@ _LARGEST_IMAGE: Final = 8 * 2**20
 """The size of the largest image that is passed on, in bytes. A larger one would hold up the event loop for too long."""
 _MOST_IMAGES: Final = 8
 """How many images of one result are passed on."""
+_MOST_TRIED_IMAGES: Final = 64
+"""How many images of one result are decoded. Not every image is one that can be passed on."""
 _LARGEST_TEXT: Final = 2**20
 """The size of the largest resource that is decoded to text, in bytes."""
 _TEXT_TYPES: Final = re.compile(
@@ -40,7 +43,9 @@ class McpText(str):
         print(text, text.result.get("structuredContent"))
     """
 
-    __slots__ = ("result",)
+    __slots__ = ("_images", "result")
+    # The base64 data of the images in the result, or None before they have been looked for.
+    _images: list[str] | None
     result: Mapping[str, Any]
     """The result as the server sent it: `content`, `structuredContent`, `_meta`."""
 
@@ -48,16 +53,20 @@ class McpText(str):
         """Creates a string with the attribute `result`."""
         made = super().__new__(cls, text)
         made.result = result
+        made._images = None
         return made
 
     @property
     def image_parts(self) -> list[ImagePart]:
         """The images of the result that a model may be able to see, as content parts of a message.
 
-        Only PNG, JPEG, GIF and WebP images of at most 8 MiB are returned, and of these only the first eight.
+        Only PNG, JPEG, GIF and WebP images of at most 8 MiB are returned, and of these only the first eight. Of a
+        result with more than 64 images, only the first 64 are considered.
         """
         parts: list[ImagePart] = []
-        for data in _image_data(self.result):
+        if self._images is None:
+            self._images = run_at_once(read_result(self.result))._images  # noqa: SLF001 - as above
+        for data in self._images or ():
             if len(parts) < _MOST_IMAGES and (image := _decode_base64(data, _LARGEST_IMAGE)):
                 # An image in another format is left out here: the model gets only the line that describes it.
                 with suppress(LLMValidationError):
@@ -69,20 +78,31 @@ class McpText(str):
         return str(self), self.result
 
 
-def result_text(result: Mapping[str, Any]) -> str:
+def read_result(result: Mapping[str, Any]) -> Generator[None, None, McpText]:
     """Returns a result as text: its text parts verbatim, and a line in brackets for each part that is not text.
 
     Several parts are joined by newlines. A link to a resource becomes a line that describes it; the
     resource is not fetched. If there are no parts, the structured content is returned as JSON.
 
+    It is a generator that yields after every 100 parts, because a result may have a million of them.
+
     Args:
         result: The result as the server sent it.
     """
     content = result.get("content")
-    parts = [_part_text(each) for each in content if isinstance(each, Mapping)] if isinstance(content, list) else []
-    if not parts and result.get("structuredContent") is not None:
-        return json.dumps(result["structuredContent"], ensure_ascii=False)
-    return "\n".join(parts)
+    texts: list[str] = []
+    images: list[str] = []
+    for number, part in enumerate(content if isinstance(content, list) else (), 1):
+        if isinstance(part, Mapping):
+            texts.append(_part_text(part))
+            if len(images) < _MOST_TRIED_IMAGES and isinstance(data := _image_data(part), str):
+                images.append(data)
+        if number % MANY == 0:
+            yield
+    structured = result.get("structuredContent")
+    text = McpText("\n".join(texts) if texts or structured is None else to_json(structured), result)
+    text._images = images  # noqa: SLF001 - see `McpText`
+    return text
 
 
 def _part_text(part: Mapping[str, Any]) -> str:
@@ -97,7 +117,7 @@ def _part_text(part: Mapping[str, Any]) -> str:
         return _resource_text(resource if isinstance(resource, Mapping) else {})
     if kind == "resource_link":
         return f"[link to resource {_describe_resource(part)}]"
-    return json.dumps(part, ensure_ascii=False)
+    return to_json(part)
 
 
 def _resource_text(resource: Mapping[str, Any]) -> str:
@@ -142,13 +162,13 @@ def _decode_base64(data: Any, largest: int) -> bytes:
     return decoded if len(decoded) <= largest else b""
 
 
-def _image_data(result: Mapping[str, Any]) -> Iterator[Any]:
-    """Yields the base64 data of the images in a result, those in resources included."""
-    content = result.get("content")
-    for part in content if isinstance(content, list) else ():
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "image":
-            yield part.get("data")
-        elif kind == "resource" and isinstance(resource := part.get("resource"), Mapping):
-            is_image = str(resource.get("mimeType")).lower().startswith("image/")
-            yield resource.get("blob") if is_image else None
+def _image_data(part: Mapping[str, Any]) -> Any:
+    """Returns the base64 data of a part that is an image, or a resource that is one. Otherwise it returns None."""
+    kind = part.get("type")
+    if kind == "image":
+        return part.get("data")
+    if kind == "resource" and isinstance(resource := part.get("resource"), Mapping):
+        media_type = resource.get("mimeType")
+        is_image = isinstance(media_type, str) and media_type.lower().startswith("image/")
+        return resource.get("blob") if is_image else None
+    return None

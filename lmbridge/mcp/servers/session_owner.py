@@ -384,6 +384,8 @@ class SessionOwner:
         for _ in range(_MOST_PAGES):
             page = await session.list_page(cursor)
             tools += page.get("tools") or []
+            if len(tools) > sdk.MOST_TOOLS:
+                raise sdk.BadReplyError(sdk.TOO_MANY_TOOLS)
             if is_number(page_ttl := page.get("ttlMs")):
                 ttl = min(each for each in (ttl, max(0.0, page_ttl / 1000)) if each is not None)
             cursor = page.get("nextCursor")

@@ -11,7 +11,9 @@ from lmbridge.agent.toolset import Toolset
 from lmbridge.mcp import (
     McpEvent,
     ToolsChanged,
+    sdk,
 )
+from lmbridge.mcp.sdk import normalize
 from lmbridge.mcp.servers.definitions import describe_tool, sanitize_schema
 from tests.client.test_subschemas import KEYWORDS_AS_NAMES
 from tests.mcp.conftest import MakeHub
@@ -39,6 +41,19 @@ async def test_a_list_of_tools_with_too_many_pages_fails_the_server(make_hub: Ma
     more = [{"name": f"t{number}", "inputSchema": {}} for number in range(101)]
     with pytest.raises(MultiMCPError, match="has more than 100 pages"):
         await make_hub({"a": {"tools": [], "more_tools": more, "page": 1}}).tools()
+
+
+@pytest.mark.parametrize("page", [5, 1_000])
+async def test_a_list_of_too_many_tools_fails_the_server(
+    make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch, page: int
+) -> None:
+    for module in (normalize, sdk):
+        monkeypatch.setattr(module, "MOST_TOOLS", 10)
+    more = [{"name": f"t{number}", "inputSchema": {}} for number in range(11)]
+    with pytest.raises(MultiMCPError, match="its list of tools has more than 5,000 tools"):
+        await make_hub({"a": {"tools": [], "more_tools": more, "page": page}}).tools()
+    lease = await make_hub({"a": {"tools": [], "more_tools": more[1:], "page": page}}).tools()
+    assert len(lease.tools) == 10
 
 
 async def test_a_bad_definition_costs_only_its_own_tool(make_hub: MakeHub, caplog: pytest.LogCaptureFixture) -> None:

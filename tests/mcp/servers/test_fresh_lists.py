@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from lmbridge import Agent, LLMClient, MultiMCPError, ToolError
 from lmbridge.mcp import McpEvent, McpHub, ToolDefinitionChanged, ToolsChanged
+from lmbridge.mcp.servers import definitions
 from lmbridge.testing import Exchange, ScriptedServer
 from lmbridge.testing import answer as completion
 from tests.agent.support import asks, calls, sent
@@ -161,6 +162,50 @@ async def test_two_runs_that_share_a_lease_both_get_new_tools(
             "echo",
             "new",
         ]
+
+
+async def test_new_tools_are_not_lost_if_a_caller_is_cancelled(
+    make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(definitions, "MANY", 1)
+    hub = make_hub({"a": {"tools": ["echo"]}})
+    lease = await hub.tools()
+    (server,) = hub._servers.values()
+    newer = [{"name": name, "inputSchema": {"type": "object"}} for name in ("echo", "new", "newer")]
+
+    async def newer_definitions(seen: object) -> object:
+        return None if seen is newer else newer
+
+    monkeypatch.setattr(server, "newer_definitions", newer_definitions)
+    ends: list[bool] = []
+    for steps in range(20):
+        asking = asyncio.ensure_future(lease.new_tools())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        ends.append(not asking.cancel())
+        await asyncio.wait({asking})
+        if ends[-1]:
+            break
+        assert names(lease.tools) == ["echo"]
+    assert ends[0] is False
+    assert ends[-1] is True
+    assert names(asking.result()) == names(lease.tools)[1:] == ["new", "newer"]
+
+
+async def test_two_callers_at_once_do_not_both_add_a_tool(make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(definitions, "MANY", 1)
+    hub = make_hub({"a": {"tools": ["echo"]}})
+    lease = await hub.tools()
+    (server,) = hub._servers.values()
+    newer = [{"name": name, "inputSchema": {"type": "object"}} for name in ("echo", "new")]
+
+    async def newer_definitions(_seen: object) -> object:
+        return newer
+
+    monkeypatch.setattr(server, "newer_definitions", newer_definitions)
+    both = await asyncio.gather(lease.new_tools(), lease.new_tools())
+    assert [names(each) for each in both] == [["new"], ["new"]]
+    assert names(lease.tools) == ["echo", "new"]
 
 
 async def test_the_servers_of_a_run_are_asked_at_the_same_time(

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from lmbridge.mcp.servers.results import McpText, result_text
+from lmbridge._tasks import run_at_once
+from lmbridge.mcp.servers.results import McpText, read_result
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
 IMAGE = {"type": "image", "data": "aGVsbG8=", "mimeType": "image/png"}
@@ -54,7 +55,7 @@ IMAGE = {"type": "image", "data": "aGVsbG8=", "mimeType": "image/png"}
     ],
 )
 def test_each_kind_of_content_is_described_as_text(result: dict[str, Any], text: str) -> None:
-    assert result_text(result) == text
+    assert run_at_once(read_result(result)) == text
 
 
 def test_the_text_of_a_result_keeps_the_result() -> None:
@@ -98,3 +99,17 @@ def test_the_images_of_a_result_are_content_parts(content: Any, count: int) -> N
     assert len(parts) == count
     for part in parts:
         assert part["image_url"]["url"] == f"data:image/png;base64,{PNG}"
+
+
+def test_of_very_many_images_only_the_first_are_considered() -> None:
+    for before, count in ((63, 1), (64, 0)):
+        result = {"content": [*[IMAGE] * before, image(PNG)]}
+        for text in (McpText("a", result), run_at_once(read_result(result))):
+            assert len(text.image_parts) == count
+
+
+def test_large_structured_content_is_json_without_spaces() -> None:
+    structured = {"a": [1, {}], "b": "ä"}
+    assert run_at_once(read_result({"structuredContent": structured})) == '{"a": [1, {}], "b": "ä"}'
+    text = run_at_once(read_result({"structuredContent": {**structured, "c": ["x"] * 30_000}}))
+    assert text.startswith('{"a":[1,{}],"b":"ä","c":["x","x"')
