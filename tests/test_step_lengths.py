@@ -230,3 +230,54 @@ def test_the_steps_for_a_huge_text_do_not_grow_with_it(replies: Callable[[int], 
 @pytest.mark.parametrize("read", [read_stream, run_agent, read_events])
 def test_the_steps_for_an_event_with_many_calls_do_not_grow_with_their_number(read: Reader) -> None:
     assert_steps_stay_short(lambda size: different_calls(size, size=size), read, 300)
+
+
+def one_event(chunk: dict[str, Any]) -> Replies:
+    return [stream([chunk])]
+
+
+def parts_in(field: str, part: Any) -> Callable[[int], Replies]:
+    return lambda size: one_event(_delta({field: [part] * size}))
+
+
+def many_choices(size: int, **fields: Any) -> Replies:
+    choices = [{"index": number, "delta": {"content": "x"}, "finish_reason": "stop"} for number in range(size)]
+    return one_event({"model": "test-model", "choices": choices, **fields})
+
+
+def half_of_a_character(size: int, *, beside: bool) -> Replies:
+    chunk = _delta({"content": "HALF"})
+    chunk["unknown" if beside else "choices"] = [{"a": [1, "x"]}] * size
+    if not beside:
+        chunk["choices"] = [{"index": 0, "delta": {"content": "HALF", "unknown": [{"a": ["x"]}] * size}}]
+    event = json.dumps(chunk).replace("HALF", "\\ud83d").encode()
+    end = msgspec.json.encode(piece(finish_reason="stop"))
+    body = b"data: " + event + b"\n\ndata: " + end + b"\n\ndata: [DONE]\n\n"
+    arriving = (body[at : at + _BYTES_AT_ONCE] for at in range(0, len(body), _BYTES_AT_ONCE))
+    return [MockResponse(events=list(arriving), done=False)]
+
+
+@pytest.mark.parametrize("read", [read_stream, run_agent, read_events])
+@pytest.mark.parametrize(
+    "replies",
+    [
+        parts_in("content", {"type": "text", "text": "x"}),
+        parts_in("content", {"type": "text", "text": [["x"]]}),
+        parts_in("content", {"type": "thinking", "thinking": [{"text": "x"}]}),
+        parts_in("content", {"type": "image_url"}),
+        parts_in("content", None),
+        many_choices,
+        partial(half_of_a_character, beside=True),
+        partial(half_of_a_character, beside=False),
+    ],
+    ids=["texts", "nested", "thinking", "images", "nulls", "choices", "half beside", "half within"],
+)
+def test_the_steps_for_an_event_with_many_parts_do_not_grow_with_their_number(
+    replies: Callable[[int], Replies], read: Reader
+) -> None:
+    assert_steps_stay_short(replies, read, 1_500)
+
+
+@pytest.mark.parametrize("read", [read_stream, run_agent])
+def test_the_steps_for_reasoning_in_many_parts_do_not_grow_with_their_number(read: Reader) -> None:
+    assert_steps_stay_short(parts_in("reasoning_content", {"text": "x"}), read, 1_500)

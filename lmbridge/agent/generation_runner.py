@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
 from lmbridge._checks import is_integer
-from lmbridge._tasks import end_task, list_in_slices, pause_after
+from lmbridge._tasks import MANY, end_task, list_in_slices, pause_after
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.chat_client import ChunkStream
 from lmbridge.agent.constrained_retry import ConstrainedRetry
@@ -246,7 +246,7 @@ class GenerationRunner:
                 if reports_progress:
                     await self._progress.report(chunk)
                 if splitter is not None:
-                    await self._send_deltas(splitter.feed(chunk))
+                    await self._send_chunk(splitter, chunk)
         except BaseException:
             # The caller no longer reads the stream, so the server should stop generating now.
             await stream.aclose()
@@ -256,6 +256,16 @@ class GenerationRunner:
         if own is not None:
             return await ModelReply.from_completion(await own.collect())
         return await ModelReply.from_completion(await accumulator.reply_in_slices() if accumulator.has_begun else {})
+
+    async def _send_chunk(self, splitter: ReasoningSplitter, chunk: Mapping[str, Any]) -> None:
+        """Sends the text of a chunk as events, and lets other tasks run after every 100 choices."""
+        choices = chunk["choices"]
+        if len(choices) <= MANY:
+            await self._send_deltas(splitter.feed(chunk))
+            return
+        for begin in range(0, len(choices), MANY):
+            await self._send_deltas(splitter.feed({"choices": choices[begin : begin + MANY]}))
+            await asyncio.sleep(0)
 
     async def _send_deltas(self, pieces: Sequence[Piece]) -> None:
         if self._channel.has_listener:

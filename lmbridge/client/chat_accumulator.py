@@ -17,17 +17,19 @@ sequence of three chunks.
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from lmbridge._checks import MAPPING_TYPES
-from lmbridge._tasks import MANY, list_in_slices
+from lmbridge._tasks import MANY, list_in_slices, run_at_once, run_in_slices
 from lmbridge._text import join_surrogates, replace_lone_surrogates, shorten
 from lmbridge.client import failures
-from lmbridge.client.completeness import aborted_error, complete_chunk, error_in_choice
-from lmbridge.client.content import flatten_content, text_of_part
+from lmbridge.client.completeness import aborted_error, complete_chunk, error_in_choice, flatten_choice_in_slices
+from lmbridge.client.content import flatten_in_slices, text_in_slices, text_of_part
 from lmbridge.client.error_body import parse_error_body
+from lmbridge.client.surrogates import replace_surrogates_in_slices
 from lmbridge.client.tool_call_accumulator import (
     FunctionCallAccumulator,
     ToolCallAccumulator,
@@ -154,21 +156,52 @@ class ChatAccumulator:
         return self._add_by_slow_path(chunk)
 
     def add_in_slices(self, chunk: Mapping[str, Any]) -> Generator[None, None, Mapping[str, Any]]:
-        """Does what `add` does, as a generator that yields after every 100 choices or pieces of tool calls.
+        """Does what `add` does, as a generator that yields after every 100 choices, parts or pieces of tool calls.
 
         Until the generator has ended, the reply so far has only the beginning of the chunk, and no other chunk may be
         added.
         """
         try:
-            completed, parts = self._begin_chunk(chunk)
+            completed, parts = yield from self._complete_in_slices(chunk)
+            self._begin_chunk(completed)
             for number, part in enumerate(parts, 1):
                 self.has_delta |= yield from self._choice_of(part).add_in_slices(part)
                 if number % MANY == 0:
                     yield
         except (AttributeError, TypeError, ValueError, RecursionError) as exc:
             raise _unknown_shape_error(chunk, exc) from exc
-        self._end_chunk(completed, parts)
+        self._end_chunk(completed)
+        for number, part in enumerate(parts, 1):
+            _check_not_broken(part)
+            if number % MANY == 0:
+                yield
         return completed
+
+    def _complete_in_slices(
+        self, sent: Mapping[str, Any]
+    ) -> Generator[None, None, tuple[Mapping[str, Any], list[dict[str, Any]]]]:
+        """Does what `_complete` does, as a generator that yields after every 100 choices or parts."""
+        choices = sent.get("choices")
+        if not isinstance(choices, list):
+            return self._complete(sent)
+        completed: list[dict[str, Any]] = []
+        parts: list[dict[str, Any]] = []
+        for begin in range(0, len(choices), MANY):
+            some = choices[begin : begin + MANY]
+            flat = list(some)
+            for place, choice in enumerate(some):
+                flat[place] = yield from flatten_choice_in_slices(choice, self._FIELD)
+            done = complete_chunk({"choices": flat}, self._FIELD)["choices"]
+            completed += done
+            parts += self._as_chat_choices(done, {"choices": some})
+            if len(some) == MANY:
+                yield
+        return {**sent, "choices": completed}, parts
+
+    def _complete(self, sent: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+        """Returns a chunk with the fields that lmbridge guarantees, and its choices as those of a chat completion."""
+        chunk = complete_chunk(sent, self._FIELD)
+        return chunk, self._as_chat_choices(chunk["choices"], sent)
 
     def _extend(self, choice: Mapping[str, Any]) -> bool:
         """Adds a choice on the fast path if it only continues a text or the last call, and returns whether it did."""
@@ -193,18 +226,19 @@ class ChatAccumulator:
     def _add_by_slow_path(self, chunk: Mapping[str, Any]) -> Mapping[str, Any]:
         """Adds any chunk, and returns the chunk for the caller; see `add`."""
         try:
-            completed, parts = self._begin_chunk(chunk)
+            completed, parts = self._complete(chunk)
+            self._begin_chunk(completed)
             for part in parts:
                 self.has_delta |= self._choice_of(part).add(part)
         except (AttributeError, TypeError, ValueError, RecursionError) as exc:
             raise _unknown_shape_error(chunk, exc) from exc
-        self._end_chunk(completed, parts)
+        self._end_chunk(completed)
+        for part in parts:
+            _check_not_broken(part)
         return completed
 
-    def _begin_chunk(self, sent: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
-        """Merges the fields of a chunk, and returns it completed, and its choices as those of a chat completion."""
-        chunk = complete_chunk(sent, self._FIELD)
-        parts = self._as_chat_choices(chunk["choices"], sent)
+    def _begin_chunk(self, chunk: Mapping[str, Any]) -> None:
+        """Merges the fields of a completed chunk besides its choices."""
         self.has_begun = True
         fields, values = self._fields, chunk.values()
         if None in values or "" in values:
@@ -217,7 +251,6 @@ class ChatAccumulator:
         usage = chunk.get("usage")
         if usage and isinstance(usage, MAPPING_TYPES):
             self.usage = usage
-        return chunk, parts
 
     def _choice_of(self, part: Mapping[str, Any]) -> _ChoiceAccumulator:
         """Returns the accumulator of a choice of a chunk, after noting whether the choice is or was finished."""
@@ -235,39 +268,32 @@ class ChatAccumulator:
                 self._finished_choices += not was_finished
         return choice
 
-    def _end_chunk(self, chunk: Mapping[str, Any], parts: Iterable[Mapping[str, Any]]) -> None:
-        """Decides whether the next chunk may take the fast path, after the whole of this one was added.
-
-        Raises:
-            LLMError: A choice of the chunk reports an error, or that the server has broken the answer off.
-        """
+    def _end_chunk(self, chunk: Mapping[str, Any]) -> None:
+        """Decides whether the next chunk may take the fast path, after the whole of this one was added."""
         # The fast path neither creates choices nor merges fields, so it is only for chunks that have the same fields as
         # this one. Nor does it notice that an answer goes on after its finish reason.
         first = self._choices.get(0)
         is_open = first is not None and first.finish_reason is None
         self._fast_path_fields = len(chunk) if is_open and not chunk.get("usage") else -1
-        for part in parts:
-            if part.get("finish_reason") or "error" in part or "error" in part["delta"] or "message" in part:
-                _check_not_broken(part)
 
     def reply(self) -> ChatCompletion:
         """Returns the reply so far as a new dict. Its `usage` is None if no chunk had any."""
         choices = [choice.as_dict(index, choice.calls()) for index, choice in sorted(self._choices.items())]
-        reply: ChatCompletion = self._reply(choices)
+        reply: ChatCompletion = replace_lone_surrogates(self._reply(choices))
         return reply
 
     async def reply_in_slices(self) -> ChatCompletion:
-        """Returns what `reply` returns for a complete reply, and lets other tasks run after every 100 tool calls."""
-        choices = [
-            choice.as_dict(index, await list_in_slices(choice.calls()))
-            for index, choice in sorted(self._choices.items())
-        ]
-        reply: ChatCompletion = self._reply(choices)
+        """Does what `reply` does for a complete reply, and lets other tasks run after every 100 choices or calls."""
+        choices: list[dict[str, Any]] = []
+        for number, (index, choice) in enumerate(sorted(self._choices.items()), 1):
+            choices.append(choice.as_dict(index, await list_in_slices(choice.calls())))
+            if number % MANY == 0:
+                await asyncio.sleep(0)
+        reply: ChatCompletion = await run_in_slices(replace_surrogates_in_slices(self._reply(choices)))
         return reply
 
     def _reply(self, choices: list[dict[str, Any]]) -> Any:
-        reply = {**self._fields, "object": "chat.completion", "choices": choices, "usage": self.usage}
-        return replace_lone_surrogates(reply)
+        return {**self._fields, "object": "chat.completion", "choices": choices, "usage": self.usage}
 
 
 class TextAccumulator(ChatAccumulator):
@@ -368,7 +394,7 @@ class _ChoiceAccumulator:
 
     def add(self, part: Mapping[str, Any]) -> bool:
         """Adds a choice of a completed chunk, and returns whether its delta had any field."""
-        delta = part["delta"] or self._whole_message_in(part)
+        delta = part["delta"] or run_at_once(self._whole_message_in(part))
         for key, value in delta.items():
             if value is None:
                 continue
@@ -384,24 +410,28 @@ class _ChoiceAccumulator:
         return bool(delta)
 
     def add_in_slices(self, part: Mapping[str, Any]) -> Generator[None, None, bool]:
-        """Does what `add` does, as a generator that yields after every 100 pieces of tool calls."""
-        delta = part["delta"] or self._whole_message_in(part)
+        """Does what `add` does, as a generator that yields after every 100 pieces of tool calls, or of a text."""
+        delta = part["delta"] or (yield from self._whole_message_in(part))
+        rest = dict(delta)
         pieces = delta.get("tool_calls")
-        if not isinstance(pieces, list) or len(pieces) <= MANY:
-            return self.add(part)
-        for begin in range(0, len(pieces), MANY):
-            self._add_calls(pieces[begin : begin + MANY])
-            yield
-        self.add({**part, "delta": {key: value for key, value in delta.items() if key != "tool_calls"}})
-        return True
+        if isinstance(pieces, list) and len(pieces) > MANY:
+            del rest["tool_calls"]
+            for begin in range(0, len(pieces), MANY):
+                self._add_calls(pieces[begin : begin + MANY])
+                yield
+        for key in _TEXT_FIELDS.intersection(rest):
+            if isinstance(rest[key], list | Mapping):
+                rest[key] = yield from text_in_slices(rest[key])
+        self.add({**part, "delta": rest})
+        return bool(delta)
 
-    def _whole_message_in(self, part: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _whole_message_in(self, part: Mapping[str, Any]) -> Generator[None, None, Mapping[str, Any]]:
         """Returns the message that some servers send in place of all deltas; an empty dict if there is none."""
         message = part.get("message")
         if not message or not isinstance(message, Mapping) or self.has_content:
             return {}
         whole = dict(message)
-        flatten_content(whole)
+        yield from flatten_in_slices(whole)
         return whole
 
     def _add_calls(self, value: Any) -> None:
@@ -466,6 +496,8 @@ def _check_not_broken(choice: Mapping[str, Any]) -> None:
     Raises:
         LLMError: The choice reports an error, or has a finish reason that says that the server broke the answer off.
     """
+    if not (choice.get("finish_reason") or "error" in choice or "error" in choice["delta"] or "message" in choice):
+        return
     if (body := error_in_choice(choice)) is not None:
         raise failures.error_from_event(parse_error_body(body), {})
     if (error := aborted_error(choice)) is not None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, Final, Literal
 
 from lmbridge._checks import MAPPING_TYPES
-from lmbridge.client.content import flatten_content, text_of_part
+from lmbridge.client.content import consists_of_parts, flatten_content, flatten_in_slices, text_in_slices, text_of_part
 from lmbridge.client.tool_call_accumulator import arguments_text, generated_call_id
 from lmbridge.errors import LLMResponseError
 
@@ -121,6 +121,18 @@ def complete_chunk(chunk: Mapping[str, Any], field: Literal["delta", "text"]) ->
     if type(choices) is list and all(map(is_complete, choices)):
         return chunk
     return {**chunk, "choices": _complete_choices(choices, field)}
+
+
+def flatten_choice_in_slices(choice: Any, field: Literal["delta", "text"]) -> Generator[None, None, Any]:
+    """Returns a choice of a chunk with its text in place of parts, as a generator that yields after every 100 parts."""
+    added = choice.get(field) if isinstance(choice, Mapping) else None
+    if field == "text" and added and consists_of_parts(added):
+        return {**choice, "text": (yield from text_in_slices(added))}
+    if field == "delta" and isinstance(added, Mapping) and consists_of_parts(added.get("content")):
+        delta = dict(added)
+        yield from flatten_in_slices(delta)
+        return {**choice, "delta": delta}
+    return choice
 
 
 def _has_delta(choice: Any) -> bool:

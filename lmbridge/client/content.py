@@ -7,8 +7,10 @@ of a reply is a text, so the parts are sorted into the fields that other servers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Final, NamedTuple
+
+from lmbridge._tasks import MANY, run_at_once
 
 _REASONING_TYPES: Final = frozenset({"thinking", "reasoning", "reasoning_text", "redacted_thinking"})
 _TEXT_KEYS: Final = ("text", "thinking", "reasoning", "content", "summary")
@@ -32,33 +34,70 @@ class SortedContent(NamedTuple):
 
 def sort_content(content: object) -> SortedContent:
     """Sorts a content of any shape: a text, a part, a list of parts, or None."""
+    return run_at_once(_sort_in_slices(content))
+
+
+def _sort_in_slices(content: object) -> Generator[None, None, SortedContent]:
+    """Does what `sort_content` does, as a generator that yields after every 100 pieces."""
     if isinstance(content, str):
         return SortedContent(content, "", "", [])
-    text, reasoning, refusal, others = [], [], [], []
-    for part in content if isinstance(content, list | tuple) else [content]:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if isinstance(kind, str) and kind in _REASONING_TYPES:
-            reasoning.append(text_of_part(part))
-        elif isinstance(part, Mapping) and isinstance(words := part.get("refusal"), str):
-            refusal.append(words)
-        elif isinstance(part, str) or (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
-            text.append(text_of_part(part))
-        elif part is not None:
-            others.append(part)
+    sorted_content: dict[str, list[Any]] = {field: [] for field in SortedContent._fields}
+    for number, (field, piece) in enumerate(_pieces_of(content), 1):
+        sorted_content[field].append(piece)
+        if number % MANY == 0:
+            yield
+    text, reasoning, refusal, others = sorted_content.values()
     return SortedContent("".join(text), "".join(reasoning), "".join(refusal), others)
 
 
-def text_of_part(part: object, depth: int = 0) -> str:
+def _pieces_of(content: object) -> Iterator[tuple[str, Any]]:
+    """Yields the pieces of the parts, each with the field of `SortedContent` that it belongs to."""
+    for part in content if isinstance(content, list | tuple) else [content]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and kind in _REASONING_TYPES:
+            yield from (("reasoning", text) for text in _texts_of(part))
+        elif isinstance(part, Mapping) and isinstance(words := part.get("refusal"), str):
+            yield "refusal", words
+        elif isinstance(part, str) or (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
+            yield from (("text", text) for text in _texts_of(part))
+        elif part is not None:
+            yield "other_parts", part
+        else:
+            yield "text", ""
+
+
+def text_of_part(part: object) -> str:
     """Returns the text of a part or of a list of parts, whatever they are; an empty string if they have none."""
+    return part if isinstance(part, str) else "".join(_texts_of(part))
+
+
+def text_in_slices(part: object) -> Generator[None, None, str]:
+    """Does what `text_of_part` does, as a generator that yields after every 100 pieces."""
+    texts: list[str] = []
+    for text in _texts_of(part):
+        texts.append(text)
+        if len(texts) % MANY == 0:
+            yield
+    return "".join(texts)
+
+
+def _texts_of(part: object, depth: int = 0) -> Iterator[str]:
+    """Yields the text of a part in pieces. A part without a text has an empty piece, so that each part has a piece."""
     if isinstance(part, str):
-        return part
-    if part is None or depth > _DEEPEST_PARTS:
-        return ""
-    if isinstance(part, list | tuple):
-        return "".join(text_of_part(each, depth + 1) for each in part)
-    if isinstance(part, Mapping):
-        return next(filter(None, (text_of_part(part.get(key), depth + 1) for key in _TEXT_KEYS)), "")
-    return ""
+        yield part
+    elif depth <= _DEEPEST_PARTS and part and isinstance(part, list | tuple):
+        for each in part:
+            yield from _texts_of(each, depth + 1)
+    elif depth <= _DEEPEST_PARTS and isinstance(part, Mapping):
+        for key in _TEXT_KEYS:
+            has_text = False
+            for text in _texts_of(part.get(key), depth + 1):
+                has_text |= bool(text)
+                yield text
+            if has_text:
+                return
+    else:
+        yield ""
 
 
 def flatten_content(message: dict[str, Any]) -> None:
@@ -67,14 +106,25 @@ def flatten_content(message: dict[str, Any]) -> None:
     Reasoning and refusals are put into the fields `reasoning_content` and `refusal`, and parts that hold no text into
     `content_parts`, so that nothing is lost.
     """
-    content = message.get("content")
     # Nearly every content is a text, or none.
-    if content is None or isinstance(content, str) or not isinstance(content, list | tuple | Mapping):
+    if consists_of_parts(message.get("content")):
+        run_at_once(flatten_in_slices(message))
+
+
+def consists_of_parts(content: object) -> bool:
+    """Returns whether a content is a part or a list of parts, and not a text."""
+    return content is not None and not isinstance(content, str) and isinstance(content, list | tuple | Mapping)
+
+
+def flatten_in_slices(message: dict[str, Any]) -> Generator[None, None, None]:
+    """Does what `flatten_content` does, as a generator that yields after every 100 pieces."""
+    content = message.get("content")
+    if not consists_of_parts(content):
         return
-    text, reasoning, refusal, other_parts = sort_content(content)
+    text, reasoning, refusal, other_parts = yield from _sort_in_slices(content)
     message["content"] = text
     for key, words in (("reasoning_content", reasoning), ("refusal", refusal)):
         if words:
-            message[key] = text_of_part(message.get(key)) + words
+            message[key] = (yield from text_in_slices(message.get(key))) + words
     if other_parts:
         message["content_parts"] = other_parts

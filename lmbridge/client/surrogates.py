@@ -8,14 +8,20 @@ they return the reply so far, because streams of other clients reach them withou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final, TypeAlias
+from collections.abc import Generator, Iterator, Mapping
+from itertools import count
+from typing import Any, Final, TypeAlias, TypeVar
 
+from lmbridge._tasks import MANY, run_at_once
 from lmbridge._text import has_lone_surrogates, join_surrogates, replace_lone_surrogates
 
 Halves: TypeAlias = dict[tuple[Any, ...], str]
 """The halves that a stream has held back, by the text that they belong to. The dict is nearly always empty."""
 
+_T = TypeVar("_T")
+
+_DEEPEST: Final = 100
+"""How many levels of lists and dicts are gone through value by value. What is nested more deeply is handled at once."""
 _BACKSLASH: Final = ord("\\")
 _REPLACEMENT: Final = "?"
 """The text that replaces a half whose other half never arrived."""
@@ -32,7 +38,14 @@ def may_hold_surrogates(data: bytes) -> bool:
 
 
 def join_halves(event: Mapping[str, Any], halves: Halves) -> Mapping[str, Any]:
+    """Does what `join_halves_in_slices` does, at once."""
+    return run_at_once(join_halves_in_slices(event, halves))
+
+
+def join_halves_in_slices(event: Mapping[str, Any], halves: Halves) -> Generator[None, None, Mapping[str, Any]]:
     """Returns an event whose pieces of text have only whole characters; the event itself is not changed.
+
+    It is a generator that yields after every 100 values in the event.
 
     Args:
         event: A chunk of a completion, or an event of a response.
@@ -42,14 +55,43 @@ def join_halves(event: Mapping[str, Any], halves: Halves) -> Mapping[str, Any]:
         # The escapes in the event are those of whole characters.
         return event
     if isinstance(choices := event.get("choices"), list):
-        others = replace_lone_surrogates({key: value for key, value in event.items() if key != "choices"})
-        joined = [_join_in_choice(choice, halves) for choice in choices]
-        return {key: joined if key == "choices" else others[key] for key in event}
+        others = yield from replace_surrogates_in_slices({**event, "choices": None})
+        joined, number = list(choices), count(1)
+        for place, choice in enumerate(choices):
+            joined[place] = yield from _join_in_choice(choice, halves, number)
+        return {**others, "choices": joined}
     if isinstance(delta := event.get("delta"), str):
         values = [event.get(key) for key in _EVENT_KEYS]
         path = (_OF_EVENT, *(value if isinstance(value, str | int) else None for value in values))
         event = {**event, "delta": _join(delta, path, halves)}
-    return replace_lone_surrogates(event)
+    return (yield from replace_surrogates_in_slices(event))
+
+
+def replace_surrogates_in_slices(value: _T) -> Generator[None, None, _T]:
+    """Does what `replace_lone_surrogates` does, as a generator that yields after every 100 values."""
+    if not has_lone_surrogates(value):
+        return value
+    return (yield from _replace_in(value, count(1)))  # type: ignore[no-any-return]  # it is of the same type
+
+
+def _replace_in(value: Any, number: Iterator[int], depth: int = 0) -> Generator[None, None, Any]:
+    if next(number) % MANY == 0:
+        yield
+    if isinstance(value, str):
+        return join_surrogates(value)
+    if depth > _DEEPEST:
+        return replace_lone_surrogates(value)
+    if isinstance(value, dict):
+        fields: dict[Any, Any] = {}
+        for key, each in value.items():
+            fields[join_surrogates(key)] = yield from _replace_in(each, number, depth + 1)
+        return fields
+    if isinstance(value, list):
+        items = list(value)
+        for place, each in enumerate(value):
+            items[place] = yield from _replace_in(each, number, depth + 1)
+        return items
+    return value
 
 
 def rest_of_halves(halves: Halves) -> dict[str, Any] | None:
@@ -76,12 +118,16 @@ def rest_of_halves(halves: Halves) -> dict[str, Any] | None:
     return {"choices": list(choices.values())} if choices else None
 
 
-def _join_in_choice(choice: dict[str, Any], halves: Halves) -> dict[str, Any]:
+def _join_in_choice(
+    choice: dict[str, Any], halves: Halves, number: Iterator[int]
+) -> Generator[None, None, dict[str, Any]]:
     index = choice.get("index") or 0
-    joined = {
-        key: _join_in(value, (index, key), halves) if key in ("delta", "text") else replace_lone_surrogates(value)
-        for key, value in choice.items()
-    }
+    joined: dict[str, Any] = {}
+    for key, value in choice.items():
+        if key in ("delta", "text"):
+            joined[key] = yield from _join_in(value, (index, key), halves, number)
+        else:
+            joined[key] = yield from replace_surrogates_in_slices(value)
     if choice.get("finish_reason"):
         for path in [path for path in halves if path[0] == index]:
             del halves[path]
@@ -89,13 +135,21 @@ def _join_in_choice(choice: dict[str, Any], halves: Halves) -> dict[str, Any]:
     return joined
 
 
-def _join_in(value: Any, path: tuple[Any, ...], halves: Halves) -> Any:
+def _join_in(value: Any, path: tuple[Any, ...], halves: Halves, number: Iterator[int]) -> Generator[None, None, Any]:
+    if next(number) % MANY == 0:
+        yield
     if isinstance(value, str):
         return _join(value, path, halves)
     if isinstance(value, dict):
-        return {key: _join_in(each, (*path, key), halves) for key, each in value.items()}
+        fields: dict[str, Any] = {}
+        for key, each in value.items():
+            fields[key] = yield from _join_in(each, (*path, key), halves, number)
+        return fields
     if isinstance(value, list):
-        return [_join_in(each, (*path, _place(each, number)), halves) for number, each in enumerate(value)]
+        items = list(value)
+        for place, each in enumerate(value):
+            items[place] = yield from _join_in(each, (*path, _place(each, place)), halves, number)
+        return items
     return value
 
 
