@@ -18,7 +18,8 @@ from lmbridge.errors import LLMValidationError
 Message = dict[str, Any]
 
 _UNSENDABLE: Final = re.compile(r"[^A-Za-z0-9_-]+")
-"""Characters that the name in a call may not have. Servers would refuse every request whose messages contain one."""
+"""Characters that the name in a call may not have. Servers would refuse every request whose messages contain one. Capital
+letters, which some servers do not accept either, become small ones."""
 _NAMELESS: Final = "unknown"
 """The name of a call whose own name has no character that may be sent."""
 _PAIRS_HINT: Final = (
@@ -104,7 +105,7 @@ def group_by_user_message(messages: list[Message]) -> list[list[Message]]:
 
 def sendable_name(name: str) -> str:
     """Returns the name of a call, or a similar one if servers would refuse it."""
-    name = _UNSENDABLE.sub("_", name[: 2 * LONGEST_NAME])[:LONGEST_NAME]
+    name = _UNSENDABLE.sub("_", name[: 2 * LONGEST_NAME])[:LONGEST_NAME].lower()
     return name if name.strip("_-") else _NAMELESS
 
 

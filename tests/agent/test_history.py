@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import json
+import re
 import math
 from typing import Any
 
@@ -50,10 +51,10 @@ def test_an_open_turn_has_placeholders_for_missing_results() -> None:
     ("name", "sent"),
     [
         ("get_weather", "get_weather"),
-        ("Get-Weather_2", "Get-Weather_2"),
+        ("Get-Weather_2", "get-weather_2"),
         ("functions.get_weather", "functions_get_weather"),
         ("get weather", "get_weather"),
-        ("$READFILE", "_READFILE"),
+        ("$READFILE", "_readfile"),
         ("assistant<|channel|>commentary", "assistant_channel_commentary"),
         ('add{"a": 1}', "add_a_1_"),
         ("caf\u00e9", "caf_"),
@@ -73,6 +74,7 @@ def test_a_name_that_servers_refuse_is_not_sent(name: str, sent: str) -> None:
     history.end_turn()
     (assistant, result) = history.to_send()[1:]
     assert assistant["tool_calls"][0]["function"]["name"] == sent
+    assert re.fullmatch("[a-z0-9_-]{1,64}", sent)
     assert assistant["tool_calls"][0]["id"] == result["tool_call_id"]
 
 
@@ -92,7 +94,7 @@ def test_arguments_are_sent_back_as_the_object_that_they_stand_for(arguments: An
 
 
 def test_a_conversation_with_a_name_that_servers_refuse_can_be_continued() -> None:
-    signed = {**asks("sub.tract", "1"), "extra_content": {"google": {"thought_signature": "abc"}}}
+    signed = {**asks("Sub.Tract", "1"), "extra_content": {"google": {"thought_signature": "abc"}}}
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "Hi."},
         {"role": "assistant", "content": "", "tool_calls": [signed]},

@@ -593,14 +593,14 @@ async def test_a_call_is_sent_back_under_the_name_that_was_offered(
     assert [call.name for call in result.tool_calls] == ["Add Numbers"] * 3
 
 
-@pytest.mark.parametrize("name", ["functions.subtract", "sub tract", "subtract<|channel|>", "\u00e9", "x" * 500])
+@pytest.mark.parametrize("name", ["functions.subtract", "SubTract", "sub tract", "subtract<|channel|>", "\u00e9", "x" * 500])
 async def test_a_name_that_was_made_up_cannot_break_the_conversation(
     scripted_server: ScriptedServer, client: LLMClient, name: str
 ) -> None:
     async def strict(exchange: Exchange) -> None:
         for message in exchange.request.json["messages"]:
             for call in message.get("tool_calls", ()):
-                if not re.fullmatch("[a-zA-Z0-9_-]{1,64}", call["function"]["name"]):
+                if not re.fullmatch("[a-z0-9_-]{1,64}", call["function"]["name"]):
                     return await reply(400, {"error": {"message": "string does not match pattern"}})(exchange)
         behaviour = answer("Sorry.") if len(exchange.request.json["messages"]) > 1 else calls(asks(name, a=1))
         return await behaviour(exchange)
