@@ -11,9 +11,11 @@ from typing import Any, Final
 import pytest
 
 import lmbridge.sync
-from lmbridge import Agent, ChatStream, LLMClient, LLMClientPool, ModelValidator, collect, text_of
+from lmbridge import Agent, ChatStream, LLMClient, LLMClientPool, ModelValidator, NodePool, collect, text_of
+from lmbridge.gateway import Gateway
 from lmbridge.local import LocalServer
-from lmbridge.mcp import DynamicAutonomousAgent
+from lmbridge.mcp import DynamicAutonomousAgent, McpHub
+from lmbridge.mcp.servers.leased_tools import McpTools
 from lmbridge.testing import MockTransport
 from lmbridge.transport import Transport
 from tests.support import MESSAGES, piece
@@ -50,6 +52,11 @@ OBJECTS: Final[dict[str, Callable[[], Any]]] = {
     "LocalServer": LocalServer,
     "LMStudio": lambda: client().lmstudio,
     "RawResponses": lambda: client().with_raw_response,
+    "Models": lambda: client().models,
+    "NodePool": lambda: NodePool([Transport("http://127.0.0.1:1"), Transport("http://127.0.0.1:2")]),
+    "Gateway": Gateway,
+    "McpHub": McpHub,
+    "McpTools": lambda: McpTools([], {}),
 }
 
 

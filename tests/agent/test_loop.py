@@ -593,7 +593,9 @@ async def test_a_call_is_sent_back_under_the_name_that_was_offered(
     assert [call.name for call in result.tool_calls] == ["Add Numbers"] * 3
 
 
-@pytest.mark.parametrize("name", ["functions.subtract", "SubTract", "sub tract", "subtract<|channel|>", "\u00e9", "x" * 500])
+@pytest.mark.parametrize(
+    "name", ["functions.subtract", "SubTract", "sub tract", "subtract<|channel|>", "\u00e9", "x" * 500]
+)
 async def test_a_name_that_was_made_up_cannot_break_the_conversation(
     scripted_server: ScriptedServer, client: LLMClient, name: str
 ) -> None:

@@ -30,6 +30,7 @@ from lmbridge._checks import (
     invalid_argument,
     wrong_type,
 )
+from lmbridge._copying import NotCopyable
 from lmbridge._tasks import LoopGuard, run_together
 from lmbridge.errors import MCPError, MultiMCPError
 from lmbridge.mcp.config.files import McpConfig, file_fingerprint, find_config, load_config, warn_untrusted
@@ -46,7 +47,7 @@ _DEFAULT_IDLE_LINGER: Final = 300.0
 _HEADERS_HINT: Final = 'put headers that do not change into the configuration file, as "headers" of the server'
 
 
-class McpHub:
+class McpHub(NotCopyable):
     """Starts the MCP servers of a configuration file when a run needs them, and closes those that stay unused.
 
     It can be used without `async with`, but `close()` must be called. Each use checks whether the configuration file
@@ -79,6 +80,8 @@ class McpHub:
     Raises:
         LLMValidationError: An argument is not valid.
     """
+
+    _instead_of_a_copy = "pass the hub itself on, and create another one in each process"
 
     def __init__(
         self,

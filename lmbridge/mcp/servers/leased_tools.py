@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lmbridge._copying import NotCopyable
 from lmbridge.agent.definition_budget import definition_tokens
 from lmbridge.agent.tools import Tool
 from lmbridge.errors import MCPError
@@ -44,7 +45,7 @@ async def lease_tools(
     return lease
 
 
-class McpTools:
+class McpTools(NotCopyable):
     """The tools of some servers, leased for a run until `release()`.
 
     `McpHub.tools` returns it. It is a provider of tools, so it can be passed to an agent as one of its `tools`.
@@ -55,6 +56,8 @@ class McpTools:
             names of the servers.
         left_out: The tools that are not offered, because their definition is not valid or exceeds the budget.
     """
+
+    _instead_of_a_copy = "pass the lease itself on, and create a hub in each process"
 
     def __init__(
         self,
