@@ -92,7 +92,7 @@ def _read_tool_page(result: Any, notes: set[str]) -> Generator[None, None, Serve
     return _unreadable("its list of tools is not valid", notes) if page is None else ServerAnswer(page, notes=notes)
 
 
-def _unreadable(problem: str, notes: list[str]) -> ServerAnswer:
+def _unreadable(problem: str, notes: set[str]) -> ServerAnswer:
     """Returns the refusal that stands for an answer without anything that could be used."""
     return ServerAnswer(refusal=problem, error={"code": 0, "message": problem}, notes=notes)
 

@@ -189,7 +189,7 @@ async def test_new_tools_are_not_lost_if_a_caller_is_cancelled(
         assert names(lease.tools) == ["echo"]
     assert ends[0] is False
     assert ends[-1] is True
-    assert names(asking.result()) == names(lease.tools)[1:] == ["new", "newer"]
+    assert names(await lease.new_tools()) == names(lease.tools)[1:] == ["new", "newer"]
 
 
 async def test_two_callers_at_once_do_not_both_add_a_tool(make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
