@@ -59,7 +59,7 @@ def redacted_beginning(text: bytes | str, redact: Callable[[str], str]) -> str:
     return readable if len(head) == len(text) else readable[:-_LONGEST_SECRET]
 
 
-def to_json(value: object) -> str:
+def json_for_model(value: object) -> str:
     """Returns a JSON value as JSON: with a space after each comma and colon, or without spaces if it is large.
 
     For large values, msgspec is used, because `json` is so slow that it would hold up the event loop.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge._text import excerpt, redacted_beginning, replace_lone_surrogates, shorten, to_json
+from lmbridge._text import excerpt, json_for_model, redacted_beginning, replace_lone_surrogates, shorten
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters()),
@@ -69,13 +69,13 @@ def test_a_text_without_surrogates_is_returned_unchanged(text: str) -> None:
 
 @given(JSON_VALUES)
 def test_small_and_large_values_are_the_same_json(value: Any) -> None:
-    assert json.loads(to_json(value)) == value
-    large = to_json([value, "x" * 100_000])
+    assert json.loads(json_for_model(value)) == value
+    large = json_for_model([value, "x" * 100_000])
     assert json.loads(large) == [value, "x" * 100_000]
 
 
 def test_only_large_json_has_no_spaces() -> None:
-    assert to_json({"ä": [1, 2]}) == '{"ä": [1, 2]}'
-    assert to_json({"ä": [1, 2], "b": "x" * 100_000}).startswith('{"ä":[1,2],"b":"x')
+    assert json_for_model({"ä": [1, 2]}) == '{"ä": [1, 2]}'
+    assert json_for_model({"ä": [1, 2], "b": "x" * 100_000}).startswith('{"ä":[1,2],"b":"x')
     with pytest.raises(TypeError):
-        to_json(object())
+        json_for_model(object())

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 import attrs
 
 from lmbridge._tasks import MANY
-from lmbridge._text import shorten, to_json
+from lmbridge._text import json_for_model, shorten
 
 _T = TypeVar("_T")
 
@@ -328,7 +328,7 @@ def _as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     try:
-        return to_json(value)
+        return json_for_model(value)
     except (ValueError, TypeError, RecursionError):
         return str(type(value).__name__)
 

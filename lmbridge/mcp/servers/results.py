@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any, Final, Self
 
 from lmbridge._tasks import MANY, run_at_once
-from lmbridge._text import to_json
+from lmbridge._text import json_for_model
 from lmbridge.client.images import image_part
 from lmbridge.errors import LLMValidationError
 from lmbridge.mcp.servers.sanitize import sanitize_text
@@ -100,7 +100,7 @@ def read_result(result: Mapping[str, Any]) -> Generator[None, None, McpText]:
         if number % MANY == 0:
             yield
     structured = result.get("structuredContent")
-    text = McpText("\n".join(texts) if texts or structured is None else to_json(structured), result)
+    text = McpText("\n".join(texts) if texts or structured is None else json_for_model(structured), result)
     text._images = images  # noqa: SLF001 - see `McpText`
     return text
 
@@ -117,7 +117,7 @@ def _part_text(part: Mapping[str, Any]) -> str:
         return _resource_text(resource if isinstance(resource, Mapping) else {})
     if kind == "resource_link":
         return f"[link to resource {_describe_resource(part)}]"
-    return to_json(part)
+    return json_for_model(part)
 
 
 def _resource_text(resource: Mapping[str, Any]) -> str:
