@@ -281,3 +281,28 @@ def test_the_steps_for_an_event_with_many_parts_do_not_grow_with_their_number(
 @pytest.mark.parametrize("read", [read_stream, run_agent])
 def test_the_steps_for_reasoning_in_many_parts_do_not_grow_with_their_number(read: Reader) -> None:
     assert_steps_stay_short(parts_in("reasoning_content", {"text": "x"}), read, 1_500)
+
+
+async def read_text(client: LLMClient) -> None:
+    await client.text_completion("Once")
+
+
+def plain_choices(size: int, choice: dict[str, Any]) -> Replies:
+    """Returns a plain reply with many choices."""
+    listed = [{"index": number, "finish_reason": "stop", **choice} for number in range(size)]
+    return [MockResponse(body=json.dumps({"model": "test-model", "choices": listed}))]
+
+
+@pytest.mark.parametrize(
+    ("replies", "read"),
+    [
+        (lambda size: whole({"content": [{"type": "text", "text": "x"}] * size}), read_plain),
+        (lambda size: plain_choices(size, {"message": {"role": "assistant", "content": "x"}}), read_plain),
+        (lambda size: plain_choices(size, {"text": "x"}), read_text),
+    ],
+    ids=["parts", "choices", "texts"],
+)
+def test_the_steps_for_a_plain_reply_with_many_parts_do_not_grow_with_their_number(
+    replies: Callable[[int], Replies], read: Reader
+) -> None:
+    assert_steps_stay_short(replies, read, 1_500)

@@ -125,10 +125,7 @@ class ChatMethods(EndpointMethods):
             count = choices if isinstance(choices, int) else 1
             return ChatStream(events, server.mismatch_policy, server.redact, count, check_reply)
         reply = await server.request(request)
-        value = await server.read_object(reply, complete_chat_reply)
-        if not complete_chat_reply(value):
-            raise server.unexpected_reply(reply, "a chat completion")
-        server.check_choices(reply, value)
+        value = await server.read_completion(reply, complete_chat_reply, "a chat completion")
         server.check_served_model(reply, value)
         if check_reply is not None:
             await check_reply(value)

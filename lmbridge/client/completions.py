@@ -45,12 +45,10 @@ async def request_text_completion(
         choices = prompts * (n if isinstance(n, int) else 1)
         return TextStream(await server.stream(request), server.mismatch_policy, server.redact, choices)
     reply = await server.request(request)
-    value = await server.read_object(reply, _has_texts)
-    if not complete_text_reply(value) or len(value["choices"]) < prompts:
-        raise server.unexpected_reply(
-            reply, "a text completion" if prompts == 1 else f"text completions of {prompts} prompts"
-        )
-    server.check_choices(reply, value)
+    expected = "a text completion" if prompts == 1 else f"text completions of {prompts} prompts"
+    value = await server.read_completion(reply, _has_texts, expected)
+    if len(value["choices"]) < prompts:
+        raise server.unexpected_reply(reply, expected)
     server.check_served_model(reply, value)
     return cast("TextCompletion", value)
 

@@ -8,12 +8,14 @@ JSON.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, Literal, Self
 
 import attrs
 
-from lmbridge._tasks import pause_after
+from lmbridge._tasks import LARGE, pause_after
 from lmbridge._text import excerpt, redacted_beginning
 from lmbridge.client import failures
 from lmbridge.client.call_options import CallSettings
@@ -357,6 +359,39 @@ class ServerApi:
             await self.complete_error(error)
             raise
 
+    async def read_completion(
+        self, reply: Reply, complete: Callable[[dict[str, Any]], bool], expected: str
+    ) -> dict[str, Any]:
+        """Returns the completion that a reply consists of, as `read_object` does, with every answer in it finished.
+
+        A large reply is read in a thread, so that other tasks can run meanwhile.
+
+        Args:
+            reply: The reply.
+            complete: Fills in the missing fields of a completion, and returns whether it is one.
+            expected: The kind of reply that is expected, with an article: "a chat completion".
+
+        Raises:
+            LLMError: The reply or a choice reports an error, or it is not a completion, or a finish reason says that
+                the server has broken an answer off.
+        """
+        read = partial(_read_completion, reply, complete)
+        value, is_complete, fault = read() if len(reply.body) <= LARGE else await asyncio.to_thread(read)
+        if value is None or is_error_object(value):
+            error = self._error_from(reply)
+            error.partial = value if is_complete else None
+            await self.complete_error(error)
+            raise error
+        if not is_complete:
+            raise self.unexpected_reply(reply, expected)
+        if fault is None:
+            return value
+        error = self._error_from(attrs.evolve(reply, body=fault.encode())) if isinstance(fault, str) else fault
+        # That of the error is only the part about the choice.
+        error.body = None
+        body = self.body_text(reply)
+        raise error.completed(context=reply.call.context(), status=reply.status, body=body, partial=value)
+
     async def complete_error(self, error: LLMError) -> None:
         """Completes an error by another request: for a missing model, it adds the models that the server has."""
         if isinstance(error, ModelNotFoundError):
@@ -417,24 +452,6 @@ class ServerApi:
             context=reply.call.context(),
         )
 
-    def check_choices(self, reply: Reply, value: Mapping[str, Any]) -> None:
-        """Checks that the server has finished every answer in the reply to a completion.
-
-        Raises:
-            LLMError: A choice reports an error, or a finish reason that says that the server has broken it off.
-        """
-        for choice in value["choices"]:
-            if (body := error_in_choice(choice)) is not None:
-                error = self._error_from(attrs.evolve(reply, body=body.encode()))
-                error.body = self.body_text(reply)
-            elif (aborted := aborted_error(choice)) is not None:
-                error = aborted
-            else:
-                continue
-            raise error.completed(
-                context=reply.call.context(), status=reply.status, body=self.body_text(reply), partial=value
-            )
-
     def check_served_model(self, reply: Reply, value: Mapping[str, Any]) -> None:
         """Compares the model that a reply names with the one that was asked for.
 
@@ -463,6 +480,22 @@ class ServerApi:
         error = failures.error_from_reply(reply, self.redact)
         failures.report_lost_model(reply.call, error)
         return error
+
+
+def _read_completion(
+    reply: Reply, complete: Callable[[dict[str, Any]], bool]
+) -> tuple[dict[str, Any] | None, bool, str | LLMError | None]:
+    """Reads a completion, without touching anything that belongs to the event loop.
+
+    Returns:
+        The JSON object; whether it is a completion; and what is wrong with the first choice that the server has not
+        finished: the body of an error, or an error.
+    """
+    value = _json_object_in(reply, decode_whole_characters)
+    if value is None or not complete(value):
+        return value, False, None
+    faults = (error_in_choice(choice) or aborted_error(choice) for choice in value["choices"])
+    return value, True, next((fault for fault in faults if fault is not None), None)
 
 
 def is_damaged(reply: Reply) -> bool:
