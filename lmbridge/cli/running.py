@@ -23,11 +23,12 @@ import typer
 from lmbridge._printable import SafeFormatter
 from lmbridge.cli.exit_status import ExitStatus, exit_status_of
 from lmbridge.cli.terminal import Terminal
-from lmbridge.errors import LLMError
+from lmbridge.errors import LLMError, MCPError
 
 Work = Callable[["Terminal", "Signals"], Coroutine[Any, Any, ExitStatus]]
 """What a command does; it returns the exit status."""
 
+_MCP_HINT: Final = "lmbridge doctor starts the servers of the configuration one by one, and says what to do"
 _REPORT_HINT: Final = "run it again with --debug for the traceback"
 
 
@@ -168,11 +169,11 @@ def _report(terminal: Terminal, error: BaseException, text: str, hint: str | Non
 
 
 def split_hint(error: LLMError) -> tuple[str, str | None]:
-    """Returns the text of an error without its hint, and the hint."""
+    """Returns the text of an error without its hint, and the hint. An error of an MCP server always has one."""
     text = str(error)
     if error.hint and text.endswith(error.hint):
         return text[: -len(error.hint)].rstrip("; \n"), error.hint
-    return text, error.hint
+    return text, error.hint or (_MCP_HINT if isinstance(error, MCPError) else None)
 
 
 @contextmanager
