@@ -378,19 +378,24 @@ class ServerApi:
         read = partial(_read_completion, reply, complete)
         value, is_complete, fault = read() if len(reply.body) <= LARGE else await asyncio.to_thread(read)
         if value is None or is_error_object(value):
-            error = self._error_from(reply)
-            error.partial = value if is_complete else None
-            await self.complete_error(error)
-            raise error
+            raise await self._completed_error(reply, value if is_complete else None)
         if not is_complete:
             raise self.unexpected_reply(reply, expected)
-        if fault is None:
-            return value
+        if fault is not None:
+            raise self._error_in_choice(reply, value, fault)
+        return value
+
+    async def _completed_error(self, reply: Reply, partial: dict[str, Any] | None) -> LLMError:
+        error = self._error_from(reply, partial)
+        await self.complete_error(error)
+        return error
+
+    def _error_in_choice(self, reply: Reply, value: dict[str, Any], fault: str | LLMError) -> LLMError:
         error = self._error_from(attrs.evolve(reply, body=fault.encode())) if isinstance(fault, str) else fault
         # That of the error is only the part about the choice.
         error.body = None
         body = self.body_text(reply)
-        raise error.completed(context=reply.call.context(), status=reply.status, body=body, partial=value)
+        return error.completed(context=reply.call.context(), status=reply.status, body=body, partial=value)
 
     async def complete_error(self, error: LLMError) -> None:
         """Completes an error by another request: for a missing model, it adds the models that the server has."""
@@ -426,10 +431,10 @@ class ServerApi:
         """
         value = _json_object_in(reply, decode)
         if value is None or is_error_object(value):
-            error = self._error_from(reply)
-            if value is not None and has_answer is not None and has_answer(value):
-                error.partial = value
-            raise error
+            # The error is not kept in a variable. Its traceback refers to this frame, so that only a garbage collection
+            # would free the two, with everything that the callers refer to.
+            is_partial = value is not None and has_answer is not None and has_answer(value)
+            raise self._error_from(reply, value if is_partial else None)
         return value
 
     def unexpected_reply(
@@ -476,8 +481,9 @@ class ServerApi:
         """Returns the text without the API key, and without the values of the headers that the caller has set."""
         return self.transport.redact(text, self._headers)
 
-    def _error_from(self, reply: Reply) -> LLMError:
+    def _error_from(self, reply: Reply, partial: dict[str, Any] | None = None) -> LLMError:
         error = failures.error_from_reply(reply, self.redact)
+        error.partial = partial
         failures.report_lost_model(reply.call, error)
         return error
 
