@@ -200,6 +200,7 @@ def test_other_upstreams_are_refused(upstream: str) -> None:
 
 def test_wrong_values_of_a_fault_are_refused() -> None:
     with pytest.raises(LLMValidationError, match="kind must be"):
+        # The wrong value is what the test is about.
         WireFault("explode")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(LLMValidationError, match="at must be"):
         WireFault("end", at=-1)
