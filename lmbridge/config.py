@@ -268,6 +268,9 @@ _MISPLACED_IN_API_BASE: Final = {
     "set": "pass a list of URLs",
 }
 
+_ENDPOINTS: Final = ("chat/completions", "completions", "responses", "embeddings", "models", "messages")
+"""The paths that follow a base URL in examples for curl, from which people copy the URL."""
+
 
 def normalize_api_base(api_base: str) -> str:
     """Returns a server's base URL without a trailing slash, and with `/v1` appended if it does not end with a version.
@@ -279,7 +282,8 @@ def normalize_api_base(api_base: str) -> str:
     mark credentials, a query or a fragment (`@`, `?`, `#`).
 
     Raises:
-        LLMValidationError: The text is not an http or https URL, or it has credentials, a query or a fragment.
+        LLMValidationError: The text is not an http or https URL, it has credentials, a query or a fragment, or it ends
+            with the path of an endpoint.
     """
     hint = f"write it like {DEFAULT_API_BASE!r}"
     shown = repr(api_base)
@@ -316,9 +320,18 @@ def normalize_api_base(api_base: str) -> str:
     path = parts.path.rstrip("/")
     if api_base.endswith("#"):
         return f"{parts.scheme}://{parts.netloc}{path}#"
+    _refuse_endpoint(shown, path)
     if not _is_version(path.rpartition("/")[2]):
         path += "/v1"
     return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def _refuse_endpoint(shown: str, path: str) -> None:
+    for endpoint in _ENDPOINTS:
+        if path.endswith(f"/{endpoint}"):
+            raise LLMValidationError(
+                f"api_base {shown} is the URL of an endpoint", hint=f"leave out '/{endpoint}' at its end"
+            )
 
 
 def _split_url(url: str) -> SplitResult | ValueError:

@@ -261,6 +261,28 @@ def test_an_invalid_base_url_is_refused_with_an_example(given: Any, message: str
 
 
 @pytest.mark.parametrize(
+    ("given", "endpoint"),
+    [
+        ("http://box/v1/chat/completions", "/chat/completions"),
+        ("http://box/chat/completions", "/chat/completions"),
+        ("http://box/v1/completions", "/completions"),
+        ("http://box/v1/models", "/models"),
+        ("http://box/v1/responses", "/responses"),
+        ("http://box/v1/embeddings/", "/embeddings"),
+        ("http://box/v1/messages", "/messages"),
+    ],
+)
+def test_the_url_of_an_endpoint_is_refused(given: str, endpoint: str) -> None:
+    with pytest.raises(LLMValidationError) as caught:
+        normalize_api_base(given)
+    assert str(caught.value) == f"api_base {given!r} is the URL of an endpoint; leave out '{endpoint}' at its end"
+
+
+def test_an_endpoint_that_is_given_as_a_base_url_on_purpose_is_kept() -> None:
+    assert normalize_api_base("http://box/models#") == "http://box/models#"
+
+
+@pytest.mark.parametrize(
     "given",
     [
         "http://me:secret@box",
