@@ -44,8 +44,9 @@ def invalid_argument(name: str, expected: str, value: object, hint: str | None =
 def is_usage_error(error: BaseException) -> bool:
     """Returns whether an error means that the arguments of a program make no sense, so that nothing was sent.
 
-    Such a program ends with status 2. The class of the error alone does not decide, because an `LLMValidationError` is
-    also raised when a server refuses a request (then the error has a status), or does not have the model.
+    After such an error, a program exits with status 2. The class of the error alone does not decide, because an
+    `LLMValidationError` is also raised when a server refuses a request (then the error has a status), or does not have
+    the model.
     """
     is_missing_model = isinstance(error, ModelNotFoundError)
     return isinstance(error, LLMValidationError) and error.status is None and not is_missing_model
@@ -182,7 +183,7 @@ def check_bool(name: str, value: Any, *, hint: str | None = None) -> bool:
 
 
 def check_callable(name: str, value: _T, *, optional: bool = False, sync: bool = False, hint: str | None = None) -> _T:
-    """Returns the value if it can be called, or if it is None with `optional`.
+    """Returns the value if it can be called, or None with `optional`.
 
     Args:
         name: The argument's name, as the user knows it.

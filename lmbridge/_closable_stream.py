@@ -1,4 +1,4 @@
-"""The part of an async generator that the streams of replies and of runs have in common."""
+"""`ClosableStream`: the base class of the streams of replies, and of those of agent runs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Reads the parts of a docstring that describe a function or a class to a model.
 
-The three common styles are recognised: sections with a colon (Google), sections that are underlined (NumPy), and
+The three common styles are recognized: sections with a colon (Google), sections that are underlined (NumPy), and
 fields such as `:param name:` (Sphinx). Everything before the first section or field is the description. A library for
 docstrings would know more styles, but the description and the entries for parameters are all that is needed here.
 """

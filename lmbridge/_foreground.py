@@ -1,7 +1,7 @@
 """What the programs that run in the foreground share: their log on stderr, and how they end.
 
 They are `lmbridge-mcp`, `python -m lmbridge.gateway` and `python -m lmbridge.local`, which do not need the extra `cli`.
-The command `lmbridge` has more exit statuses, and shows a hint on a line of its own; see `cli/running.py`.
+The command `lmbridge` has more exit statuses, and shows a hint on a separate line; see `cli/running.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def log_to_stderr(log_format: str, *, level: int = logging.WARNING, debug: bool 
 
 
 def run_program(name: str, work: Coroutine[Any, Any, None], *, debug: bool) -> int:
-    """Runs a program to its end, and returns its exit status. After an error, there is one line about it on stderr.
+    """Runs a program to its end, and returns its exit status. An error is reported in one line on stderr.
 
     Args:
         name: The name of the program, with which the line begins.

@@ -50,7 +50,7 @@ class HostNames:
 
 
 def is_same_origin(origin: str, host: str) -> bool:
-    """Returns whether the value of the header `Origin` is a page of the host that `Host` names."""
+    """Returns whether the headers `Origin` and `Host` name the same host and port."""
     try:
         return urlsplit(origin).netloc.lower() == host.lower()
     except ValueError:

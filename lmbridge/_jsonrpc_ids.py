@@ -13,9 +13,9 @@ _LONGEST_ID: Final = 20
 
 
 def read_id(value: Any) -> str | int | None:
-    """Returns an id in the form in which it was sent, because some servers return a number as a text or a float.
+    """Returns the id of a request, however the server that answers has written it, or None if the value is not an id.
 
-    Returns None if the value is not an id.
+    Some servers return a number as a text or as a float. Such an id becomes the number that the request was sent with.
     """
     if isinstance(value, float) and value.is_integer():
         return int(value)

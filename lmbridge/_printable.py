@@ -1,8 +1,8 @@
-"""Texts of models, servers and tools that are safe to write to a terminal.
+"""Makes the texts of models, servers and tools safe to write to a terminal.
 
-They may contain control characters, by accident or on purpose: an escape sequence can rename the window, overwrite what
-is on the screen, or type commands in some terminals. `printable` makes them visible instead. Output that goes into a
-pipe or a file is treated the same, because it often reaches a terminal in the end.
+Such a text may contain control characters, by accident or on purpose: an escape sequence can rename the window,
+overwrite what is on the screen, or type commands in some terminals. `printable` replaces these characters by visible
+ones. Output that goes into a pipe or a file is treated the same, because it often reaches a terminal in the end.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _numbers: Final = itertools.count(1)
 
 
 def next_order_number() -> int:
-    """Returns a number that is higher than all before. Runs and requests that belong to no run share the sequence."""
+    """Returns the next number of the sequence that runs share with the requests that belong to no run."""
     return next(_numbers)
 
 

@@ -65,7 +65,7 @@ def json_for_model(value: object) -> str:
     For large values, msgspec is used, because `json` is so slow that it would hold up the event loop.
 
     Raises:
-        TypeError, ValueError, RecursionError: The value is none that JSON has, or is nested too deeply.
+        TypeError, ValueError, RecursionError: JSON cannot express the value, or it is nested too deeply.
     """
     try:
         encoded = msgspec.json.encode(value)

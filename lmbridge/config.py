@@ -51,7 +51,7 @@ class Unset(enum.Enum):
 
 
 UNSET: Final = Unset.UNSET
-"""The default of an option for which None has a meaning: the option was not given."""
+"""The default of options for which None has a meaning. It says that the option was not given."""
 
 
 def _duration(owner: str, default: float | None) -> Any:
@@ -74,17 +74,18 @@ class Timeouts:
     """
 
     connect: float | None = _duration("Timeouts", 5)
-    """The most seconds that it may take to connect the socket."""
+    """The most seconds that it may take to connect the socket. Default: 5."""
     load: float | None = _duration("Timeouts", 300)
-    """The most seconds for which a server may keep answering that it is loading, counted from the first such answer."""
+    """The most seconds for which a server may keep answering that it is loading, counted from the first such answer.
+    Default: 300."""
     first_byte: float | None = _duration("Timeouts", 600)
     """The most seconds until the first event of a stream, or until the end of a plain reply. The limit applies to each
-    attempt, and includes the time in the server's own queue and the processing of the prompt."""
+    attempt, and includes the time in the server's own queue and the processing of the prompt. Default: 600."""
     idle: float | None = _duration("Timeouts", 300)
-    """The most seconds between two events of a stream. Comments and pings do not count as events."""
+    """The most seconds between two events of a stream. Comments and pings do not count as events. Default: 300."""
     total: float | None = _duration("Timeouts", None)
     """The most seconds from admission to the end of the reply, including retries and the time that the server is
-    loading."""
+    loading. Default: None."""
 
 
 def as_timeouts(timeout: Timeouts | float | None, name: str = "timeout") -> Timeouts:
@@ -118,7 +119,7 @@ class Limits:
     """
 
     max_concurrency: int = attrs.field(default=10, validator=as_validator(check_integer, owner="Limits"))
-    """The most generations in flight. Further requests wait in the client."""
+    """The most generations in flight. Further requests wait in the client. Default: 10."""
     max_loaded_models: int | None = attrs.field(
         default=None, validator=as_validator(check_integer, owner="Limits", optional=True)
     )
@@ -127,11 +128,11 @@ class Limits:
     max_wait: float | None = _duration("Limits", 30.0)
     """The seconds after which a request that waits for its model to become active is overdue. The model that has been
     active longest then gets no new requests, and makes room as soon as it has finished those in flight. A lower value
-    is fairer, and makes the server load models more often. With None, no request ever becomes overdue, so it waits
-    until some active model happens to be idle. It is also the time in which the priority of a waiting request rises by
-    one."""
+    is fairer, and makes the server load models more often. With None, no request ever becomes overdue, so each waits
+    until some active model happens to be idle. `max_wait` is also the time in which the priority of a waiting request
+    rises by one. Default: 30."""
     max_queue: float | None = _duration("Limits", 600.0)
-    """The most seconds that a request may wait until it is admitted. None switches the limit off."""
+    """The most seconds that a request may wait until it is admitted. None switches the limit off. Default: 600."""
     # pyright infers the type `str` for the default of such a field, which is wider than the literal.
     order: Literal["run", "request"] = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="run", validator=as_validator(check_choice, owner="Limits", choices=("run", "request"))
@@ -144,10 +145,10 @@ class Limits:
         default="auto", validator=as_validator(check_integer, owner="Limits", optional=True, keyword="auto")
     )
     """The most runs of agents that may have begun and not ended. With few such runs, the server still has their
-    conversations in its cache. The first request of a further run waits until one of these runs ends, or until one of
-    them has sent no request for as long as the server took to begin its answer to that run's first request (at most 3
-    seconds), because its tools take longer. It does not wait for runs of a lower priority, nor while a request for
-    another model is overdue. Permits may stay free in the meantime.
+    conversations in its cache. The first request of a further run waits until one of these runs ends, or is idle for
+    too long because its tools are slow: it may send no request for as long as the server took to begin its answer to
+    the first one, but for at most 3 seconds. The request does not wait for runs of a lower priority, nor while a
+    request for another model is overdue. Permits may stay free in the meantime.
     "auto", the default, stands for the value of `max_concurrency` with `order="run"`, and for None with
     `order="request"`. With None, a run begins whenever a permit is free."""
 

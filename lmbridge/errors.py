@@ -519,7 +519,7 @@ class MCPConnectionError(MCPError):
 class MultiMCPError(MCPError):
     """One or more of several MCP servers failed.
 
-    Without a `message`, the errors of the servers are described, and their hints become its `hint`.
+    Without a `message`, the text describes the errors of the servers, and their hints become the `hint`.
 
     Attributes:
         errors: The exception of each server that failed, by the server's name.

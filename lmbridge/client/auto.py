@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lmbridge.client.server_info import ServerInfo
 
 DEFAULT_SLOTS: Final = 4
-"""The number of slots of an LM Studio or a llama.cpp router that does not report it: both have this default."""
+"""The number of slots of an LM Studio server or a llama.cpp router that does not report it: both have this default."""
 
 
 def limits_of(info: ServerInfo) -> Limits:
@@ -63,8 +63,8 @@ def default_limits(max_concurrency: int | None = None) -> LimitFinder:
     """Returns the `LimitFinder` for a client without the option `limits`.
 
     It asks only a server on this machine or in a private network, only when the limits first matter, and only what is
-    needed to recognize LM Studio and llama.cpp. For any other server, it returns the defaults: such a server has a
-    queue of its own, and finishes what it has begun.
+    needed to recognize LM Studio and llama.cpp. For any other server, it returns the defaults: such a server queues by
+    itself, and finishes what it has begun.
 
     Args:
         max_concurrency: The most concurrent generations. Default: that of the server, or of `Limits()`.

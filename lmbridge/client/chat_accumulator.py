@@ -277,7 +277,7 @@ class ChatAccumulator:
         self._fast_path_fields = len(chunk) if is_open and not chunk.get("usage") else -1
 
     def reply(self) -> ChatCompletion:
-        """Returns the reply so far as a new dict. Its `usage` is None if no chunk had any."""
+        """Returns the reply so far as a new dict. Its `usage` is that of the last chunk that had one, or None."""
         choices = [choice.as_dict(index, choice.calls()) for index, choice in sorted(self._choices.items())]
         reply: ChatCompletion = replace_lone_surrogates(self._reply(choices))
         return reply
@@ -323,7 +323,7 @@ class TextAccumulator(ChatAccumulator):
         ]
 
     def reply(self) -> Any:
-        """Returns the reply so far as a new dict. Its `usage` is None if no chunk had any."""
+        """Returns the reply so far as a new dict. Its `usage` is that of the last chunk that had one, or None."""
         return super().reply()
 
     async def reply_in_slices(self) -> Any:
@@ -426,7 +426,7 @@ class _ChoiceAccumulator:
         return bool(delta)
 
     def _whole_message_in(self, part: Mapping[str, Any]) -> Generator[None, None, Mapping[str, Any]]:
-        """Returns the message that some servers send in place of all deltas; an empty dict if there is none."""
+        """Returns the message that some servers send in place of all deltas, or an empty dict."""
         message = part.get("message")
         if not message or not isinstance(message, Mapping) or self.has_content:
             return {}

@@ -214,7 +214,7 @@ def _index_from(value: Any) -> int:
 
 
 def error_in_choice(choice: Mapping[str, Any]) -> str | None:
-    """Returns the error object in a choice, which proxies send, as the JSON of an error body, or None without one."""
+    """Returns the error object that a proxy has put into a choice, as the JSON of an error body, or None."""
     error = _error_of(choice)
     return json.dumps({"error": error}) if error else None
 

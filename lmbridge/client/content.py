@@ -20,7 +20,7 @@ _DEEPEST_PARTS: Final = 8
 
 
 class SortedContent(NamedTuple):
-    """The parts of a content, by what they are."""
+    """The parts of a content, sorted by their kind."""
 
     text: str
     """The text of the answer."""

@@ -64,7 +64,7 @@ class PromptSize:
 
     @property
     def is_too_long(self) -> bool:
-        """Whether the prompt does not fit."""
+        """Whether the prompt has more tokens than fit into the context."""
         return self.tokens > self.context_length
 
     @property
@@ -170,7 +170,7 @@ async def check_prompt(
         timer: The clock. Default: `time.monotonic`.
 
     Returns:
-        What compares the prompt with the reply, or None if the context length is unknown, and stays so.
+        The check of the reply, or None if the context length is unknown, and stays so.
 
     Raises:
         ContextLengthExceededError: The prompt does not fit, and `context_overflow` is "raise".

@@ -53,6 +53,9 @@ def answer_from(question: Question, probabilities: Sequence[float], confidence: 
         question: The question.
         probabilities: The probability of each option in the order of the question, or of true and false.
         confidence: The confidence that the server reports, if it does.
+
+    Raises:
+        UnreadableAnswerError: The probabilities do not have a positive sum.
     """
     total, count = sum(probabilities), len(probabilities)
     if not total > 0:

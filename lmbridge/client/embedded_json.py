@@ -21,8 +21,8 @@ _BEGINS_LIKE_JSON: Final = re.compile(r"""\{\s*["}]|\[\s*["{]""")
 _MOST_PLACES: Final = 500
 """After so many brackets the search is given up, so that it never takes long."""
 _MOST_WASTED_CHARACTERS: Final = 200_000
-"""After so many characters of brackets that are not JSON, each counted once for each bracket around it, the search is
-given up as well."""
+"""The most characters that are read after brackets that turn out not to begin JSON. A character counts as often as it
+is read. Beyond this number, the search is given up as well."""
 
 
 class EmbeddedValue(NamedTuple):
@@ -37,8 +37,8 @@ class EmbeddedValue(NamedTuple):
 def find_only_value(text: str, *, with_arrays: bool) -> EmbeddedValue | None:
     """Returns the JSON object or array in a text, or None unless there is exactly one.
 
-    The same value may occur several times. The result is None as well for a text that is valid JSON as a whole, because
-    there is nothing around the value.
+    The same value may occur several times. For a text that is valid JSON as a whole, the result is also None, because
+    nothing stands around the value.
 
     Args:
         text: The text.

@@ -28,9 +28,9 @@ _LONGEST_ESCAPE: Final = 6
 _DEEPEST_MESSAGE: Final = 2
 """The number of objects around the message of a large error, without the outermost one."""
 _MOST_ITEMS: Final = 10_000
-"""The most items of a large list of errors that is read. All of them have to be decoded, however few are shown."""
+"""The most items of a large list of errors that is decoded: all of them have to be decoded, however few are shown."""
 _ITEMS_SHOWN: Final = 20
-"""The number of items of a large list of errors that are read."""
+"""The number of items of a large list of errors that the message shows."""
 _MESSAGE_FIELDS: Final = ("message", "detail", "details")
 """Fields that may hold the message of an error: those of OpenAI, vLLM, FastAPI and their proxies."""
 
@@ -43,7 +43,7 @@ _BROKEN_JSON: Final = TextPatterns(r"\s*(\{|\[\s*[\[{\"])")
 _HTTP_STATUS: Final = TextPatterns(r"[1-5]\d\d\Z")
 
 Redact = Callable[[str], str]
-"""Removes secrets from a text. A server may repeat the key that it refuses."""
+"""A function that removes secrets from a text. A server may repeat the key that it refuses."""
 
 
 def unredacted(text: str) -> str:

@@ -9,7 +9,7 @@ in `tests/data`.
 A body may also be hostile, or simply huge. So every search looks at a limited part of it and takes time that is
 proportional to that part: no pattern may begin at many places of a text and go on from each of them to its end.
 
-Matching texts is fragile, but there is no field that all servers fill in. A text that no pattern matches does no harm:
+Matching texts is fragile, but servers have no other field in common. A text that no pattern matches does no harm:
 the error is then a plain `LLMResponseError`, or an `LLMStreamError` inside a stream.
 """
 
@@ -181,7 +181,7 @@ _HINTS: Final[Mapping[type[LLMError], str]] = {
 
 
 def report_lost_model(call: Call, error: LLMError) -> None:
-    """Informs the scheduler if the error of a call shows that the server has not, or no longer, loaded the model."""
+    """Informs the scheduler if the error of a call shows that the model is not loaded, or no longer loaded."""
     if isinstance(error, ModelLoadError | ModelMismatchError | ModelChangedDuringExecutionError):
         call.mark_unloaded()
     if isinstance(error, ModelLoadError) and _MODEL_EVICTED.search(error.message):

@@ -52,8 +52,8 @@ def encode_body(body: Mapping[str, Any]) -> bytes:
     """Encodes the body of a request.
 
     Instances of subclasses of str, int and float are sent as plain texts and numbers, and any mapping or sequence as an
-    object or array. msgspec would also encode dates, decimals, bytes, sets and others, each as something else that the
-    caller has not asked for. They are refused instead.
+    object or array. msgspec would also encode dates, decimals, bytes, sets and other objects, in forms that the caller
+    has not chosen. They are refused instead.
 
     Raises:
         LLMValidationError: The body contains a value that JSON does not have; the text says where.

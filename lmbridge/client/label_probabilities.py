@@ -55,7 +55,7 @@ def label_messages(state: str, question: Question) -> list[dict[str, Any]]:
 
 
 def check_option_counts(questions: Mapping[str, Question]) -> None:
-    """Checks that no question has more options than servers report tokens for each place.
+    """Checks that no question has more than `MOST_OPTIONS` options.
 
     Raises:
         LLMValidationError: A question has more.

@@ -43,15 +43,17 @@ from lmbridge.transport import Event
 logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 LoadProgress: TypeAlias = Callable[[float | None], object]
-"""Called while a model is being loaded, with the fraction that has been loaded, or None if it is not known."""
+"""A function that is called while a model is being loaded, with the fraction that has been loaded, from 0 to 1, or None
+if it is not known."""
 Capability = Literal["list", "load", "unload", "download", "load progress"]
+"""Something that a server can do with its models."""
 
 _LOAD_POLL_SECONDS: Final = 0.2
 
 
 @attrs.frozen(kw_only=True)
 class DownloadProgress:
-    """How far a download is."""
+    """The progress of a download."""
 
     status: Literal["downloading", "paused", "completed"]
     """What the server is doing. "completed" is the last status, and the only one if the model was downloaded before."""
@@ -237,7 +239,7 @@ class _RouterManager(ModelManager):
         loop = asyncio.get_running_loop()
         ends_at = inf if limit is None else loop.time() + limit
         while (await self._statuses()).get(model, {}).get("value") not in ("unloaded", None):
-            # Between two requests, so that a request which is too slow keeps its own error, with what had arrived.
+            # Checked between two requests, so that one which is too slow raises its own error, with what had arrived.
             if loop.time() >= ends_at:
                 raise LLMTimeoutError(
                     f"model {model!r} was not unloaded within {limit:g} s",

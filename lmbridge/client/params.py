@@ -178,4 +178,4 @@ def _warn_about(name: str) -> None:
     similar = difflib.get_close_matches(name, _KNOWN_NAMES, n=1, cutoff=_CLOSE)
     hint = _HINTS.get(name) or (f"did you mean {similar[0]!r}?" if similar else None)
     if hint is not None:
-        logger.warning("the parameter %r is sent to the server as it is; %s", name, hint)
+        logger.warning("the parameter %r is sent to the server unchanged; %s", name, hint)

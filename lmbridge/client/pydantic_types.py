@@ -1,7 +1,7 @@
 """Types that pydantic reads: models of pydantic 2 and 1, its other types, and types with its constraints.
 
 pydantic is never imported here, because lmbridge does not depend on it, and a program that does not import it must not
-pay for it. Its models are recognised by their methods, and its other types only if the program has imported pydantic.
+pay for it. Its models are recognized by their methods, and its other types only if the program has imported pydantic.
 """
 
 from __future__ import annotations

@@ -276,7 +276,7 @@ def _closings(markers: tuple[ReasoningMarkers, ...]) -> tuple[str, ...]:
 
 
 def _first_of(closings: tuple[str, ...], content: str) -> tuple[int, str]:
-    """Returns where the first of these markers begins in the content, and the marker; "" if there is none.
+    """Returns where the first of these markers begins in the content, and the marker, or "" if none occurs.
 
     In a long text, a search for each marker is much faster than a regular expression for all of them.
     """

@@ -392,7 +392,7 @@ class ServerApi:
 
     def _error_in_choice(self, reply: Reply, value: dict[str, Any], fault: str | LLMError) -> LLMError:
         error = self._error_from(attrs.evolve(reply, body=fault.encode())) if isinstance(fault, str) else fault
-        # That of the error is only the part about the choice.
+        # The error was made from the part of the body about the choice. Here, the whole body takes its place.
         error.body = None
         body = self.body_text(reply)
         return error.completed(context=reply.call.context(), status=reply.status, body=body, partial=value)

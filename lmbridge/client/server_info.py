@@ -321,7 +321,7 @@ _NUM_CTX: Final = re.compile(r"^num_ctx\s+(\d{1,9})\s*$", re.MULTILINE)
 _UNKNOWN_BUILD: Final = "b0-unknown"
 """The `build_info` of a llama.cpp that was built outside of its repository."""
 _MOST_ASKED: Final = 50
-"""The most loaded models of a router that get a request each, which is far more than fit into memory."""
+"""The most loaded models about which a router is asked, with a request for each. Far fewer fit into memory."""
 _LOADED_STATES: Final = ("loaded", "sleeping")
 """The values of a llama.cpp router's `status` that mean that the model is in memory."""
 

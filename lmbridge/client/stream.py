@@ -260,8 +260,8 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
     async def _last_item(self, ending: LLMError | StopAsyncIteration) -> _Item:
         """Returns the piece that the stream still holds back when it ends.
 
-        If there is no such piece, this raises the exception that has ended the stream. Otherwise the next call of
-        `__anext__` raises it.
+        If the stream holds nothing back, this raises the exception that has ended it. Otherwise the next call of
+        `__anext__` raises the exception.
         """
         may_go_on = isinstance(ending, StopAsyncIteration) or (
             ending is self._failure and not isinstance(ending, TaskCancelledError)

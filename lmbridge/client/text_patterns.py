@@ -22,9 +22,9 @@ class TextPatterns:
         return re.compile(self.pattern, re.IGNORECASE | re.DOTALL)
 
     def search(self, text: str) -> re.Match[str] | None:
-        """Returns the first place in a text that one of them matches, or None."""
+        """Returns the first match of one of the patterns in a text, or None."""
         return self._compiled.search(text)
 
     def match(self, text: str) -> re.Match[str] | None:
-        """Returns the beginning of a text that one of them matches, or None."""
+        """Returns the match of one of the patterns at the beginning of a text, or None."""
         return self._compiled.match(text)

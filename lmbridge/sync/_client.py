@@ -576,8 +576,8 @@ class LLMClient(Owner):
             context.
         context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
             `ContextLengthExceededError` before anything is sent, and "warn" logs a warning. Ollama would cut such a
-            prompt without a word; after the reply, this is noticed as well, at the end of a stream only if the stream
-            has the usage. The server is asked for the context length once a minute, and for an exact count of a
+            prompt without a word. A cut is also noticed after the reply, or at the end of a stream that reports the
+            usage. The server is asked for the context length once a minute, and for an exact count of a
             prompt that may be too long. Default: None, no check.
         trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
             interface is never reached through a proxy. Default: False.
@@ -779,10 +779,9 @@ class LLMClient(Owner):
         """Finds out which kind of server answers, which models it has loaded, and their context lengths and slots.
 
         Nothing is cached. The first request is `GET /v1/models`. The others depend on the kind of server that its reply
-        suggests:
-        LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once more for each
-        loaded model), Ollama `/api/version`, `/api/ps` and `/api/tags`, vLLM `/version`. Each may take 10 s, and none
-        queues behind generations.
+        suggests: LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once
+        more for each loaded model), Ollama `/api/version`, `/api/ps` and `/api/tags`, vLLM `/version`. Each may take
+        10 s, and none queues behind generations.
 
         With several servers, the result has the models of all that answer. Where they differ, numbers are the smallest
         ones, and `kind` is "unknown". `server_infos` has them one by one.

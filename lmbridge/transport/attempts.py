@@ -43,7 +43,7 @@ _NOT_RESENT_HINT: Final = (
 
 _T = TypeVar("_T", bound="Reply | EventStream | ForwardedResponse")
 Receive = Callable[[Call, HttpResponse], Awaitable[_T]]
-"""Reads as much of a response as its caller needs."""
+"""A function that reads as much of a response as its caller needs."""
 
 
 class Attempts:

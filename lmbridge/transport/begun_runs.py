@@ -4,11 +4,11 @@ Why runs are limited at all: an agent's run sends its whole conversation in each
 conversation in the cache of a slot if nothing else has used the slot in the meantime. So while a run calls a tool, it
 can be better to leave its slot idle than to let another run begin in it, because then the conversation has to be
 processed again. That pays for as long as processing the conversation would take, and the scheduler knows how long that
-is: the time until the server began to answer the first request of the run. A run whose tool takes longer no longer
-counts. So a slot is never kept idle for longer than processing the conversation would take, and with a server that
-answers at once, no slot is kept idle at all. The alternatives were a fixed number of seconds, which either wastes a
-fast server or is too short for a slow one, and no limit, where every round of every run may process its conversation
-anew.
+is: the time until the server began to answer the first request of the run. A run whose tool takes more time than that
+is not counted any more. So a slot is never kept idle for longer than processing the conversation would take, and with a
+server that answers at once, no slot is kept idle at all. The alternatives were a fixed number of seconds, which either
+wastes a fast server or is too short for a slow one, and no limit, where every round of every run may process its
+conversation anew.
 """
 
 from __future__ import annotations

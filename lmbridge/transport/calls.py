@@ -81,8 +81,9 @@ class Request:
     repeatable: bool = True
     """Whether the request may be sent again even if the server may have started to work on it.
 
-    Set it to False if sending the request twice has another effect on the server than sending it once. It is then sent
-    on a fresh connection, because a kept connection may turn out to be dead only after the request has been sent.
+    Set it to False if sending the request twice would have a different effect on the server than sending it once. It
+    is then sent on a fresh connection, because a kept connection may turn out to be dead only after the request has
+    been sent.
     """
     complete_error: Callable[[LLMError], Awaitable[None]] | None = None
     """Completes an error of a stream with what another request to the server finds out, such as the models that exist.
@@ -113,8 +114,7 @@ class Call:
         url: The absolute URL that the request is sent to.
         admission: The admission that the permit is returned to.
         deadline_timer: The timer that watches the deadlines of the call.
-        max_reply_bytes: The most bytes that the body of a whole reply may have, unless the request has a limit of its
-            own.
+        max_reply_bytes: The most bytes that the body of a whole reply may have, unless the request itself has a limit.
     """
 
     __slots__ = (

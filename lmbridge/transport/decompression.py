@@ -1,8 +1,8 @@
 """Decompresses the bodies of responses in bounded steps.
 
-A kilobyte of gzip can stand for a megabyte. aiohttp would decompress whatever has arrived in a single step (until its
-version 3.14), and hand out the rest of a compressed body that was cut off as if it were whole (in all versions). So
-aiohttp is set to pass bodies on as they are, and they are decompressed here, a limited number of bytes at a time.
+A kilobyte of gzip can stand for a megabyte. Before its version 3.14, aiohttp decompresses all that has arrived in a
+single step, and no version notices that a compressed body was cut off. So aiohttp is set to pass bodies on unchanged,
+and they are decompressed here, a limited number of bytes at a time.
 
 Only gzip and deflate are supported, and requests announce only these two. aiohttp would announce br and zstd as well
 if the libraries for them are installed. But these gain nothing for the replies of a model server on the same machine or
@@ -48,7 +48,7 @@ class Decompressor:
 
     def __init__(self, *, is_gzip: bool) -> None:
         self._is_gzip = is_gzip
-        # It is None until the first two bytes have arrived.
+        # It is created when the first two bytes have arrived, because they determine the format.
         self._decompressor: zlib._Decompress | None = None
         self._unread = b""
         # Whether the last step returned as much as it may, so that there may be more without further input.
@@ -95,7 +95,7 @@ class Decompressor:
             raise BrokenCompression("its end is missing")
 
     def _begin_next_member(self) -> None:
-        """Goes on after the end of the compressed text. In gzip, another one may follow. Anything else is ignored."""
+        """Continues after the end of a compressed text. A gzip body may have several; anything else is ignored."""
         if self._is_gzip and self._unread.startswith(_GZIP_MAGIC[: len(self._unread)]):
             self._decompressor = None
         else:

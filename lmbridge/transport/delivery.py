@@ -65,8 +65,8 @@ class Delivery:
     def candidates(self) -> list[Node]:
         """Returns the servers that may have the model, without those that have failed in this round of attempts.
 
-        If all of them have failed, it returns them again. If no server has the model, it returns all servers: then the
-        error comes from a server, unless a server has the model without listing it.
+        If all of them have failed, it returns them again. If no server lists the model, it returns all servers: one of
+        them may have the model nevertheless, and otherwise the error comes from a server.
         """
         with_it = self._with_model()
         return [node for node in with_it if node not in self._failed] or with_it

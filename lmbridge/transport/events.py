@@ -1,6 +1,6 @@
-"""Event streams: how their events are read, how each read is limited in time, and how everything is given back.
+"""Event streams: how events are read, how each read is limited in time, and how connection and permit are returned.
 
-A stream holds a connection and a permit, and the server's model is generating for it. So both are given back at once
+A stream holds a connection and a permit, and the server's model is generating for it. So both are returned at once,
 however a stream is left: by its end, by an error, by cancelling a read, by `abort`, and even by garbage collection.
 """
 
@@ -81,10 +81,10 @@ class EventStream:
         self._reading = False
         self._idle_limit = call.request.timeouts.idle
         self._has_events = False
-        # Whether nothing has arrived that is a part of the reply.
+        # Whether nothing but the progress of the prompt has arrived.
         self._awaits_reply = True
         self._end_deadline = math.inf
-        # It is None as soon as the stream is closed.
+        # None once the stream is closed.
         self._loop: asyncio.AbstractEventLoop | None = call.deadline_timer.loop
         self._read_ahead: asyncio.Task[list[Event] | Exception | None] | None = None
 
@@ -136,6 +136,7 @@ class EventStream:
             LLMTimeoutError: With phase "first_byte", "idle" or "total".
             LLMStreamError: The connection broke, or an event is too large.
             LLMError: The stream was aborted; it is the error that `abort` was called with.
+            RuntimeError: Another task is reading the stream.
         """
         if self._loop is None or self._loop.is_closed():
             return self._read_closed()

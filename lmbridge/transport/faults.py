@@ -75,6 +75,7 @@ BROKEN_COMPRESSION: Final = Fault(
 NOT_SENT: Final = Fault("the request could not be sent")
 
 FaultTable = Iterable[tuple[type[BaseException], Fault]]
+"""Classes of exceptions, each with the fault that it stands for. The first class that matches decides."""
 
 PYTHON_FAULTS: Final[FaultTable] = (
     (socket.gaierror, UNKNOWN_HOST),
@@ -161,7 +162,7 @@ _BROKEN_TUNNEL: Final = Fault(
 
 
 def blamed_on_proxy(fault: Fault, *, unsent: bool) -> Fault:
-    """Returns the fault for a failure of the proxy in place of the server.
+    """Returns the fault for a failure that concerns the proxy, and not the server behind it.
 
     Args:
         fault: The fault as if there were no proxy.
@@ -231,6 +232,7 @@ def unsupported_encoding(encoding: str, status: int) -> ConnectionFailed:
 
 
 Phase = Literal["connect", "load", "first_byte", "idle", "total"]
+"""The name of a time limit: a field of `Timeouts`."""
 
 _RESOLVE_HINT: Final = (
     "the name server may be slow, or blocking calls may occupy all threads of the event loop's default executor;"

@@ -84,7 +84,7 @@ class ForwardedResponse:
         self._source = source
         # The error that `abort` was called with.
         self._error: LLMError | None = None
-        # It is None as soon as nothing more is read from the server.
+        # None once nothing more is read from the server.
         self._loop: asyncio.AbstractEventLoop | None = None if source is None else call.deadline_timer.loop
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Limits what a server sends besides the body of a response, whatever parses it.
+"""Limits how much a server may send besides the bodies of its responses, whichever parser reads it.
 
 aiohttp limits the length of each line and, in newer versions, the number of headers. But a server may also send "100
 Continue", empty lines, an extension of a chunk, or the zeros of a chunk's size forever, without being noticed. So all

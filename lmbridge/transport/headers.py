@@ -97,7 +97,7 @@ def _character_expression(character: str) -> str:
 def check_query(name: str, query: Any) -> dict[str, Any]:
     """Returns query parameters as a dict if they can be sent, or an empty dict for None.
 
-    A value is a string, a number, a boolean, or a list of these. A parameter whose value is None is left out.
+    A value is a string, a number, a boolean, or a list of these. A parameter with the value None is left out.
 
     Raises:
         LLMValidationError: The parameters are something else.

@@ -17,17 +17,17 @@ from typing import Any, Final, TypeAlias
 from lmbridge.transport.http import HttpRequest, HttpResponse
 
 Send: TypeAlias = Callable[[HttpRequest], Coroutine[Any, Any, HttpResponse]]
-"""Sends a request over a socket, as `HttpSession.send` does."""
+"""A function that sends a request over a socket, as `HttpSession.send` does."""
 Interceptor: TypeAlias = Callable[[HttpRequest, Send], Coroutine[Any, Any, HttpResponse]]
-"""Answers a request, refuses it by raising an exception, or sends it with the function that it is given."""
+"""A function that answers a request, refuses it by raising an exception, or sends it with the `Send` that it gets."""
 
 interceptors: Final[list[Interceptor]] = []
 """The interceptors in force. The one that was added last decides alone."""
 
 LinkMaker: TypeAlias = Callable[[str, Callable[[str], str], Callable[[], Any], Callable[[str], None]], Any]
-"""Returns the link to the process of an MCP server. It is called with the name of the server and with three functions:
-the first replaces the secrets of the server's configuration in a text, the second makes the real link, and the third
-has to be called when the process has ended, with the reason."""
+"""A function that returns the link to the process of an MCP server. It is called with the name of the server and with
+three functions: the first replaces the secrets of the server's configuration in a text, the second makes the real link,
+and the third has to be called when the process has ended, with the reason."""
 
 link_makers: Final[list[LinkMaker]] = []
 """The link makers in force. The one that was added last decides alone."""

@@ -1,4 +1,4 @@
-"""`Interpreter`: what the client layer knows about the words of servers, for a transport that knows only bytes."""
+"""`Interpreter`: how the client layer reads the replies of servers, for a transport that only sees bytes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Interpreter:
     reports_error: Callable[[bytes], bool] = _never_reports_error
     """Decides whether the body of a reply, or the data of an event, is an error although its status is not."""
     reports_progress: Callable[[bytes], bool] = _never_reports_progress
-    """Decides whether the data of an event only says how far the server is, so that it is no part of a reply."""
+    """Decides whether the data of an event only reports the progress of a prompt, and so is not a part of the reply."""
     read_usage: Callable[[bytes], TokenUsage | None] = _finds_no_usage
     """Finds the numbers of tokens in the body of a reply. They go into the log."""
     concerns_server: Callable[[int, bytes], bool] = _never_concerns_server

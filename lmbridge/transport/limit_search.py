@@ -38,7 +38,7 @@ class LimitFinder:
     """The limits that are in force as long as the server has not answered."""
     only_when_needed: bool = False
     """Whether the server is asked only when a request would be in flight beside another one. Then requests wait for the
-    answer for no longer than `PATIENCE`, and its absence is not worth a warning."""
+    answer for no longer than `PATIENCE`, and a missing answer is not worth a warning."""
 
 
 class LimitSearch:

@@ -102,7 +102,7 @@ class Node:
 
     @property
     def load(self) -> int:
-        """The number of requests that the server has got and not finished."""
+        """The number of requests that the server has received and not finished."""
         return max(self.transport.in_flight + self.transport.queued, self.underway)
 
     def note_success(self) -> None:

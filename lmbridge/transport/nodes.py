@@ -1,9 +1,9 @@
 """`NodePool`: several servers behind the interface of one transport.
 
 Each server has its own `Transport`, with its own connections, limits and schedule; the pool only decides which of
-them gets a request. `node.py` has the rules of the choice, and `delivery.py` those of what happens after a failure. The
-division is that of elastic-transport, whose node pool knows nothing of requests, and whose nodes know nothing of each
-other.
+them gets a request. The rules for choosing a server are in `node.py`, and those for what happens after a failure are in
+`delivery.py`. The division is that of elastic-transport, whose node pool knows nothing of requests, and whose nodes
+know nothing of each other.
 
 The alternative was one schedule for all servers, from which each server takes its next request. A request would then
 never wait at one server while another is idle. But the proof of the scheduler, that every wait is bounded and no model
@@ -54,7 +54,7 @@ MODELS_AGE: Final = 60.0
 LOOK_UP_PAUSE: Final = 5.0
 """The least seconds between two look-ups at one server."""
 CHECK_SECONDS: Final = 5.0
-"""The most seconds that a check may take that only asks whether a server works."""
+"""The most seconds that a server may take to answer the question whether it works."""
 
 _Answer = TypeVar("_Answer", Reply, EventStream | Reply, ForwardedResponse)
 _Send = Callable[[Transport, Request], Awaitable[_Answer]]
@@ -275,7 +275,7 @@ class NodePool(NotCopyable):
         return node if node is not None and node.restarts == restarts else None
 
     def _note_answer(self, node: Node, delivery: Delivery, status: int, body: bytes | None) -> None:
-        """Records which server has the prompt of a conversation in its cache, and which one a stored response."""
+        """Records which server has the prompt of a conversation in its cache, and which one has stored a response."""
         if body is None:
             # The body will not be sent again, and many open streams may have long prompts. `OpenState.adopt` drops the
             # body of the transport's own copy of the request for the same reason.
@@ -292,7 +292,7 @@ class NodePool(NotCopyable):
     # Models and health
 
     async def _learn_models(self, request: Request) -> None:
-        """Asks servers about their models if that is due, and waits briefly for those that nothing is known about.
+        """Asks servers about their models if that is due, and waits briefly for those whose models are not known.
 
         On cancellation of the caller, the look-ups go on.
         """
@@ -372,7 +372,7 @@ async def _check(transport: Transport) -> None:
     """Asks a server whether it works.
 
     Raises:
-        LLMError: It does not.
+        LLMError: The server did not answer, or answered with a status of 500 or more.
     """
     request = Request(
         operation="health check",
@@ -395,7 +395,7 @@ def _checked(transports: Iterable[Transport]) -> tuple[Transport, ...]:
         if not isinstance(each, Transport):
             raise wrong_type("transports", "a list of transports", each, "NodePool([Transport(url), ...])")
     if not transports:
-        raise LLMValidationError("there is no server", hint="pass at least one")
+        raise LLMValidationError("transports is empty", hint="pass at least one transport")
     counts = Counter(transport.api_base for transport in transports)
     if repeated := [url for url, count in counts.items() if count > 1]:
         raise LLMValidationError(

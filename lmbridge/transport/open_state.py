@@ -88,7 +88,7 @@ class OpenState:
             self._read_ahead(stream)
 
     def read_first_events(self) -> None:
-        """Starts reading the first events that other requests wait for since the limits have changed."""
+        """Starts reading the first events for which other requests have to wait because the limits have changed."""
         for stream in list(self.streams):
             if isinstance(stream, EventStream) and stream.call.is_first_request and stream.is_unread:
                 self._read_ahead(stream)

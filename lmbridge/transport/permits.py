@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lmbridge.transport.model_queue import ModelQueue
 
 Rank: TypeAlias = tuple[float, ...]
-"""What waiting requests are sorted by; the lowest goes first."""
+"""The key by which waiting requests are sorted; the lowest goes first."""
 
 
 @attrs.define(eq=False)

@@ -94,7 +94,7 @@ def _add(digest: blake2b, part: bytes) -> None:
 
 
 class WarmPrefixes(Generic[_T]):
-    """Remembers who answered each conversation last. The one that has not been used for longest is forgotten first.
+    """Remembers which server answered each conversation last. The least recently used conversation is forgotten first.
 
     Args:
         most: The most conversations that are remembered.
@@ -108,7 +108,7 @@ class WarmPrefixes(Generic[_T]):
         return len(self._entries)
 
     def find(self, keys: tuple[bytes, ...]) -> _T | None:
-        """Returns who answered the longest known beginning of a conversation, or None."""
+        """Returns what is remembered for the longest known beginning of a conversation, or None."""
         for key in reversed(keys):
             if (entry := self._entries.get(key)) is not None:
                 self._entries.move_to_end(key)
@@ -116,7 +116,7 @@ class WarmPrefixes(Generic[_T]):
         return None
 
     def remember(self, key: bytes, entry: _T) -> None:
-        """Records which server has answered a conversation."""
+        """Remembers an entry, such as the server that has answered, for a conversation."""
         self._entries[key] = entry
         self._entries.move_to_end(key)
         while len(self._entries) > self._most:

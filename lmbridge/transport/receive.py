@@ -12,9 +12,9 @@ from lmbridge.transport.retry import Verdict
 from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder, begins_event_stream
 
 _UNDECIDED_BYTES: Final = 4096
-"""The most bytes of a body, such as line feeds, that may leave it open whether it is an event stream."""
+"""The most bytes that are read to find out whether a body is an event stream. Line feeds alone do not decide it."""
 _KEPT_BYTES: Final = 1024**2
-"""If more bytes of a reply that has broken off are kept already, further parts are dropped. An error quotes fewer."""
+"""The number of bytes of a broken reply after which no further part is kept. An error quotes fewer."""
 
 
 async def receive_stream(call: Call, response: HttpResponse) -> EventStream | Reply:
@@ -38,7 +38,7 @@ async def receive_stream(call: Call, response: HttpResponse) -> EventStream | Re
 
 
 async def receive_begun_stream(call: Call, response: HttpResponse) -> EventStream | Reply:
-    """Does what `receive_stream` does, but waits for the first event. Before it, another server can take the request.
+    """Does what `receive_stream` does, but waits for the first event. Until then, another server can get the request.
 
     Some servers send the head of a response before they have looked at the request. If the first event reports an error
     that concerns only this server, it is returned as a `Reply`.
@@ -87,7 +87,7 @@ def note_arrived(call: Call, response: HttpResponse, parts: Iterable[bytes]) -> 
 async def receive_reply(call: Call, response: HttpResponse, first: bytes = b"") -> Reply:
     """Reads a body to its end. `first` is the part of it that has been read already.
 
-    If that fails, `Call.arrived` is what had arrived.
+    If that fails, `Call.arrived` holds the part that had arrived.
 
     Raises:
         LLMResponseError: It has more bytes than a reply to this call may have.

@@ -78,7 +78,7 @@ def server_backoff(failures: int) -> float:
         failures: How often it has failed in a row, at least once.
     """
     ceiling = min(_FIRST_SERVER_BACKOFF * 2.0 ** min(failures - 1, 10), MAX_SERVER_BACKOFF)
-    # Half of it is certain, because a jitter of almost nothing would be no back-off.
+    # Half of it is certain, because a wait that is entirely random may be almost zero.
     return ceiling / 2 + backoff.full_jitter(ceiling / 2)
 
 

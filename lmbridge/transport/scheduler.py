@@ -15,11 +15,11 @@ cannot rely on the server to prevent that, so it must not send such requests tog
 So there is a queue per model, with two rules that give a proven bound on waiting. A model that becomes active gets a
 *closed batch*, which consists of the requests that wait for it at that moment. And as soon as a request for another
 model has waited for `max_wait`, the model that has been active longest is *drained*: its requests in flight finish, and
-it gets no new ones. No generation is ever killed. Without runs and priorities, a request waits for at most `max_wait`
-plus the time in flight of: what is in flight when that has passed, the rest of the current batch, one batch for each
-other model that becomes active before its own, and the earlier requests for its own model. With priorities, `max_wait`
-counts once more for each level that another request is above it. Older runs go first for as long as they go on, so the
-wait for them has no bound. `test_scheduler.py` states the bound exactly and checks it.
+it gets no new ones. No generation is ever killed. Without runs and priorities, a request waits for at most `max_wait`,
+plus the time that these requests take: those in flight when `max_wait` has passed, the rest of the current batch, one
+batch for each other model that becomes active before its own, and the earlier requests for its own model. With
+priorities, `max_wait` counts once more for each level by which another request is above it. Older runs go first for as
+long as they go on, so the wait for them has no bound. `test_scheduler.py` states the bound exactly and checks it.
 
 The rules in full:
 
@@ -122,8 +122,7 @@ class Scheduler:
             self._find_first_requests()
         for permit in self.in_flight:
             self._models.take_over(permit)
-        # The waiting requests that wait until their runs may begin, for each run. Those that belong to no run have the
-        # key None.
+        # For each run, the requests that wait until it may begin. Those that belong to no run have the key None.
         self._newcomers: dict[ScheduledRun | None, dict[Permit, None]] = {}
         for permit in self.waiting:
             permit.in_batch = False
@@ -268,7 +267,8 @@ class Scheduler:
     def next_change(self, now: float) -> float:
         """Returns when `admit` has to be called because time has passed, or infinity if it need not be.
 
-        A request becomes overdue, or rises to a level at which fewer runs hold it back, or a run is idle for too long.
+        At that time, a request becomes overdue, or rises to a level at which fewer runs hold it back, or a run has been
+        idle for too long.
         """
         moments = []
         first = self._first(self._models.next_overdue, now)

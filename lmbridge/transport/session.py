@@ -7,9 +7,10 @@ and everything that is done about them is in this module:
 - *It sends a GET again* when a connection is lost, even if the connection was new. `_ResponseOnConnection` raises
   another exception in place of those that aiohttp reacts to. A middleware could do the same for some microseconds a
   request, and so would the private attribute `ClientSession._retry_connection`.
-- *It does not say whether a failed request was sent on a kept connection.* Only then does lmbridge send it again
-  silently. `_ResponseOnConnection`, which aiohttp creates for each request because it is the session's
-  `response_class`, gets the connection in `start`, and the guard of the connection remembers whether it has been used.
+- *It does not say whether a failed request was sent on a kept connection.* lmbridge has to know, because it sends the
+  request again silently only in that case. `_ResponseOnConnection`, which aiohttp creates for each request because it
+  is the session's `response_class`, gets the connection in `start`, and the guard of the connection remembers whether
+  it has been used.
   aiohttp's tracing (`TraceConfig.on_connection_reuseconn`) reports the same, but calls a dozen coroutines for each
   request, which took a tenth of the time of a request. A subclass of `TCPConnector` would have to override a private
   method.
@@ -28,7 +29,7 @@ and everything that is done about them is in this module:
   version of aiohttp; `make test-slow` runs it with the oldest as well.
 - *It raises one and the same exception for all responses that were closed while they were read.* Python adds the frames
   of each reader to its traceback, so everything that a reader refers to would be kept until the program ends.
-  `_unshared` empties the traceback, and gives each response an exception of its own.
+  `_unshared` empties the traceback, and gives each response a separate exception.
 - *It forgets what has arrived when a connection breaks.* Its `StreamReader` raises the exception at once, even if a
   slow reader has left much of the body in the buffer. `_AiohttpResponse.take_arrived` sets the exception aside in order
   to read the rest of the buffer. `StreamReader._read_nowait` would be shorter, but it is private.
@@ -208,8 +209,8 @@ class AiohttpSession:
             proxy=self._proxy,
             headers={"Accept-Encoding": ACCEPTED_ENCODINGS},
             auto_decompress=False,
-            # These limits are so high that the guards notice first what is too long. The guards always report it, and
-            # the parser of aiohttp hides it in some places.
+            # These limits are so high that the guards notice a head that is too long before aiohttp's parser does. The
+            # guards always report it, and the parser hides it in some places.
             max_line_size=_MOST_LINE_BYTES,
             max_field_size=_MOST_LINE_BYTES,
             response_class=_ResponseOnConnection,

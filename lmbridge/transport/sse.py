@@ -55,8 +55,8 @@ Event = bytes | NamedEvent
 class SSEDecoder:
     """Turns the bytes of an event stream into events, however the bytes are split.
 
-    Several lines of data are joined by line feeds. Comments, `id:` and `retry:` are dropped, and so are events without
-    data.
+    Several lines of data are joined by line feeds. Comments, `id:` and `retry:` are dropped. So is an event without any
+    `data:` line, and an event without a name whose data is empty.
 
     Args:
         max_size: The most bytes of a line, and of the data of an event.
@@ -183,7 +183,7 @@ class SSEDecoder:
                 self._end_event(events)
 
     def _end_event(self, events: list[Event]) -> None:
-        """Ends the current event, and appends it to `events` unless it has neither data nor a name."""
+        """Ends the current event, and appends it to `events` unless it is one of those that are dropped."""
         data, name = self._data, self._name
         self._data = self._name = None
         if data is None:

@@ -39,7 +39,7 @@ class ServerStats:
     swaps: int
     """How often a model became active in the place of another one."""
     retries: int
-    """How often a request was sent to this server again."""
+    """How often a request was sent again to this server."""
     evictions: int = 0
     """How many generations the server has killed to load another model."""
     limits: Limits = attrs.field(factory=Limits, eq=False)

@@ -146,8 +146,8 @@ class Transport(NotCopyable):
         self._ssl = check_instance("ssl", ssl, ssl_module.SSLContext, optional=True, hint=_SSL_HINT)
         self._trust_env = trust_env and self._socket_path is None and not is_loopback(self.api_base)
         if self._trust_env and self._proxy is None:
-            # aiohttp finds the proxy for each request anew, but takes every URL for that of an HTTP proxy, and goes
-            # without a proxy whose URL begins with https://.
+            # aiohttp looks the proxy up again for each request. But it treats every URL as that of an HTTP proxy, and
+            # ignores a proxy whose URL begins with https://.
             found = environment_proxy(self.api_base)
             self._proxy = None if (found or "").startswith("http://") else check_any_proxy(found, _ENVIRONMENT_PROXY)
         check_integer("max_reply_bytes", max_reply_bytes, optional=True)

@@ -45,7 +45,7 @@ class Message(TypedDict, total=False):
     reasoning: str | None
     """The model's reasoning, as Ollama and some other servers name the field."""
     tool_calls: list[MessageToolCall]
-    """The tool calls that the model requests; the field is missing if there are none."""
+    """The tool calls that the model requests. The field is missing if it requests none."""
     function_call: FunctionCall | None
     """The only call of a message, from servers that do not know `tool_calls` yet."""
     annotations: list[dict[str, Any]]
@@ -115,7 +115,7 @@ class Usage(TypedDict, total=False):
 
 
 class RunUsage(TypedDict):
-    """The tokens of an agent's run, or of one of its rounds. What the server did not count is 0."""
+    """The tokens of an agent's run, or of one of its rounds. A number that the server does not report is 0."""
 
     prompt_tokens: int
     """The number of tokens in the prompts of all requests."""

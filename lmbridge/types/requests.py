@@ -31,7 +31,7 @@ class ImageURL(TypedDict, total=False):
 
 
 class ImagePart(TypedDict):
-    """An image in a message. `image_part` makes one of a file."""
+    """An image in a message. `image_part` makes one from a file."""
 
     type: Literal["image_url"]
     """The kind of part: "image_url"."""

@@ -492,7 +492,7 @@ async def test_a_pool_closes_while_a_request_waits_for_its_next_attempt(monkeypa
 
 
 def test_a_pool_needs_servers_and_no_server_twice() -> None:
-    with pytest.raises(LLMValidationError, match="there is no server"):
+    with pytest.raises(LLMValidationError, match="transports is empty"):
         NodePool([])
     with pytest.raises(LLMValidationError, match="is listed twice"):
         NodePool([Transport("http://a.test"), Transport("http://a.test/v1/")])
