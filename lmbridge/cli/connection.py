@@ -21,7 +21,7 @@ from lmbridge.cli.terminal import Terminal
 from lmbridge.client import LLMClient
 from lmbridge.client.auto import resolve_limits
 from lmbridge.client.discovery import DEFAULT_PORTS, FoundServer, KeylessTransport, discover
-from lmbridge.client.server_info import Kind, ModelInfo, ServerInfo, context_length_of, entries_named
+from lmbridge.client.server_info import ModelInfo, ServerInfo, ServerKind, context_length_of, entries_named
 from lmbridge.config import Limits, default_model
 from lmbridge.errors import LLMAuthenticationError, LLMConnectionError, LLMError, LLMTimeoutError
 from lmbridge.observe.observer import Observer
@@ -30,7 +30,7 @@ SERVER_VARIABLES: Final = ("LMBRIDGE_API_BASE", "LMSTUDIO_HOST", "LMSTUDIO_PORT"
 """The environment variables that name a server."""
 DISCOVERY_SECONDS: Final = 1.0
 """How long a server on this machine may take to describe itself, in seconds: enough even for a busy machine."""
-KIND_NAMES: Final[dict[Kind, str]] = {
+KIND_NAMES: Final[dict[ServerKind, str]] = {
     "lmstudio": "LM Studio",
     "llama.cpp": "llama.cpp",
     "ollama": "Ollama",

@@ -15,7 +15,7 @@ import attrs
 from lmbridge._tasks import run_together
 from lmbridge.client import LLMClient
 from lmbridge.client.reasoning import ReasoningSplitter
-from lmbridge.client.server_info import Kind
+from lmbridge.client.server_info import ServerKind
 
 _WORDS: Final = ("amber", "bridge", "candle", "desert", "engine", "forest", "garden", "harbour", "island", "jacket")
 _TOKENS_OF_WORD: Final = 1.3
@@ -23,7 +23,7 @@ _TOKENS_OF_WORD: Final = 1.3
 _TASK: Final = "Write a long story in which each of these words occurs:"
 _GOOD_ENOUGH: Final = 0.95
 """The share of the highest throughput at which a lower concurrency is preferred."""
-_IGNORES_EOS: Final[frozenset[Kind]] = frozenset({"llama.cpp", "vllm"})
+_IGNORES_EOS: Final[frozenset[ServerKind]] = frozenset({"llama.cpp", "vllm"})
 """The servers that can be told to generate beyond the end of the answer, so that all answers are equally long."""
 
 
@@ -108,7 +108,7 @@ class Measurement:
 
 
 async def measure(
-    client: LLMClient, kind: Kind, concurrency: int, workload: Workload, prompts: Iterator[str]
+    client: LLMClient, kind: ServerKind, concurrency: int, workload: Workload, prompts: Iterator[str]
 ) -> Measurement:
     """Sends requests, a fixed number of them at the same time, and measures them.
 
@@ -134,7 +134,7 @@ async def measure(
     return Measurement(concurrency=concurrency, samples=tuple(samples), seconds=time.monotonic() - started)
 
 
-async def _ask(client: LLMClient, kind: Kind, prompt: str, answer_tokens: int) -> Sample:
+async def _ask(client: LLMClient, kind: ServerKind, prompt: str, answer_tokens: int) -> Sample:
     params: dict[str, Any] = {"max_tokens": answer_tokens, "stream_options": {"include_usage": True}, "temperature": 0}
     if kind in _IGNORES_EOS:
         params["ignore_eos"] = True

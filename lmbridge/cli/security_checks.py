@@ -13,7 +13,7 @@ from lmbridge.cli.connection import ServerConnection
 from lmbridge.cli.findings import Finding
 from lmbridge.client.discovery import KeylessTransport
 from lmbridge.client.llm import LLMClient
-from lmbridge.client.server_info import Kind
+from lmbridge.client.server_info import ServerKind
 from lmbridge.config import Limits, is_loopback, socket_path_of
 from lmbridge.errors import LLMError
 
@@ -23,14 +23,14 @@ _DOCUMENTATION_ADDRESS: Final = "192.0.2.1"
 """An address that is reserved for documentation (RFC 5737). Nothing is sent to it."""
 _PROBE_SECONDS: Final = 2.0
 
-_CORS_FIXES: Final[dict[Kind, str]] = {
+_CORS_FIXES: Final[dict[ServerKind, str]] = {
     "lmstudio": "switch CORS off in the settings of LM Studio's server, or require a key there",
     "llama.cpp": "start llama-server with --api-key",
     "ollama": "remove * from OLLAMA_ORIGINS",
     "vllm": "start vLLM with --allowed-origins or --api-key",
     "unknown": "require a key, or allow only the origins that you know",
 }
-_ADDRESS_FIXES: Final[dict[Kind, str]] = {
+_ADDRESS_FIXES: Final[dict[ServerKind, str]] = {
     "lmstudio": 'switch off "Serve on Local Network" in the settings of LM Studio\'s server, or require a key there',
     "llama.cpp": "start llama-server with --host 127.0.0.1, or with --api-key",
     "ollama": "set OLLAMA_HOST=127.0.0.1; Ollama has no keys, so put `lmbridge gateway` with a key in front of it",

@@ -36,7 +36,8 @@ from lmbridge.types import LMStudioModel
 
 logger: logging.Logger = logging.getLogger("lmbridge.client")
 
-Kind = Literal["lmstudio", "llama.cpp", "ollama", "vllm", "unknown"]
+ServerKind = Literal["lmstudio", "llama.cpp", "ollama", "vllm", "unknown"]
+"""The kinds of servers that lmbridge recognizes, and "unknown" for all others."""
 _Entry: TypeAlias = Mapping[str, Any]
 
 
@@ -72,7 +73,7 @@ class ModelInfo:
 class ServerInfo:
     """What a server reports about itself. A field that it does not report is None."""
 
-    kind: Kind
+    kind: ServerKind
     """The kind of the server, or "unknown" if lmbridge does not recognize it."""
     version: str | None = None
     """The server's version. LM Studio does not report one."""

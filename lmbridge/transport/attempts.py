@@ -24,7 +24,7 @@ from lmbridge.transport.headers import add_query, merge_headers
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
 from lmbridge.transport.open_state import OpenState, closed_error
 from lmbridge.transport.receive import receive_reply
-from lmbridge.transport.retry import Verdict
+from lmbridge.transport.retry import REFUSED_BEFORE_WORK, Verdict
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 # Prompts are confidential, and a program that sets the level of a parent logger to DEBUG has not asked for them. So
@@ -32,8 +32,6 @@ logger: logging.Logger = logging.getLogger("lmbridge.transport")
 # log, because `logging.config` resets it.
 prompt_logger: logging.Logger = logging.getLogger("lmbridge.prompts")
 
-_REFUSED_BEFORE_WORK: Final = (429, 503)
-"""The statuses with which a server refuses a request before it starts to work on it."""
 _LONGEST_PROMPT: Final = 100_000
 """The most characters of a request that are written to the log. An image can have millions."""
 _NOT_RESENT_HINT: Final = (
@@ -168,7 +166,7 @@ class Attempts:
     def _wait_after_reply(self, call: Call, reply: Reply) -> float | None:
         """Returns the seconds to wait before the next attempt, or None if this reply is final."""
         verdict = call.request.interpreter.classify(reply.status, reply.headers, reply.plain_body)
-        if verdict is Verdict.RETRY and not call.request.repeatable and reply.status not in _REFUSED_BEFORE_WORK:
+        if verdict is Verdict.RETRY and not call.request.repeatable and reply.status not in REFUSED_BEFORE_WORK:
             return None
         try:
             wait = call.wait_before_next(verdict, reply.retry_after)

@@ -20,7 +20,7 @@ from lmbridge.transport.failover import MovedToAnotherServer
 from lmbridge.transport.forwarding import ForwardedResponse
 from lmbridge.transport.node import Node, with_model
 from lmbridge.transport.prefix import SentConversation
-from lmbridge.transport.retry import MAX_RETRIES, Verdict
+from lmbridge.transport.retry import MAX_RETRIES, REFUSED_BEFORE_WORK, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from lmbridge.transport.events import EventStream
     from lmbridge.transport.http import ConnectionFailed
 
-_REFUSED_BEFORE_WORK: Final = (429, 503)
-"""The statuses with which a server refuses a request before it starts to work on it."""
 _REFUSED_KEY: Final = (401, 403)
 _SMALL_REPLY: Final = 20_000
 """The most bytes of a reply with a good status that are searched for an error."""
@@ -120,7 +118,7 @@ class Delivery:
             self._note(f"status {reply.status}")
             if reply.status >= 500:
                 self._node.note_failure(call.deadline_timer.time(), f"status {reply.status}")
-            may_repeat = call.request.repeatable or reply.status in _REFUSED_BEFORE_WORK
+            may_repeat = call.request.repeatable or reply.status in REFUSED_BEFORE_WORK
             if may_repeat and self._has_budget(call) and self._has_alternative(call):
                 self._move(call, is_retry=True)
 
@@ -138,7 +136,7 @@ class Delivery:
             self._node.note_success()
             if self.request.interpreter.concerns_server(status, body):
                 self._node.refuse(self.request.model)
-        may_repeat = self.request.repeatable or status < 500 or status in _REFUSED_BEFORE_WORK
+        may_repeat = self.request.repeatable or status < 500 or status in REFUSED_BEFORE_WORK
         if may_repeat and self._has_alternative(call):
             self.request.interpreter.report_loss(call, status, body)
             self._move(call)

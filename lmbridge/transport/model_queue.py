@@ -80,17 +80,19 @@ class ActiveModels:
         self.batch_members: int = 0
         """The number of batch members of all models that are still waiting."""
         self.ready: PermitHeap = PermitHeap(
-            waiting, lambda permit: permit.rank if _waits_inactive(permit) and not permit.is_newcomer else None
+            waiting,
+            lambda permit: permit.rank if _waits_for_inactive_model(permit) and not permit.is_newcomer else None,
         )
         """The requests whose model is not active and that need not wait for other runs. The one that goes first comes
         first."""
         self.newcomers: PermitHeap = PermitHeap(
-            waiting, lambda permit: permit.rank if _waits_inactive(permit) and permit.is_newcomer else None
+            waiting, lambda permit: permit.rank if _waits_for_inactive_model(permit) and permit.is_newcomer else None
         )
         """The requests whose model is not active and with which a run would begin, which may have to wait for other
         runs."""
         self.next_overdue: PermitHeap = PermitHeap(
-            waiting, lambda permit: (permit.arrived_at, permit.arrival_number) if _waits_inactive(permit) else None
+            waiting,
+            lambda permit: (permit.arrived_at, permit.arrival_number) if _waits_for_inactive_model(permit) else None,
         )
         """All requests whose model is not active; the one that becomes overdue first comes first."""
         self._only_queue: ModelQueue | None = None
@@ -169,5 +171,5 @@ class ActiveModels:
             self.queues.pop(queue.model, None)
 
 
-def _waits_inactive(permit: Permit) -> bool:
+def _waits_for_inactive_model(permit: Permit) -> bool:
     return permit.state == "waiting" and permit.queue is not None and not permit.queue.is_active

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
-LOOK_UP_SECONDS: Final = 1.0
+MODELS_WAIT_SECONDS: Final = 1.0
 """The most seconds that a request waits for servers to list their models. After that, what is known decides."""
 MODELS_AGE: Final = 60.0
 """The seconds after which a list of models is requested again. Meanwhile, requests are distributed by the old list."""
@@ -312,7 +312,7 @@ class NodePool(NotCopyable):
             if node.look_up is not None and (is_missing or node.models is None):
                 waited_for.append(node.look_up)
         if waited_for:
-            await asyncio.wait(waited_for, timeout=LOOK_UP_SECONDS)
+            await asyncio.wait(waited_for, timeout=MODELS_WAIT_SECONDS)
 
     def _start_look_up(self, node: Node, find_models: FindModels | None, now: float) -> None:
         if node.look_up is not None:

@@ -16,6 +16,8 @@ import backoff
 
 MAX_RETRIES: Final = 5
 """The most retries of a request, whatever `max_retries` says."""
+REFUSED_BEFORE_WORK: Final = (429, 503)
+"""The statuses with which a server refuses a request before it starts to work on it."""
 MAX_BACKOFF: Final = 15.0
 """The longest wait before a retry, in seconds, unless the server asks for a longer one."""
 MAX_RETRY_AFTER: Final = 60.0

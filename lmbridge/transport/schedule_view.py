@@ -10,7 +10,7 @@ import attrs
 if TYPE_CHECKING:
     from lmbridge.transport.scheduler import Scheduler
 
-ModelState: TypeAlias = Literal["loaded", "loading", "draining", "cold"]
+ScheduledModelState: TypeAlias = Literal["loaded", "loading", "draining", "cold"]
 """What the schedule knows about a model: its server has it, is loading it, is about to drop it, or does not have it."""
 
 
@@ -20,7 +20,7 @@ class ScheduledModel:
 
     name: str | None
     """The name, or None for requests that name no model."""
-    state: ModelState | None
+    state: ScheduledModelState | None
     """The state of the model, or None if the number of models is not limited, so that the schedule does not know it."""
     in_flight: int
     """The number of requests that hold a permit."""

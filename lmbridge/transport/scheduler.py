@@ -68,7 +68,7 @@ from lmbridge.transport.begun_runs import BegunRuns
 from lmbridge.transport.levels import Levels
 from lmbridge.transport.model_queue import ActiveModels, ModelQueue
 from lmbridge.transport.permits import Permit, PermitHeap
-from lmbridge.transport.schedule_view import ModelState, Swap
+from lmbridge.transport.schedule_view import ScheduledModelState, Swap
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
@@ -153,7 +153,7 @@ class Scheduler:
         """
         if self.waiting or len(self.in_flight) >= self.limits.max_concurrency:
             return False
-        if not self._runs.have_room(permit.priority) and self._has_to_begin(permit):
+        if not self._runs.have_room(permit.priority) and self._is_newcomer(permit):
             return False
         permit.queue = queue = self._models.queue_for(permit.model)
         if not (queue.is_active and queue.is_loaded) or queue.is_surplus:
@@ -344,7 +344,7 @@ class Scheduler:
 
     # Admission
 
-    def _has_to_begin(self, permit: Permit) -> bool:
+    def _is_newcomer(self, permit: Permit) -> bool:
         """Returns whether a request has to wait until its run may begin."""
         if self._runs.limit is None or permit.is_nested:
             return False
@@ -381,7 +381,7 @@ class Scheduler:
         is_by_run = permit.run is not None and self.limits.order == "run"
         permit.order_number = permit.run.number if permit.run is not None and is_by_run else permit.arrival_number
         self._levels.update(permit, permit.arrived_at)
-        permit.is_newcomer = self._has_to_begin(permit)
+        permit.is_newcomer = self._is_newcomer(permit)
         if permit.is_newcomer:
             self._newcomers.setdefault(permit.run, {})[permit] = None
         if permit.rises_at < math.inf:
@@ -397,7 +397,7 @@ class Scheduler:
             self._sort_by_new_highest_priority()
         self._models.remove_waiting(permit, queue)
 
-    def model_states(self) -> dict[str | None, ModelState] | None:
+    def model_states(self) -> dict[str | None, ScheduledModelState] | None:
         """Returns the state of each model that is active, or None if the number of models is not limited."""
         if self._models.limit is None:
             return None

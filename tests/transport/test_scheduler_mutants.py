@@ -180,7 +180,7 @@ MUTANTS = {
         "if each > level)",
     ),
     "new arrivals do not wait for other runs": (
-        "if not self._runs.have_room(permit.priority) and self._has_to_begin(permit):\n            return False",
+        "if not self._runs.have_room(permit.priority) and self._is_newcomer(permit):\n            return False",
         "if False:\n            return False",
     ),
     "a begun run waits for other runs again": (
