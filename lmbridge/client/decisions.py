@@ -137,7 +137,8 @@ def _read_listed_answer(name: str, question: Question, answer: Any) -> DecisionA
             return answer_from(question, _true_and_false(name, fields.get("probability")), fields.get("confidence"))
     listed = fields.get("probabilities")
     entries = [each for each in listed if isinstance(each, Mapping)] if isinstance(listed, list) else []
-    found: dict[Any, Any] = {each.get("value"): each.get("probability") for each in entries}
+    named = [each for each in entries if isinstance(each.get("value"), str | int)]
+    found: dict[Any, Any] = {each["value"]: each.get("probability") for each in named}
     if not all(is_number(found.get(key)) for key in keys):
         raise UnreadableAnswerError(f"the answer to {name!r} has no probability of each option")
     return answer_from(question, [found[key] for key in keys], fields.get("confidence"))

@@ -142,6 +142,8 @@ def _combined_model(one: ModelInfo, other: ModelInfo) -> ModelInfo:
         slots=_smallest(one.slots, other.slots),
         embeds=one.embeds and other.embeds,
         vision=one.vision and other.vision if None not in (one.vision, other.vision) else None,
+        tools=one.tools and other.tools if None not in (one.tools, other.tools) else None,
+        size_bytes=_smallest(one.size_bytes, other.size_bytes),
     )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from lmbridge.transport.calls import Reply
+from lmbridge.transport.decompression import decompressed_beginning
 from lmbridge.transport.failover import MovedToAnotherServer
 from lmbridge.transport.forwarding import ForwardedResponse
 from lmbridge.transport.node import Node, with_model
@@ -189,7 +190,13 @@ class Delivery:
 
 
 def whole_body(answer: Reply | EventStream | ForwardedResponse) -> bytes | None:
-    """Returns the body of an answer, or None if it has only begun."""
+    """Returns the body of an answer in plain text, or None if it has only begun.
+
+    A forwarded response keeps the compression of the server. Of a large body that is compressed, only the beginning is
+    returned.
+    """
     if isinstance(answer, Reply):
-        return answer.body
-    return answer.whole_body if isinstance(answer, ForwardedResponse) else None
+        return answer.plain_body
+    if isinstance(answer, ForwardedResponse) and answer.whole_body is not None:
+        return decompressed_beginning(answer.whole_body, answer.headers.get("Content-Encoding"))
+    return None

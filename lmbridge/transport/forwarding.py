@@ -26,6 +26,7 @@ from typing import Final, Self
 
 from lmbridge.errors import LLMError, LLMStreamError
 from lmbridge.transport.calls import Call, Reply
+from lmbridge.transport.decompression import decompressed_beginning
 from lmbridge.transport.faults import Phase
 from lmbridge.transport.http import ConnectionFailed, HttpResponse
 from lmbridge.transport.receive import note_arrived
@@ -220,8 +221,9 @@ async def receive_forwarded(call: Call, response: HttpResponse) -> ForwardedResp
         note_arrived(call, response, parts)
         raise
     first = b"".join(parts)
-    call.note_first_event(first, is_stream=content_type.startswith("text/event-stream"))
+    readable = decompressed_beginning(first, response.headers.get("Content-Encoding"))
+    call.note_first_event(readable, is_stream=content_type.startswith("text/event-stream"))
     if source is None:
-        call.read_usage = partial(call.request.interpreter.read_usage, first)
+        call.read_usage = partial(call.request.interpreter.read_usage, readable)
         call.finish(response.status)
     return ForwardedResponse(call, response.status, response.headers, first, source)

@@ -186,6 +186,16 @@ async def test_an_answer_that_does_not_fit_its_question_is_an_error(
             await client.decide(STATE, QUESTIONS)
 
 
+async def test_an_option_that_is_not_a_text_does_not_fit_its_question(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    answers = [{"type": "choice", "name": "one", "probabilities": [{"value": ["a"], "probability": 1.0}]}]
+    scripted_server.on_path(SYSTEM_ONE, reply(404, {"error": {"message": "File Not Found", "type": "not_found_error"}}))
+    scripted_server.on_path(DECISIONS, reply(200, {"model": "test-model", "answers": answers, "usage": {}}))
+    with pytest.raises(LLMResponseError, match="has no probability of each option"):
+        await client.decide(STATE, {"one": Choice("Which?", ["a", "b"])})
+
+
 async def test_a_missing_model_is_an_error_and_not_a_reason_to_ask_otherwise(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:

@@ -106,7 +106,8 @@ async def test_an_exception_that_is_not_an_error_of_lmbridge_arrives_unchanged(e
 
 
 def test_what_servers_have_in_common_is_safe_for_each_of_them() -> None:
-    idle, loaded = ModelInfo(id="m", loaded=False, slots=4), ModelInfo(id="m", loaded=True, vision=True)
+    idle = ModelInfo(id="m", loaded=False, slots=4, tools=True, size_bytes=9)
+    loaded = ModelInfo(id="m", loaded=True, vision=True, tools=False, size_bytes=8)
     combined = combined_info(
         [
             ServerInfo(kind="llama.cpp", version="b1", context_length=8192, slots=4, models=(idle,)),
@@ -114,7 +115,10 @@ def test_what_servers_have_in_common_is_safe_for_each_of_them() -> None:
         ]
     )
     assert combined == ServerInfo(
-        kind="llama.cpp", context_length=4096, slots=4, models=(ModelInfo(id="m", loaded=True, slots=4),)
+        kind="llama.cpp",
+        context_length=4096,
+        slots=4,
+        models=(ModelInfo(id="m", loaded=True, slots=4, tools=False, size_bytes=8),),
     )
 
 

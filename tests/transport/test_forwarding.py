@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from lmbridge import Limits, LLMConnectionError, LLMStreamError, LLMTimeoutError, TaskCancelledError, Timeouts
 from lmbridge.client import failures
+from lmbridge.client.usage import usage_in_body
 from lmbridge.observe import FirstEventArrived, ObservedEvent
 from lmbridge.observe.observer import Observers
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, hang_up, raw, reply, reset, sse, stall
@@ -149,6 +150,19 @@ async def test_a_compressed_error_is_classified(
     response = await transport.forward(request(max_retries=0))
     assert response.status == 200
     assert transport.stats().retries == 0
+
+
+async def test_the_tokens_of_a_compressed_reply_are_logged(
+    scripted_server: ScriptedServer, transport: Transport, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "lmbridge.transport")
+    body = gzip.compress(b'{"usage": {"prompt_tokens": 7, "completion_tokens": 5}}')
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+    scripted_server.script(raw(head % len(body) + body))
+    interpreter = Interpreter(classify=failures.classify, read_usage=usage_in_body)
+    async with await transport.forward(request(interpreter=interpreter)) as response:
+        assert await read_all(response) == body
+    assert "7 + 5 tokens" in caplog.text
 
 
 async def test_a_final_error_is_handed_out_whole(

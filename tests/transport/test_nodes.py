@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -26,6 +27,8 @@ from lmbridge import (
     Timeouts,
     Transport,
 )
+from lmbridge.client import failures
+from lmbridge.client.error_body import reports_error
 from lmbridge.testing import MockResponse, ScriptedServer, answer, hang_up, reply, sse, stall
 from lmbridge.transport import Interpreter, Request, Verdict
 from tests.support import MESSAGES, cancel_at_each_step, piece, turns
@@ -527,6 +530,30 @@ async def test_a_forwarded_request_goes_to_another_server_as_well() -> None:
         assert response.status == 200
         assert b'"content":"two"' in await response.read()
     assert two.generations == [{"model": "m", "messages": [{"role": "user", "content": "Hi"}]}]
+
+
+@pytest.mark.parametrize("status", [200, 404])
+async def test_a_compressed_error_of_a_forwarded_request_is_read_as_well(status: int) -> None:
+    one, two = FakeServer("one"), FakeServer("two")
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    body = gzip.compress(b'{"error": {"message": "model \'m\' not found"}}')
+    one.failure = MockResponse(status, body=body, headers=headers)
+    request = Request(
+        operation="chat completion",
+        method="POST",
+        path="/chat/completions",
+        interpreter=Interpreter(
+            classify=failures.classify, reports_error=reports_error, concerns_server=failures.concerns_server
+        ),
+        timeouts=Timeouts(),
+        max_retries=0,
+        body=b'{"model": "m", "messages": []}',
+        model="m",
+    )
+    async with pool_of(one, two) as pool, await pool.forward(request) as response:
+        assert response.status == 200
+        assert b'"content":"two"' in await response.read()
+    assert counts(one, two) == [1, 1]
 
 
 def test_a_pool_works_in_one_event_loop_after_the_other() -> None:
