@@ -218,7 +218,7 @@ class _ValueReader:
         self._open.clear()
 
     def _read_string(self) -> str | None:
-        """Reads the string at this position, and returns it as JSON; None if there is no string."""
+        """Reads the string at this position, and returns it as JSON; None if something else is there."""
         character = self._peek()
         if character not in ('"', "'", "\u201c", "<"):
             return None

@@ -61,7 +61,7 @@ def without_arguments(tool: Tool) -> tuple[dict[str, Any] | None, str | None]:
     """Decides about a call without arguments.
 
     Only a tool without parameters is called. Otherwise the arguments may have been lost on the way, and the tool would
-    do something else than the model wanted.
+    do something other than what the model wanted.
 
     Returns:
         Empty arguments and None; or None, and what is wrong with the call.
@@ -119,7 +119,7 @@ def read_encoded_twice(decoded: Any, inexact: set[float]) -> dict[str, Any]:
         except DuplicateKeyError:
             raise
         except (ValueError, RecursionError):
-            # The string is not JSON, so the error quotes it as it is.
+            # The string is not JSON, so the error quotes it unchanged.
             values = decoded
     values = values if isinstance(values, dict) else decoded
     if not isinstance(values, dict):

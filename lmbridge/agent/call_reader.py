@@ -256,7 +256,7 @@ class CallReader:
         Args:
             name: The name of the tool.
             position: Where the arguments begin.
-            is_native: Whether the syntax has a notation of its own for arguments, which resembles JSON.
+            is_native: Whether the syntax has its own notation for arguments, which resembles JSON.
         """
         self._is_repaired = False
         if is_native:

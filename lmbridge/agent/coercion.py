@@ -78,7 +78,10 @@ class _Alternative:
         return any(_is_same(value, each) for each in self.values)
 
     def accepts_blank(self, value: str | None) -> bool:
-        """Returns whether an empty text, "null" or None is accepted. Not only the type may forbid it."""
+        """Returns whether an empty text, "null" or None is accepted.
+
+        Besides the type, a format, a minimum length or a pattern may forbid it.
+        """
         if not self.fits(value):
             return False
         if value is None:
@@ -91,7 +94,7 @@ class _Alternative:
         )
 
     def schemas_of(self, name: str) -> Sequence[Any]:
-        """Returns the schemas of a property; none if the property is not allowed."""
+        """Returns the schemas of a property; an empty list if the property is not allowed."""
         properties = _mapping(self.keywords.get("properties"))
         if name in properties:
             return [properties[name]]
@@ -131,7 +134,7 @@ class Coercer:
         self._unchanged_types: dict[str, frozenset[type]] = {}
 
     def coerce(self, value: Any, *, inexact: Collection[float] = ()) -> Any:
-        """Returns the value, in which each part that the schema allows to read in only one way is read in that way.
+        """Returns the value, converted to the types of the schema wherever there is only one way to read it.
 
         - A text becomes the number, boolean, null, list or object that it contains, where no text is accepted.
         - An integer becomes a text where neither a number nor a boolean is accepted. So does any other number, if

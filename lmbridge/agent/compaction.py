@@ -8,7 +8,8 @@ one, and each makes more room than necessary, so that the next rounds only add t
 The terms are those that others use. `TieredCompact` of Forge (https://pypi.org/project/forge-guardrails/) has the same
 tiers, but never asks the model. LangChain's `SummarizationMiddleware` corresponds to the second tier, and its
 `ClearToolUsesEdit` to the third (https://docs.langchain.com/oss/python/langchain/middleware/built-in). Claude's API
-calls the two compaction and context editing (https://platform.claude.com/docs/en/build-with-claude/context-editing).
+calls these two "compaction" and "context editing"
+(https://platform.claude.com/docs/en/build-with-claude/context-editing).
 
 The model can get back what it has lost by making the same call again. So a result that it has requested a second time
 is not shortened a second time, and such a repetition is not taken as a sign that the model goes in circles.
@@ -39,9 +40,9 @@ Summarize: TypeAlias = Callable[[list[Message], int], Awaitable[str]]
 """Returns the model's summary of a conversation, within a limit on its tokens, or an empty text if it gave none."""
 
 _SHARE_AFTER_SHORTENING: Final = 0.7
-"""The share of the room, apart from what is always sent, that is still filled after results were shortened."""
+"""Results are shortened until the messages that may be left out fill only this share of the room for them."""
 _SHARE_AFTER_LEAVING_OUT: Final = 0.5
-"""The same share after messages were left out. It is smaller, because each summary costs a generation."""
+"""Messages are left out until the rest fills only this share. It is smaller, as each summary costs a generation."""
 _LONG_RESULT: Final = 1_200
 """The number of characters above which an old result is shortened."""
 _SHORT_RESULT: Final = 600

@@ -30,7 +30,11 @@ _PAIRS_HINT: Final = (
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Message]]:
-    """Returns the system prompt, and copies of the other messages in the form that all servers accept."""
+    """Returns the system prompt, and copies of the other messages in the form that all servers accept.
+
+    Raises:
+        LLMValidationError: The messages are not a valid conversation.
+    """
     check_messages(messages)
     read: list[Message] = msgspec.json.decode(encode_body({"messages": messages}))["messages"]
     system = [text_of_part(each.get("content")) for each in read if each["role"] in ("system", "developer")]

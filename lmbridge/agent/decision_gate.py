@@ -82,8 +82,11 @@ class GatedApproval:
     """An `approve` that asks the gate first, and then the `approve` of the user, if there is one."""
 
     source: ClientSource
+    """Lends the client that decides."""
     gate: Gate
+    """The question, the threshold and the model of the decision."""
     approve: Approve | None = attrs.field(validator=as_validator(check_callable, optional=True))
+    """The option `approve` of the agent; None if the gate alone decides."""
 
     @property
     def option_name(self) -> str:

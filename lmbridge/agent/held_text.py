@@ -1,8 +1,8 @@
 """`HeldText`: holds back text of a reply that may be a call, so that a stream does not show it as an answer.
 
-Text is held from the position at which a call may begin, until it is clear that there is no call, or until the reply
-has ended and its calls have been read. If an answer contains something that resembles a call, the text before that is
-shown without delay, and the rest at the end of the reply.
+Text is held from the position at which a call may begin, until it is clear that no call begins there, or until the
+reply has ended and its calls have been read. If an answer contains something that resembles a call, the text before
+that is shown without delay, and the rest at the end of the reply.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class HeldText:
         return not self._held[line:position].strip() and (line > 0 or self._is_line_blank)
 
     def _begin_of_partial_opening(self) -> int:
-        """Returns the position from which the held text may be a partial opening; its length if there is none."""
+        """Returns the position from which the held text may be a partial opening, or else the length of the text."""
         text = self._held
         begin = max(self._position, len(text) - _LONGEST_PREFIX)
         for place in range(begin, len(text)):

@@ -320,7 +320,7 @@ class History:
 
     @property
     def ends_with_images(self) -> bool:
-        """Whether the results of the last turn have images, which no server has accepted yet."""
+        """Whether the results of the last turn have images, which the server has not accepted yet."""
         return self._turn_with_images is not None and self.image_place != "none"
 
     def move_images(self, place: ImagePlace) -> None:
@@ -346,7 +346,7 @@ class History:
         return Groups([[*group] for group in self._groups_before_task], [[*group] for group in self._groups_after_task])
 
     def with_head_and_task(self, groups: Groups) -> CheckedList:
-        """Returns a conversation of the system message, the given groups, and the task between them as it is sent."""
+        """Returns the system message and the given groups, with the task between them in the form that is sent."""
         parts = (self._head, *groups.before_task, [self._sent_task], *groups.after_task)
         return CheckedList(message for part in parts for message in part)
 
@@ -472,7 +472,8 @@ def resendable_call(call: Mapping[str, Any]) -> Message:
     """Returns a call that can be sent again.
 
     A name that servers refuse is replaced by a similar one, and arguments that are not an object by an empty object.
-    With malformed arguments, llama.cpp would answer 500 to every later request of the run (#25510).
+    With malformed arguments, llama.cpp would answer 500 to every later request of the run
+    (https://github.com/ggml-org/llama.cpp/issues/25510).
     """
     function = call["function"]
     sent = {"name": sendable_name(function["name"]), "arguments": valid_arguments(function["arguments"])}
@@ -517,7 +518,7 @@ def _copy_without_calls(message: Message) -> Message:
 
 
 def _copy_call(call: Message) -> Message:
-    """Returns a copy of a call in the form of `resendable_call`, whose texts are shared: long ones cost nothing."""
+    """Returns a copy of a call that `resendable_call` has returned. The copy shares its texts, which may be long."""
     copied = {**call, "function": {**call["function"]}}
     if "extra_content" in call:
         copied["extra_content"] = _deep_copy(call["extra_content"])

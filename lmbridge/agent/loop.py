@@ -263,7 +263,7 @@ class RunLoop:
         return "stop"
 
     def _warn_about_markup(self, reply: ModelReply) -> None:
-        """Warns if the answer, or the reasoning of a reply without an answer, ends in a call that nothing has read."""
+        """Warns if the answer, or the reasoning of a reply without an answer, ends in a call that could not be read."""
         markup = describe_markup(reply.text or reply.reasoning, self._toolset.names)
         if markup is None:
             return

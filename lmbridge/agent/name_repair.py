@@ -17,7 +17,9 @@ _SUFFIXES: Final = re.compile(r"(?:<\|.*|:\d{1,5}|\(\s*\))\s*\Z", re.DOTALL)
 """The tokens that gpt-oss leaves in a name, the number of a call of Kimi, and empty parentheses."""
 _LONGEST_NAME: Final = 200
 _SHORTEST_FOR_EDITS: Final = 4
+"""The number of letters from which a missing letter, or two swapped ones, count as a slip."""
 _SHORTEST_FOR_SUBSTITUTIONS: Final = 6
+"""The number of letters from which a wrong letter counts as a slip."""
 
 
 def find_meant_name(asked: str, names: Iterable[str]) -> str | None:

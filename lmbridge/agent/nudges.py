@@ -1,4 +1,4 @@
-"""Finds replies that are neither an answer nor a call, and tells the model briefly what is missing.
+"""Finds replies that are neither an answer nor a call, and writes the messages that ask the model again.
 
 Small models often stop without having done anything: the reply is empty, it has only reasoning, or it announces a call
 that does not follow. Sending the same request again gives the same reply at temperature 0, and ending the run gives up
@@ -6,10 +6,10 @@ a task that one sentence can save. So the model is asked again, with its reply a
 
 The sentence is a user message after the model's reply, because this is what all chat templates accept: some refuse two
 user messages in a row, some a second system message, and some a user message directly after a tool's result. Both
-messages are removed as soon as the model has replied, so that its mistake is no example for it, and the conversation
-that the user sees has only what matters.
+messages are removed as soon as the model has replied, so that it does not take its mistake for an example, and the
+conversation that the user sees has only what matters.
 
-A false alarm costs a generation, and may replace a good answer by a worse one. So a promise is recognised only in the
+A false alarm costs a generation, and may replace a good answer by a worse one. So a promise is recognized only in the
 last sentence of a reply, only in English, and only if tools were offered.
 """
 
@@ -36,7 +36,8 @@ _EMPTY_REPLY: Final = "..."
 A sentence would be an example: asked again after "(The reply was empty.)", a small model answers "The reply was empty."
 """
 AFTER_CALLS: Final = "I have called the tools."
-"""Replaces the model's own reply when it is asked to answer without tools. It is true, should the model repeat it."""
+"""Replaces the model's own reply when it is asked to answer without tools. Since the sentence is true, it does no harm
+if the model repeats it."""
 _LONGEST_TASK: Final = 500
 """The number of characters up to which a task is repeated at the end of the conversation."""
 

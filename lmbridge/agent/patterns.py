@@ -1,14 +1,14 @@
 """Matches the regular expressions in schemas from untrusted sources, in time proportional to the text.
 
-`re` backtracks: with `^(a+)+$`, each further "a" of a text that does not match doubles the time, in which nothing else
-runs. A thread would not help, because `re` does not release the GIL. A process would have to be
+`re` backtracks: with `^(a+)+$`, each further "a" of a text that does not match doubles the time, and nothing else runs
+in the meantime. A thread would not help, because `re` does not release the GIL. A process would have to be
 started, waited for and killed, and a package such as RE2 would be a large dependency for a rare keyword. So patterns
 are matched here, by the classic construction of Thompson: the text is read once, with the set of all places in the
 pattern that the match may have reached. The sets are cached, so that most characters cost one look-up.
 
-The supported syntax is that which Python and Rust share with JavaScript, to which JSON schema refers. The rules are
-those of Python, except that `$` matches only at the very end. Back references and lookbehinds are not supported,
-because they need backtracking.
+The supported syntax is what Python and Rust have in common with JavaScript, whose regular expressions JSON schema
+prescribes. The rules are those of Python, except that `$` matches only at the very end. Back references and lookbehinds
+are not supported, because they need backtracking.
 """
 
 from __future__ import annotations

@@ -17,15 +17,15 @@ class PauseGate:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the run is held at the gate."""
+        """Whether the gate is closed, so that the run is held when it comes to it."""
         return self._opened is not None
 
     def close(self) -> None:
-        """Holds the run when it comes to the gate."""
+        """Closes the gate. The run is held when it comes to it."""
         self._opened = self._opened or asyncio.get_running_loop().create_future()
 
     def open(self) -> None:
-        """Lets the run pass, and those tasks of it that already wait."""
+        """Opens the gate, and lets the tasks pass that already wait at it."""
         opened, self._opened = self._opened, None
         if opened is not None:
             opened.set_result(None)

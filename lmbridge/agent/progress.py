@@ -1,7 +1,7 @@
 """`ProgressReporter`: reports how far a prompt has been processed, and that a model is being loaded.
 
 Progress is requested only if the run has a listener or observers, and the server is known to report progress. Another
-server might refuse the field, and if nobody is interested, the additional chunks would only cost time.
+server might refuse the field, and without a reader, the additional chunks would only cost time.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class ProgressReporter:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether anybody is interested in the progress now."""
+        """Whether the run has a listener or observers now, which get the progress."""
         return self._watch is not None or self._channel.has_listener
 
     @property
     def may_be_wanted(self) -> bool:
-        """Whether anybody is interested in the progress, or can begin to be while the run goes on."""
+        """Whether the run has a listener or observers, or may get a listener while it goes on."""
         return self._watch is not None or not self._channel.is_muted
 
     def params(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Decides by the text around a tool call whether it is only quoted, and not meant to be made.
 
 An answer may explain the syntax of calls, quote a log, or show an example. The calls in it look exactly like others, so
-only the text around them tells the difference: a call is quoted if it is within a sentence, a list, a quotation or a
+only the text around them makes the difference: a call is quoted if it is within a sentence, a list, a quotation or a
 structure, or next to a sentence that speaks about calls in general ("for example", "the server returns"). Only English
-words for that are recognised; in other languages, only the form of the text decides.
+words for that are recognized; in other languages, only the form of the text decides.
 
 A call that is taken for a quotation by mistake costs one more question to the model. A call that is made by mistake may
 delete a file. The alternatives were to make only calls that are the whole reply, which misses most calls of small

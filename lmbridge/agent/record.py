@@ -28,7 +28,7 @@ def _zero_usage() -> RunUsage:
 
 @attrs.define(eq=False)
 class RunRecord:
-    """The state of a run so far, from which its `RunResult` is made at any moment."""
+    """The state of a run so far, from which its `RunResult` can be made at any moment."""
 
     history: History
     """The conversation of the run."""

@@ -93,7 +93,8 @@ class ModelReply:
         """Whether the end of the last call may be missing.
 
         If a reply has a call, some servers report the finish reason of a complete reply, although the call was cut off
-        at the limit on tokens. So a call counts as complete only if the reply is known to have fewer tokens than that.
+        at the limit on tokens. So a call counts as complete only if the reply is known to have fewer tokens than the
+        limit.
         """
         return self.may_be_cut or self._has_room is None
 
@@ -120,7 +121,7 @@ def _read_calls(message: Mapping[str, Any]) -> Iterator[WireCall]:
     """Yields the calls in a message, each with a unique id.
 
     A call whose id is missing or already taken gets a new one, because some servers give all calls the same id. An
-    entry that is not an object becomes a call without a name, so that the model is told about it.
+    entry that is not an object becomes a call without a name, so that the model reads what is wrong with it.
     """
     entries = message.get("tool_calls")
     entries = [each for each in entries if each is not None] if isinstance(entries, list) else []

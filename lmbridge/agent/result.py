@@ -194,6 +194,10 @@ class RunResult(Generic[OutputT]):
 
         Args:
             path: The HTML file to which the timeline is written. Default: it is not written to a file.
+
+        Raises:
+            LLMValidationError: `path` is neither a string nor a path object.
+            OSError: The file cannot be written.
         """
         # Imported here because few programs draw their runs.
         from lmbridge.observe.timeline import Bar, Row, Timeline  # noqa: PLC0415

@@ -37,7 +37,7 @@ from lmbridge.errors import JournalError, LLMError, MaxRoundsExceededError, RunI
 from lmbridge.observe.watches import RunWatch
 
 # The variable refers to the permit and not to the run, because sockets and timers keep the context in which they were
-# created. With the run, they would keep its whole conversation alive.
+# created. If it referred to the run, they would keep the whole conversation alive.
 current_permit: Final[ContextVar[RunPermit | None]] = ContextVar("lmbridge_run", default=None)
 """The permit of the run whose tool is running, or None outside of a tool."""
 

@@ -23,7 +23,7 @@ class SamplingOptions(TypedDict, total=False):
     tool_choice: Literal["none", "auto", "required"] | str | Mapping[str, Any] | None  # noqa: PYI051 - editors offer these
     """Whether the model calls a tool. A choice that forces a call applies only to the first round, so that runs end.
 
-    With "none", a call that the model requests nevertheless is not made, and the model is told why.
+    With "none", a call that the model requests nevertheless is not made, and the model reads the reason.
     """
     parallel_tool_calls: bool | None
     """Whether the model may call several tools in one reply. With False, several calls are made one after the other."""

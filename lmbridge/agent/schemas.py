@@ -47,7 +47,7 @@ _CHARACTERS_OF_STEP: Final = 200
 def build_validator(
     schema: Mapping[str, Any], sent_schema: Mapping[str, Any], *, owner: str = "a tool"
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Returns a function that copies valid arguments, and raises a `ValueError` that lists the mistakes in others.
+    """Returns a function that copies valid arguments, and raises a `ValueError` for invalid ones, with their mistakes.
 
     The arguments are checked against the original schema, because the version that servers receive accepts more.
     Nothing is ever fetched: a reference that cannot be resolved within the schema accepts any value, as does a pattern
@@ -58,7 +58,7 @@ def build_validator(
     Args:
         schema: A JSON schema of any draft. A schema without `$schema` is taken for one of draft 2020-12.
         sent_schema: The version of the schema that servers receive, as `simplify_parameters` returns it.
-        owner: What the schema belongs to, in the words of the warning.
+        owner: The owner of the schema, as the warning names it, such as "tool 'add'". Default: "a tool".
     """
     jsonschema_validator = _jsonschema_validator(schema, sent_schema, owner)
 

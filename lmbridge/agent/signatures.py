@@ -93,7 +93,8 @@ def read_signature(function: Callable[..., Any], *, injected: type, name: str | 
 def parameters_of_type(function: Callable[..., Any], wanted: type) -> tuple[str, ...]:
     """Returns the names of the parameters that are annotated with a type, or with a union that contains it.
 
-    For a function whose hints cannot be read, there are none. A `Tool` with its own schema may have such a function.
+    The result is empty if the hints of the function cannot be read, as they need not be in a `Tool` with its own
+    schema.
     """
     try:
         hints = _parameter_hints(function, "")

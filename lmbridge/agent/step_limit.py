@@ -30,7 +30,11 @@ _counter: Final[ContextVar[_Counter | None]] = ContextVar("lmbridge_step_counter
 
 
 class StepLimit:
-    """A context manager that limits the steps that are made within its block."""
+    """A context manager that limits the steps that are made within its block.
+
+    Args:
+        steps: The number of steps that are allowed.
+    """
 
     __slots__ = ("_steps", "_token")
 

@@ -62,7 +62,12 @@ class Summarizer:
         self._has_failed = False
 
     async def __call__(self, messages: list[Message], max_tokens: int) -> str:
-        """Returns the summary, or an empty text if there is none. After a failure, the model is not asked again."""
+        """Returns the summary, or an empty text if the model gave none. After a failure, the model is not asked again.
+
+        Args:
+            messages: The conversation, which ends with the request for the summary.
+            max_tokens: The number of tokens that the summary may have.
+        """
         if self._has_failed or self._token_budget.is_spent:
             return ""
         try:

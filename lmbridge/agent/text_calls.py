@@ -1,7 +1,7 @@
 """Finds the tool calls in a reply that a model wrote as text, because the server did not parse them.
 
-A call in a text may not be meant to be made. `quoted_calls` recognizes that by the text around the call. Then the whole
-reply counts as an ordinary answer, because its other calls may depend on the one that is quoted.
+A call in a text may be only quoted, and not meant to be made. `quoted_calls` recognizes that by the text around the
+call. Then the whole reply counts as an ordinary answer, because its other calls may depend on the one that is quoted.
 """
 
 from __future__ import annotations
@@ -58,10 +58,15 @@ class _Fence(NamedTuple):
     """A fenced code block."""
 
     start: int
+    """The position of the line that opens the block."""
     content: int
+    """The position of the content."""
     content_end: int
+    """The position after the content."""
     end: int
+    """The position after the line that closes the block."""
     info: str
+    """The text behind the opening fence, such as "json", in lower case."""
 
 
 class _Fences:

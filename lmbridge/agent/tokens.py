@@ -23,7 +23,8 @@ _TEMPLATE_TOKENS: Final = 64
 _ANSWER_RESERVE: Final = 1024
 """Tokens that compaction keeps free for the answer, or a quarter of the context if that is less."""
 _MIN_BYTES_TO_LEARN_FROM: Final = 2_000
-"""The size in bytes above which a prompt shows the tokens per byte. In a smaller prompt, the template dominates."""
+"""The size in bytes above which the tokens per byte are learned from a prompt. In a smaller one, the chat template
+dominates."""
 _NEARLY_FULL: Final = 0.9
 """The share of the room for the prompt beyond which the server is asked how many tokens the prompt really has."""
 

@@ -35,7 +35,7 @@ _MOST_FOUND: Final = 5
 _MOST_KNOWN: Final = 3
 """How many tools that are already offered the result of a search names at most."""
 _RESERVE: Final = 4
-"""One part in this many of the budget is kept free for tools that are found later."""
+"""The budget, divided by this number, is kept free for tools that are found later."""
 _LISTED_NAMES: Final = 50
 """How many names of tools a text lists at most."""
 _LONGEST_LIST: Final = 1_500
@@ -58,7 +58,7 @@ class ToolSearchOptions:
     max_definition_tokens: MaxDefinitionTokens = "auto"
     """The option `max_definition_tokens` of the run."""
     ranker: ToolRanker | None = None
-    """Ranks the tools by a query; None if nothing is searched."""
+    """Ranks the tools by a query; None if the model cannot search."""
     pinned: str | None = None
     """The tool that `tool_choice` names, which has to be offered; None if it names none."""
 

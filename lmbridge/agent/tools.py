@@ -50,7 +50,7 @@ class ToolContext:
     function that may take long should call this regularly, and return early if the result is True."""
     tool_timeout: float | None = None
     """The agent's `tool_timeout` in seconds, or None if the agent has no limit. The agent enforces this limit unless
-    the tool has a `timeout` of its own. A tool with `timeout=None` can enforce it in its own way."""
+    the tool has its own `timeout`. A tool with `timeout=None` can enforce it in another way."""
 
 
 @attrs.frozen(eq=False)

@@ -2,7 +2,7 @@
 
 Identical calls of one reply are made only once. Small models repeat a call many times in a reply, above all when a
 server's grammar lets them, and making it many times would at best waste time and at worst order nine pizzas. Each of
-the identical calls still gets a result of its own, because servers refuse a conversation in which a call has none.
+the identical calls still gets its own result, because servers refuse a conversation in which a call has no result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recognizes answers that end in a tool call which nothing has read.
+"""Recognizes answers that end in a tool call that could not be read.
 
 `text_calls` reads the calls that a server has left in the text. A call that it cannot read, because it was cut off or
 names no tool, is not an answer either, but nothing else about the reply shows that. This module only recognizes such a

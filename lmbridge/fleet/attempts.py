@@ -48,7 +48,7 @@ class FleetTask:
     task: Task
     """The task, as the program gave it."""
     run_id: str | None
-    """The id of its run in the checkpoint; None if there is no checkpoint."""
+    """The id of its run in the checkpoint; None without a checkpoint."""
 
 
 class TaskNames:

@@ -118,7 +118,7 @@ class Fleet:
     Args:
         tasks: The tasks.
         backend: Runs them.
-        names: Gives the tasks ids for their runs; None if there is no checkpoint.
+        names: Gives the tasks ids for their runs; None without a checkpoint.
         slots: How many runs may be in progress at the same time.
         total: How many tasks there are; None if that is unknown.
         on_progress: A function that is called after each outcome, or None.

@@ -180,8 +180,8 @@ class RayBackend:
         try:
             await settle(asyncio.to_thread(self._start))
         except BaseException:
-            # `__aexit__` is not called now. The thread may have connected to the cluster and created actors, also if
-            # the caller was cancelled. The actors have no runs yet, which would have to be cancelled.
+            # `__aexit__` is not called now. The thread may have connected to the cluster and created actors, even if
+            # the caller was cancelled. The actors can be killed, because they have no runs yet.
             await settle(asyncio.to_thread(self._kill))
             raise
         return self

@@ -59,7 +59,7 @@ class Access:
         """Checks the key of a client.
 
         Raises:
-            Problem: It is missing or wrong.
+            Problem: The key is missing or wrong.
         """
         if self._key is None:
             return
@@ -72,7 +72,7 @@ class Access:
     def client_name(self, address: str, headers: Mapping[str, str]) -> str:
         """Returns a name for the client that sends a request: its address, and a label in place of its key.
 
-        If all clients have to send the same key, there is no label. Labels change when the gateway is restarted.
+        If all clients have to send the same key, the name has no label. Labels change when the gateway is restarted.
         """
         sent = None if self.needs_key else key_in(headers)
         if sent is None:

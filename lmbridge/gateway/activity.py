@@ -120,7 +120,7 @@ class Activity:
         self.outcomes: Final[Counter[tuple[str, str, str]]] = Counter()
         """The number of finished requests by endpoint, model and outcome."""
         self.tokens: Final[Counter[str]] = Counter()
-        """The number of tokens by model."""
+        """The number of generated tokens that the servers reported, by model."""
         self.queue_seconds: Final = Histogram()
         """How long requests have waited until they were admitted."""
         self.request_seconds: Final = Histogram()

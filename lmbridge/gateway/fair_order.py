@@ -8,8 +8,8 @@ self-clocked fair queueing (S. J. Golestani, 1994) with requests of equal weight
 
 No client can starve: a request that arrives now belongs to a later round than the current one, so only requests that
 were there before, or that arrive before its round is reached, are admitted earlier. A client's waiting requests of
-another priority do not delay the round of a request. In the scheduler's bound on waiting, the requests of earlier
-rounds take the place of those that arrived earlier.
+another priority do not delay the round of a request. The scheduler has a bound on how long a request waits, in which
+the earlier requests for its model are counted. Here, these are the requests of earlier rounds.
 
 The alternative was one queue for each client, which the scheduler would visit in turn. But the scheduler already sorts
 by model, priority and age, and then by a number that a request may bring along. A round is such a number.

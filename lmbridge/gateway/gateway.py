@@ -75,8 +75,8 @@ class Gateway(NotCopyable):
         limits: How many requests and models may be in flight at each server. With "auto", the default, each server is
             asked when its first request arrives.
         api_key: The key that clients have to send, as a bearer token or in the header `X-Api-Key`. It is never passed
-            on. By default clients need none; the keys that they send are then passed on, unless the server has a key of
-            its own.
+            on. By default clients need none; the keys that they send are then passed on, unless the gateway itself has
+            a key for a server.
         upstream_api_key: The key that is sent to the servers. By default it is the environment variable `LM_API_TOKEN`.
         timeout: The time limits of each request to a server, as `Timeouts` or as a number of seconds. The default is
             `Timeouts()`.

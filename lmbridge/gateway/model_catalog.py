@@ -88,7 +88,7 @@ class ModelCatalog:
         await incoming.respond_json(entry)
 
     def refresh(self) -> None:
-        """Asks the servers for their models if the last time was ten seconds ago. It does not wait for the answer."""
+        """Asks the servers for their models, at most once in ten seconds. It does not wait for the answers."""
         now = asyncio.get_running_loop().time()
         if self._listing is None and now - self._listed_at >= _LIST_AGE:
             self._listed_at = now

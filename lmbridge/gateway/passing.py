@@ -1,8 +1,8 @@
 """Passes a response on to a client as it arrives, and looks at it in passing.
 
-Bytes are never changed. Two things are read on the way: whether the server reports that it has dropped the model, and
-how many tokens it has generated. Both are found by searching each part for a word, which costs little; a part is parsed
-only if the word is there.
+Bytes are not changed, unless a compressed body follows a response that has already begun uncompressed. Two things are
+read on the way: whether the server reports that it has dropped the model, and how many tokens it has generated. Both
+are found by searching each part for a word, which costs little; a part is parsed only if the word is there.
 
 An event stream is passed on by whole lines. A line that has not ended is of no use to any client; and if the rest of it
 never comes, the event that reports the error must not be taken for a part of it. An event whose lines have all arrived,

@@ -69,7 +69,7 @@ class ChatLMBridge(BaseChatModel):
     client: LLMClient | SyncLLMClient
     """The client. It has to be open as long as the model is used, and the program closes it."""
     model: str | None = None
-    """The name of the model. Default: the client's model, else the server chooses."""
+    """The name of the model. Default: the client's model; if it has none, the server chooses."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Parameters and options of every request, such as `temperature` or `timeout`. Default: none."""
 

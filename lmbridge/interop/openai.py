@@ -57,7 +57,7 @@ _STATUSES: Final[tuple[tuple[type[LLMError], int, str | None], ...]] = (
     (ModelLoadError, 503, None),
     (LLMResponseError, 502, None),
 )
-"""The status and the code by which openai-python and the frameworks recognise an error. The status is used if the
+"""The status and the code by which openai-python and the frameworks recognize an error. The status is used if the
 server reported the error inside a stream or with status 200."""
 _OWN_HEADERS: Final = re.compile(
     "accept|accept-encoding|authorization|connection|content-.*|host|user-agent|openai-.*|x-stainless-.*"

@@ -34,7 +34,7 @@ class LMBridgeModel(OpenAIChatCompletionsModel):
 
     Args:
         client: The client. It has to be open as long as the model is used, and the program closes it.
-        model: The name of the model. Default: the client's model, else the server chooses.
+        model: The name of the model. Default: the client's model; if it has none, the server chooses.
     """
 
     def __init__(self, client: LLMClient, model: str | None = None) -> None:

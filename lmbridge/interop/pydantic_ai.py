@@ -34,7 +34,7 @@ _LOCAL_SERVERS: Final = OpenAIModelProfile(
 
 
 class _ClientProvider(Provider[AsyncOpenAI]):
-    """A provider of pydantic-ai whose client is an `LLMClient`."""
+    """A provider of pydantic-ai whose client sends its requests through an `LLMClient`."""
 
     def __init__(self, client: LLMClient) -> None:
         self._client: AsyncOpenAI = openai_client(client)
@@ -71,9 +71,9 @@ class LMBridgeModel(OpenAIChatModel):
 
     Args:
         client: The client. It has to be open as long as the model is used, and the program closes it.
-        model: The name of the model. Default: the client's model, else the server chooses.
+        model: The name of the model. Default: the client's model; if it has none, the server chooses.
         profile: What the model can do. Default: what LM Studio, llama.cpp and vLLM understand.
-        settings: Settings of every request, such as `temperature`.
+        settings: Settings of every request, such as `temperature`. Default: none.
     """
 
     def __init__(

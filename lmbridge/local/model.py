@@ -120,7 +120,7 @@ def _find_file(model: PackagedModel, cached: Path) -> Path | None:
 
 
 def _is_ours(cached: Path) -> bool:
-    """Returns whether a file, or the link that it is, was made by this user or by root.
+    """Returns whether a file, or the symbolic link in its place, belongs to this user or to root.
 
     The digest of a cached model is not computed at every start, so another user who may write to the folder could put
     another model there, or a link to one. The user's own link is fine.

@@ -19,8 +19,8 @@ RequestOutcome: TypeAlias = Literal["answer", "error", "cancelled", "dropped", "
 
 "answer": the whole reply arrived. "error": the server reported an error, the connection broke, or a time limit ran out.
 "cancelled": the program did not wait for its end; it cancelled the task, left the stream, or closed the client.
-"dropped": its stream was garbage-collected. "moved": it was sent to another server instead, as a new request with an id
-of its own.
+"dropped": its stream was garbage-collected. "moved": it was sent to another server instead, as a new request with
+another id.
 """
 
 
@@ -178,7 +178,7 @@ class ModelLoadProgressed:
 
 @attrs.frozen(kw_only=True)
 class PromptProgressed:
-    """The server, which is llama.cpp, has processed a part of the prompt of the current round."""
+    """The server has processed a part of the prompt of the current round. Only llama.cpp reports this."""
 
     at: float
     """When it happened."""

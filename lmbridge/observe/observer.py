@@ -101,7 +101,7 @@ class Observers:
 
 
 def as_observers(observers: Sequence[Observer]) -> Observers | None:
-    """Returns the observers to notify, or None if there are none.
+    """Returns the observers to notify, or None for an empty list.
 
     Raises:
         LLMValidationError: The argument is not a list of observers, or a method of an observer is a coroutine function.
@@ -114,7 +114,7 @@ def as_observers(observers: Sequence[Observer]) -> Observers | None:
         for name in ("on_event", "trace_context"):
             if inspect.iscoroutinefunction(getattr(observer, name, None)):
                 raise LLMValidationError(
-                    f"the method {name} of an observer must not be a coroutine function, as it is in {observer!r}",
+                    f"the method {name} of an observer must not be a coroutine function, unlike that of {observer!r}",
                     hint=f"define it with `def {name}`; to await something, put events into a queue for a task",
                 )
     return Observers(given) if given else None

@@ -61,7 +61,7 @@ class _OpenScope:
 
 
 class _Metrics:
-    """The metrics of requests. Those of embeddings have names of their own."""
+    """The metrics of requests. Those of embeddings have other names."""
 
     def __init__(self, meter: metrics.Meter) -> None:
         def histogram(name: str, unit: str, text: str, buckets: Sequence[float]) -> metrics.Histogram:

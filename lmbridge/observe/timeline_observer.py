@@ -102,9 +102,8 @@ class TimelineObserver:
         observer.write("session.html")
 
     Each run has a row, which shows its rounds and tool calls, and its requests if the client has the observer as well.
-    Each request outside of a run has a row of its own. The
-    page also shows how many requests waited and ran at each time. If there are many rows, it shows only those that
-    failed or took longest.
+    Each request outside of a run has a separate row. The page also shows how many requests waited and ran at each time.
+    If there are many rows, it shows only those that failed or took longest.
 
     Args:
         max_rows: How many rows are kept at most. If there are more, the oldest rows that have ended are dropped.
@@ -163,7 +162,12 @@ class TimelineObserver:
         return Timeline(title=title, rows=rows)
 
     def write(self, path: str | PathLike[str], title: str = "lmbridge session") -> Path:
-        """Writes what has happened so far to an HTML file, and returns its path."""
+        """Writes what has happened so far to an HTML file, and returns its path.
+
+        Raises:
+            LLMValidationError: `path` is neither a string nor a path object.
+            OSError: The file cannot be written.
+        """
         return self.timeline(title).write(path)
 
     def _repr_html_(self) -> str:

@@ -99,7 +99,7 @@ class RequestWatch:
         """Notifies the observers that the request has ended. Calling this method again does nothing.
 
         Args:
-            outcome: The status of the reply, or why it is missing, as `Call.finish` is given it.
+            outcome: The status of the reply, or why there is no reply, as it is passed to `Call.finish`.
             attempts: How often the request was sent.
             tokens: The tokens of the prompt and of the completion, and those of the prompt that came from the cache,
                 or None if they are not known.

@@ -174,7 +174,8 @@ class Agent(Wrapper):
         max_tokens: The maximum number of tokens in one reply. The default, "auto", means 8192, or what the prompt
             leaves of the model's context, if the length of the context is known and fewer than 8192 tokens are left.
         max_seconds: The time limit of a run in seconds. The time that the run waits to be admitted counts as well. When
-            the time is up, the generation and the tool calls in progress are cancelled. Default: no limit.
+            the time is up, the generation and the tool calls in progress are cancelled, and the run ends with the stop
+            reason "budget". Default: no limit.
         max_total_tokens: The number of tokens that a run may use, prompts included. It is checked between rounds.
             Default: no limit.
         switch_policy: What happens when a run with another model is started while runs are in flight. "isolate", the
@@ -199,7 +200,7 @@ class Agent(Wrapper):
             names the limit. With "raise", `max_rounds` raises a `MaxRoundsExceededError`, and the other two limits
             return the run so far. Default: "raise".
         max_nudges: How many times in one round the model may be asked again because its reply is neither an answer nor
-            a call. The model is told what is wrong with the reply, but only once in a round for each kind of mistake. A
+            a call. A message says what is wrong with the reply, but only once in a round for each kind of mistake. A
             whole run has at most three times this number of such messages. A model that already has results of tools,
             and still writes calls that cannot be made, is finally asked for its answer without tools. 0 means never.
             Default: 2.
@@ -218,7 +219,7 @@ class Agent(Wrapper):
             Arguments that were cut off are never completed. Default: True.
         constrain_retries: Whether the reply after an invalid call is constrained to the JSON schema of its tool, by a
             `response_format`, so that the model corrects the call and does nothing else. This is done once after each
-            such call. A server that refuses such a request gets no other one. Default: True.
+            such call. After a server has refused such a request, no other one is sent to it. Default: True.
         tool_search: What happens to tools whose definitions do not fit into `max_definition_tokens`. With "auto", the
             model gets a tool `find_tools` with which it can find them. A tool that it finds, or that it calls by its
             name, is offered for the rest of the run. With "never", all tools are offered; only those of MCP servers are
@@ -233,9 +234,9 @@ class Agent(Wrapper):
             this, and others refuse it. "auto" begins to send it when a server has refused a request because the
             reasoning was missing, and remembers that for the model. Default: "auto".
         approve: An async or plain function that is called with the `ToolCall` before each call, one at a time. If it
-            returns True, the call is made. If it returns False or a text, the call is not made, and the model is told
-            that it was refused; the text is the reason that the model reads. If it returns another `ToolCall`, that one
-            is made instead. A plain function must return quickly, because it blocks the event loop. An exception of the
+            returns True, the call is made. If it returns False or a text, the call is not made, and the model reads
+            that it was refused, with the text as the reason. If it returns another `ToolCall`, that one is made
+            instead. A plain function must return quickly, because it blocks the event loop. An exception of the
             function ends the run. Default: every call is made.
         gate: A question about each call that a model answers before `approve` is called: a `Gate`, a `TrueFalse`, or
             the text of the question. The call is made only if the answer is true with at least the probability
@@ -631,7 +632,7 @@ class Agent(Wrapper):
     def switch_model(self, model: str) -> None:
         """Changes the model for runs that do not name one, once the runs that block the change have ended.
 
-        With "isolate", the runs that took the agent's model are cancelled. With "cancel", all runs with another model
+        With "isolate", the runs that did not name a model are cancelled. With "cancel", all runs with another model
         are cancelled, and with "drain" the switch waits for their end. If the call is cancelled while it waits, the
         model is unchanged.
 

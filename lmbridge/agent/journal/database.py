@@ -3,9 +3,9 @@
 A journal is an ordinary SQLite database, so that `sqlite3 runs.db` and other tools can read it. Its steps are rows that
 are only ever added, in the order in which they happened. Nothing is updated except the state of a run.
 
-The file is recognised by its first bytes, before SQLite opens it: SQLite would create its own files beside a database
+The file is recognized by its first bytes, before SQLite opens it: SQLite would create its own files beside a database
 of another program, and would take an empty file for a new database. A new journal is created under a temporary name and
-then linked to its real name, so that a program that is killed in between does not leave half a journal. To rename it
+then linked to its real name, so that a program that is killed in between does not leave half a journal. Renaming it
 could replace a journal that another process has created in the meantime. File systems such as exFAT, and some folders
 of the host in a container, have no hard links. There, an empty file takes the name first, and the journal replaces it.
 """
@@ -28,7 +28,7 @@ from lmbridge.agent.journal.locks import RunLocks
 from lmbridge.errors import JournalError, JournalProblem
 
 _APPLICATION_ID: Final = 0x6C6D626A
-"""The application id in the header of the file, by which a journal is recognised: "lmbj" in ASCII."""
+"""The application id in the header of the file, by which a journal is recognized: "lmbj" in ASCII."""
 _VERSION: Final = 1
 """The version of the schema and of the steps. It is increased with each change that other versions cannot read."""
 _HEADER_BYTES: Final = 100

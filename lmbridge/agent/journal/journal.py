@@ -141,7 +141,7 @@ def find_run(database: Database, run_id: str | None) -> StoredRun:
 
 
 def _name_one(database: Database, runs: Sequence[StoredRun]) -> str:
-    """Returns the hint that tells the user to name one of several runs."""
+    """Returns the hint that asks the user to name one of several runs."""
     if not runs:
         return "begin a run with agent.run(task, journal=...)"
     described = [f"{run.id} ({run.state}: {_shown_task(database, run)})" for run in runs[:_LISTED_RUNS]]

@@ -1,9 +1,9 @@
-"""`JournalFile`: an open journal with a thread of its own, which does everything that blocks.
+"""`JournalFile`: an open journal with its own thread, which does everything that blocks.
 
 A run waits until each of its steps is on disk, which takes milliseconds, and a connection of SQLite belongs to one
 thread. So each journal has one thread for all runs of the process. The thread takes all steps that wait for it, and
 writes them in one transaction: tools of a reply that end at the same time, or the steps of a hundred runs, share one
-flush of the disk. In a pool, each thread would need a connection and flushes of its own.
+flush of the disk. In a pool, each thread would need its own connection and flushes.
 
 The thread ends when the journal is no longer used. It is a daemon, so that it never keeps a program from ending. Steps
 that are lost when the program ends do no harm, because a run continues only after its step has been written.
@@ -141,7 +141,7 @@ class JournalFile:
 
 
 def _do_together(batch: list[_Work], database: Database) -> None:
-    """Does several pieces of work in one transaction; if that fails, each piece in a transaction of its own."""
+    """Does several pieces of work in one transaction; if that fails, each piece in a separate transaction."""
     try:
         with database.transaction():
             results = [each.function(database) for each in batch]

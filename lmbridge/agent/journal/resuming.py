@@ -147,5 +147,5 @@ def _is_stored(attribute: attrs.Attribute[Any], _value: Any) -> bool:
 
 
 def _through_json(value: Any) -> Any:
-    """Returns a value as it is after it was written as JSON and read again."""
+    """Returns what a value becomes when it is written as JSON and read again."""
     return msgspec.json.decode(encode_body({"value": value}))["value"]

@@ -13,7 +13,9 @@ failed    the run ended with an error, and can be resumed
 ended     the run has ended: its stop reason and its answer
 ========  ==========================================================================================
 
-The step "reply" and all steps of its calls have the number of the reply.
+The step "reply" and all steps of its calls have the `number` of the reply, which counts from 0. The `place` of a call
+is its position among the calls of its reply, also from 0. `seconds` is how long the run had been working when the step
+was recorded.
 """
 
 from __future__ import annotations
@@ -106,6 +108,7 @@ class Result:
     is_error: bool
     images: list[dict[str, Any]]
     seconds: float
+    """How long the call took, in seconds."""
 
 
 @attrs.frozen(kw_only=True)
@@ -155,7 +158,9 @@ class Failed:
 
     seconds: float
     error: str
+    """The message of the error."""
     kind: str
+    """The name of the class of the error."""
     dropped: list[int]
     """The numbers of the replies because of which the run failed. The model is asked for them again."""
 
@@ -305,6 +310,7 @@ class Recording:
     """The steps of a run from before an interruption, in the form in which they are repeated."""
 
     begun: Begun | None = None
+    """The model and the tools of the run; None if it had not been admitted."""
     finished: FinishedRun | None = None
     """The result of the run; None if it has not ended."""
     replies: list[tuple[ReplyStep, RecordedReply]] = attrs.field(factory=list)
