@@ -46,17 +46,25 @@ class PromptCacheWatch:
         prompt_tokens = (usage or {}).get("prompt_tokens") or 0
         self._messages, self._tools, self._prompt_tokens = messages, tools, prompt_tokens
         cached = cached_tokens(usage)
-        # If more than half of the previous prompt came from the cache, only its end has changed, for example because a
-        # long nudge was removed again.
-        if cached is None or not before or expected - cached < _NOTICED_TOKENS or cached > expected // 2:
+        if cached is None or not before:
             return None
-        index = 0 if tools != tools_before else _first_difference(before, messages)
+        # If more than half of the previous prompt came from the cache, only its end has changed, for example because a
+        # long nudge was removed again. If the nudge was longer than all before it, the new prompt is the shorter one.
+        evaluated_again = min(expected, prompt_tokens) - cached
+        if evaluated_again < _NOTICED_TOKENS or cached > expected // 2:
+            return None
+        has_other_tools = tools != tools_before
+        index = 0 if has_other_tools else _first_difference(before, messages)
+        if has_other_tools:
+            change = "the tools have changed"
+        else:
+            change = "nothing has changed" if index is None else f"message {index} is the first that has changed"
         logger.info(
-            "the server has evaluated %s tokens of a prompt of %s, of which at least %s were in its cache before; %s",
-            prompt_tokens - cached,
+            "the server took %s of the %s tokens of a prompt from its cache, after a prompt of %s tokens; %s",
+            cached,
             prompt_tokens,
             expected,
-            "nothing that was sent has changed" if index is None else f"message {index} is the first that has changed",
+            change,
         )
         return PromptCacheLost(index)
 

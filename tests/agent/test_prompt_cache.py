@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -302,6 +303,22 @@ def test_a_small_loss_is_not_worth_a_word() -> None:
     watch = PromptCacheWatch()
     watch.compare([message("a")], None, usage(300, 0))
     assert watch.compare([message("b")], None, usage(300, 100)) is None
+
+
+def test_a_shorter_prompt_that_comes_from_the_cache_is_not_a_loss() -> None:
+    watch = PromptCacheWatch()
+    watch.compare([message("a"), message("a long flawed reply")], None, usage(3000, 0))
+    assert watch.compare([message("a"), message("b")], None, usage(1050, 1000)) is None
+
+
+def test_the_log_says_that_the_tools_have_changed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "lmbridge.agent")
+    watch = PromptCacheWatch()
+    watch.compare([message("a")], None, usage(3000, 0))
+    watch.compare([message("a")], ["new"], usage(3100, 10))
+    [logged] = caplog.messages
+    assert logged.startswith("the server took 10 of the 3100 tokens of a prompt from its cache")
+    assert logged.endswith("after a prompt of 3000 tokens; the tools have changed")
 
 
 def test_only_numbers_are_counts() -> None:
