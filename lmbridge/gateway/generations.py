@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -61,7 +62,7 @@ COUNTS: Final = frozenset(
     }
 )
 """The paths of requests about the tokens of a prompt: of llama.cpp, of Anthropic's and OpenAI's API, and of vLLM. They
-take a server milliseconds and no slot, so they are not admitted, but they go to the server that has the model."""
+take a server milliseconds and no slot, so they need no permit, but they go to the server that has the model."""
 _NEVER_STREAMED: Final = frozenset({"/v1/embeddings", *COUNTS})
 """The paths that are never answered with a stream, even if a request asks for one. Comments would corrupt an answer."""
 PRIORITY_HEADER: Final = "X-Lmbridge-Priority"
@@ -101,7 +102,7 @@ class Generations:
     Args:
         upstream: The server, or the pool of servers, that requests are passed on to.
         activity: Where each request is recorded.
-        access: Returns the names of clients.
+        access: Names the clients.
         options: How requests are passed on.
     """
 
@@ -217,8 +218,8 @@ class Generations:
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         # A stream is never compressed, because a compressor holds events back. Other answers may be compressed only in
         # ways that the gateway can read, because it has to know what an error says.
-        accepted = incoming.headers.get("Accept-Encoding", "").lower()
-        readable = [] if streams else [name for name in _READABLE_ENCODINGS if name in accepted]
+        accepted = incoming.headers.get("Accept-Encoding", "")
+        readable = [] if streams else [name for name in _READABLE_ENCODINGS if _accepts_encoding(accepted, name)]
         return headers | {"Accept-Encoding": ", ".join(readable) or "identity"}
 
     async def _forward(self, incoming: IncomingRequest, entry: Entry, request: Request) -> None:
@@ -280,6 +281,15 @@ class Generations:
         await incoming.finish()
 
 
+def _accepts_encoding(header: str, encoding: str) -> bool:
+    """Returns whether an `Accept-Encoding` names an encoding, and not with the weight 0, which refuses it."""
+    for entry in header.lower().split(","):
+        name, _, weight = entry.partition(";")
+        if name.strip() == encoding:
+            return re.fullmatch(r"\s*q\s*=\s*0(\.0*)?\s*", weight) is None
+    return False
+
+
 def server_of(call: Call) -> str:
     """Returns the URL of the server that a call is sent to, without the path of the request."""
     return call.url.removesuffix(call.request.path)
@@ -302,10 +312,11 @@ def _late_event(path: str, response: ForwardedResponse, whole: bytes | None) -> 
     """Returns an event that reports a response which is not a readable stream, after the client's stream has begun."""
     plain = decompressed_beginning(whole or b"", response.headers.get("Content-Encoding"))
     error = parse_error_body(plain)
-    message = error.message or "its body cannot be read"
+    is_other = response.status < 400 and not is_event_stream(response)
+    answered = f"answered {response.status}{', but not with an event stream' if is_other else ''}"
     return Problem(
         response.status if response.status >= 400 else 502,
-        f"the server answered {response.status}: {message}",
+        f"the server {answered}: {error.message or 'its body cannot be read'}",
         code=str(error.fields.get("code") or "upstream_error")[:100],
     ).event(path)
 

@@ -156,6 +156,7 @@ async def test_the_encodings_that_a_client_accepts_are_asked_for_where_the_gatew
         (BODY, "gzip, deflate, br, zstd", "gzip, deflate"),
         (BODY, "br", "identity"),
         (BODY, "gzip", "gzip"),
+        (BODY, "GZIP;q=0.5, deflate; q=0.0, x-deflate", "gzip"),
         (STREAM, "gzip", "identity"),
     ]:
         await fetch(http, gateway, CHAT, body, headers={"Accept-Encoding": accepted})

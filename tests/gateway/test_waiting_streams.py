@@ -103,7 +103,7 @@ async def test_a_stream_that_begins_soon_gets_none(
     ("behaviour", "code", "message"),
     [
         (reply(400, {"error": {"message": "no such thing", "code": "bad"}}), "bad", "answered 400: no such thing"),
-        (reply(200, {"choices": []}), "upstream_error", "answered 200"),
+        (reply(200, {"choices": []}), "upstream_error", "answered 200, but not with an event stream"),
         (hang_up(), "upstream_error", "without an answer"),
     ],
     ids=["error", "no stream", "hang up"],
