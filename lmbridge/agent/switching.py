@@ -232,7 +232,7 @@ class RunAdmission:
         try:
             await admitted
         except BaseException:
-            # The permit may have been admitted at the same moment, and would then block others for ever.
+            # The permit may have been admitted at the same moment, and would then block others forever.
             self.leave(permit)
             raise
         finally:

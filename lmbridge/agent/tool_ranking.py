@@ -83,7 +83,7 @@ class EmbeddingRanker:
         texts = [f"{tool.name}: {tool.description}"[:_EMBEDDED_CHARACTERS] for tool in tools]
         try:
             wanted, vectors = await self._embed(query, texts)
-        # A client of the program's own may raise anything, and may return anything.
+        # The program's own client may raise anything, and may return anything.
         except Exception as error:  # noqa: BLE001
             name = type(error).__name__
             logger.warning("tools are found by words, because the embeddings failed: %s: %s", name, error)
@@ -95,7 +95,7 @@ class EmbeddingRanker:
 
         Raises:
             LLMError: The request failed, the client cannot embed texts, or there are too few or too many embeddings.
-            Exception: The reply of a client of the program's own is not what it must be.
+            Exception: The program's own client raised this exception, or returned a reply of another form.
         """
         known = self._source.embeddings
         vectors = {text: known[self._model, text] for text in texts if (self._model, text) in known}

@@ -48,7 +48,7 @@ class FairOrder:
         self.leave(client, priority, place)
 
     def leave(self, client: str, priority: int, place: ScheduledRun) -> None:
-        """Records that a request does not wait any more. Calling it again does nothing."""
+        """Records that a request no longer waits. Calling it again does nothing."""
         key = (client, priority)
         if (rounds := self._waiting.get(key)) is not None:
             rounds.pop(place.number, None)

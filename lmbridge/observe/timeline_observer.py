@@ -31,7 +31,7 @@ from lmbridge.observe.events import (
 from lmbridge.observe.timeline import Bar, BarKind, Row, Timeline
 
 _PROBES: Final = frozenset(("server info", "model list"))
-"""Operations that ask a server for what it may not have, to find out what kind of server it is."""
+"""Operations that find out what kind of server it is. Status 404 is an answer to them, and not an error."""
 _NOT_FOUND: Final = 404
 _SWAP: Final = "The server loads the model. The bar ends when the reply begins, so it includes the time for the prompt."
 

@@ -422,7 +422,7 @@ class Agent(Wrapper):
 
         Raises:
             LLMValidationError: An argument is invalid, and nothing was sent. Or the model did not give a valid output;
-                then `.body` is its last answer, and `.context["path"]` the place of the mistake.
+                then `.body` is its last answer, and `.context["path"]` says where the mistake is.
             RunIncompleteError: The run has an `output_type`, and ended without an answer.
             MaxRoundsExceededError: The run used up its rounds.
             ModelChangedDuringExecutionError: The `switch_policy` refused or cancelled the run, or the server swapped
