@@ -105,6 +105,15 @@ async def test_a_server_that_goes_on_for_clients_that_have_left(
     assert finding.text == "100.00 s for a short answer after 1 that were left, 1.00 s before"
 
 
+async def test_an_answer_that_ends_before_its_stream_can_be_left_is_skipped(
+    scripted_server: ScriptedServer, connection: ServerConnection
+) -> None:
+    scripted_server.default = answer("all")
+    finding = await check_cancelling(connection)
+    assert (finding.state, finding.text) == ("skipped", "an answer ended before its stream could be left")
+    assert "proxy" in str(finding.fix)
+
+
 def calls_the_tool() -> Behaviour:
     call = {"id": "call_1", "type": "function", "function": {"name": "get_word", "arguments": "{}"}}
     return answer("", tool_calls=[call])
