@@ -70,9 +70,9 @@ class McpHub(NotCopyable):
             Default: 300.
         on_event: A plain function that is called with each `McpEvent`. An exception that it raises is logged.
         headers: A mapping from the names of HTTP servers to functions, async or plain, that return further headers. A
-            function is called when a connection is opened, and again after the status 401. It may take ten seconds; a
-            plain function is called in a thread. Default: None, which adds no headers. The configuration file can name
-            a command instead (`headersHelper`).
+            function is called when a connection is opened, and again after the status 401. It may take up to ten
+            seconds; a plain function is called in a thread. Default: None, which adds no headers. The configuration
+            file can name a command instead (`headersHelper`).
         on_elicitation: A function, async or plain, that is called with each `Elicitation`, the question of a server to
             the user, and returns the answer. A plain function is called in a thread, so it may wait for the user.
             Default: None, which declines every question.
@@ -169,8 +169,8 @@ class McpHub(NotCopyable):
     async def reload(self) -> McpConfig:
         """Reads the configuration file if it has changed, and returns its content.
 
-        Servers that have been changed or removed are closed as soon as no run uses them. A file that can no longer be
-        read changes nothing, and a warning is logged.
+        Servers whose entry has been changed or removed are closed as soon as no run uses them. A file that can no
+        longer be read changes nothing, and a warning is logged.
 
         Raises:
             MCPError: The hub is closed, or is in use in another event loop; or the configuration file cannot be read,
@@ -228,8 +228,10 @@ class McpHub(NotCopyable):
             if name in servers and servers[name].transport != "stdio" and not servers[name].headers_helper:
                 servers[name] = attrs.evolve(servers[name], headers_function=function)
             elif name in servers:
-                kind = "has a headersHelper as well" if servers[name].headers_helper else "is not on HTTP"
-                raise MCPError(f"headers are given for MCP server {name!r}, which {kind}", hint="leave one of them out")
+                problem, hint = "is not on HTTP", "leave it out of headers"
+                if servers[name].headers_helper:
+                    problem, hint = "has a headersHelper as well", "give only one of the two"
+                raise MCPError(f"headers are given for MCP server {name!r}, which {problem}", hint=hint)
             elif name not in config.broken and name not in config.disabled:
                 raise config.unknown_server(name)
         return attrs.evolve(config, servers=servers)
@@ -294,7 +296,7 @@ class McpHub(NotCopyable):
             except MCPError as error:
                 errors[server.spec.name] = error
 
-        # What it raises has a reason that is common to all servers, for example that the SDK is not installed.
+        # An exception that is raised here concerns all servers, for example that the SDK is not installed.
         await run_together(map(collect, servers))
         return definitions
 

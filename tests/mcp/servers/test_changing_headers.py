@@ -158,8 +158,11 @@ async def test_a_function_that_takes_too_long_is_an_error(
     ("servers", "words"),
     [
         ({"b": {"url": "http://127.0.0.1:1/mcp"}}, "unknown MCP server 'a'"),
-        ({"a": {"command": "x"}}, "is not on HTTP"),
-        ({"a": {"url": "http://127.0.0.1:1/mcp", "headersHelper": "x"}}, "has a headersHelper as well"),
+        ({"a": {"command": "x"}}, "is not on HTTP; leave it out of headers"),
+        (
+            {"a": {"url": "http://127.0.0.1:1/mcp", "headersHelper": "x"}},
+            "has a headersHelper as well; give only one of the two",
+        ),
     ],
 )
 async def test_a_function_for_no_server_on_http_is_an_error(
