@@ -36,7 +36,7 @@ PEOPLE = {"ulm": 130_000, "oslo": 720_000}
 
 
 async def count_people(city: str) -> str:
-    """Counts the people of a city, and takes half a second for it."""
+    """Counts the people of a city, which takes half a second."""
     await asyncio.sleep(0.5)
     return f"{PEOPLE[city.lower()]:,}"
 
@@ -125,7 +125,7 @@ async def main() -> None:
     """Parses the arguments and runs the example."""
     parser = argparse.ArgumentParser(description="Shows a run while it is in progress.")
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="the URL of a running server")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="the name of a model on that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="the name of a model on that server")
     args = parser.parse_args()
     async with connect(args.api_base, args.model) as client:
         await show(client)

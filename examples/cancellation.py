@@ -1,4 +1,4 @@
-"""Stops a run in five ways, and shows what is left of it: by its handle, a time limit, a sibling task, and so on.
+"""Stops a run in five ways, and shows what is left of it: by its handle, a time limit, a sibling, a budget, a break.
 
     python examples/cancellation.py
     python examples/cancellation.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b
@@ -109,7 +109,7 @@ async def main() -> None:
     """Parses the arguments and runs the example."""
     parser = argparse.ArgumentParser(description="Stops a run in five ways.")
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="the URL of a running server")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="the name of a model on that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="the name of a model on that server")
     args = parser.parse_args()
     async with connect(args.api_base, args.model) as client:
         await show(client)

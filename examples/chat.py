@@ -1,4 +1,4 @@
-"""A conversation in the terminal. Each answer appears as it is written, and Ctrl-C stops the answer and the server.
+"""A conversation in the terminal. Each answer appears as it is written, and Ctrl-C stops it, on the server as well.
 
     python examples/chat.py
 
@@ -15,7 +15,7 @@ from lmbridge.types import Message
 
 
 def answer(client: LLMClient, messages: list[Message]) -> str:
-    """Prints the answer while it arrives, and returns as much of it as there is."""
+    """Prints the answer while it arrives, and returns as much of it as has arrived."""
     parts: list[str] = []
     try:
         # Leaving the block closes the connection, and that is what stops the server.

@@ -2,7 +2,7 @@
 
     python examples/code_review.py ~/src/project HEAD~10..HEAD
 
-It uses the server of LMBRIDGE_API_BASE, or LM Studio. The client knows how many runs that can serve; the others wait.
+It uses the server of LMBRIDGE_API_BASE, or LM Studio. The client asks how many requests that can serve; others wait.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ async def git(folder: str, *command: str) -> str:
 
 
 async def main(folder: str = ".", changes: str = "HEAD~1..HEAD") -> None:
-    """Reviews each file of the changes, and prints what was found as soon as it is."""
+    """Reviews each file of the changes, and prints each review as soon as it is finished."""
 
     async def read_file(name: str) -> str:
         """Returns the text of a file of the repository, as it was committed last."""

@@ -34,7 +34,7 @@ async def main() -> None:
     """Reads the arguments, starts the gateway, and asks all questions at the same time."""
     parser = argparse.ArgumentParser(description="Sends the requests of two programs through the gateway.")
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="a model of that server")
     args = parser.parse_args()
     async with AsyncExitStack() as stack:
         local = None if args.api_base else await stack.enter_async_context(LocalServer())

@@ -1,4 +1,4 @@
-"""Programs that know nothing of lmbridge share one server through the gateway: here, two clients of openai-python.
+"""Lets two programs that do not use lmbridge share one server through the gateway: two clients of openai-python.
 
     pip install openai
     python examples/gateway_openai.py

@@ -66,7 +66,7 @@ async def main() -> None:
     parser.add_argument("file", nargs="?", type=Path, help="a text file")
     parser.add_argument("question", nargs="?", default=QUESTION)
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="the URL of your server")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="a model of that server")
     args = parser.parse_args()
     document = args.file.read_text() if args.file else DOCUMENT
     async with connect(args.api_base, args.model) as client:

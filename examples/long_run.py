@@ -61,7 +61,7 @@ async def main() -> None:
     """Parses the arguments and runs the example."""
     parser = argparse.ArgumentParser(description="Reads a report that is longer than the model's context.")
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="the URL of a running server")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="the name of a model on that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="the name of a model on that server")
     args = parser.parse_args()
     async with connect(args.api_base, args.model) as client:
         await print_steps(client)

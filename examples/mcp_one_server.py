@@ -68,7 +68,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description="Lets a model use the tools of an MCP server.")
     parser.add_argument("task", nargs="?", default=TASK)
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="URL of your model server")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="name of a model on that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="name of a model on that server")
     args = parser.parse_args()
     # A real program would use an existing file, such as ~/.mcp.json or the one of LM Studio.
     with tempfile.TemporaryDirectory() as folder:

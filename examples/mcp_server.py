@@ -32,11 +32,11 @@ PROMPT = "Tell me a story about a lighthouse, in a few sentences."
 async def model_server(api_base: str | None, model: str | None) -> AsyncIterator[dict[str, str]]:
     """Yields the environment variables of the bridge. It starts an embedded server if no URL is given."""
     if api_base:
-        env = {"LMBRIDGE_API_BASE": api_base, "DEFAULT_MODEL": model, "LM_API_TOKEN": os.environ.get("LM_API_TOKEN")}
+        env = {"LMBRIDGE_API_BASE": api_base, "LMBRIDGE_MODEL": model, "LM_API_TOKEN": os.environ.get("LM_API_TOKEN")}
         yield {name: value for name, value in env.items() if value}
     else:
         async with LocalServer() as server:
-            yield {"LMBRIDGE_API_BASE": server.api_base, "DEFAULT_MODEL": server.model}
+            yield {"LMBRIDGE_API_BASE": server.api_base, "LMBRIDGE_MODEL": server.model}
 
 
 async def show_progress(progress: float, total: float | None, message: str | None) -> None:
@@ -73,7 +73,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description="Drives lmbridge's MCP server.")
     parser.add_argument("prompt", nargs="?", default=PROMPT)
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="URL of your model server")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="name of a model on that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="name of a model on that server")
     args = parser.parse_args()
     async with model_server(args.api_base, args.model) as env:
         await work(env, args.prompt)

@@ -1,4 +1,4 @@
-"""Summarizes every .txt file in a folder overnight, and goes on where it was when it is started again.
+"""Summarizes every .txt file in a folder overnight. Started again, it continues where it stopped.
 
     python examples/nightly_batch.py notes/
 

@@ -1,4 +1,4 @@
-"""Adds up what a program costs, with an observer of its own. The log, on stderr, has a line for each request.
+"""Adds up what a program costs, with an observer. The log, on stderr, has a line for each request.
 
     python examples/observer.py
 

@@ -28,7 +28,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description="Streams a model's answer to the terminal.")
     parser.add_argument("prompt", nargs="?", default="Give me three tips for a good night's sleep.")
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="a model of that server")
     args = parser.parse_args()
     async with AsyncExitStack() as stack:
         if not args.api_base:

@@ -51,7 +51,7 @@ async def begin(folder: Path, api_base: str, model: str | None) -> None:
 
 
 async def go_on(folder: Path, api_base: str, model: str | None) -> None:
-    """Lets the run go on."""
+    """Resumes the run from its journal."""
     async with LLMClient(api_base, model) as client:
         result = await Agent.resume(folder / "runs.db", client=client, tools=[make_tool(folder / "posted.txt")])
     for record in (record for each in result.log for record in each.tool_calls):

@@ -124,7 +124,7 @@ async def main() -> None:
     """Parses the arguments and runs each demonstration."""
     parser = argparse.ArgumentParser(description="Shows what a stream can do.")
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="the URL of your server")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="a model of that server")
     args = parser.parse_args()
     async with connect(args.api_base, args.model) as client:
         for demo in (leave_early, stop_from_another_task, exceed_a_time_limit, collect_one, many_at_a_time):

@@ -72,7 +72,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description="Turns a sentence into a booking.")
     parser.add_argument("sentence", nargs="?", default=SENTENCE)
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="the URL of your server")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="a model of that server")
     args = parser.parse_args()
     async with connect(args.api_base, args.model) as client:
         print(f"> {args.sentence}\n")

@@ -79,7 +79,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description="Shows the four switch policies.")
     parser.add_argument("--other", help="the name of another model on that server")
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="the URL of a running server")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="the name of a model on that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="the name of a model on that server")
     args = parser.parse_args()
     async with connect(args.api_base, args.model) as client:
         other = args.other or f"{client.model or 'model'}-other"

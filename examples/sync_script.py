@@ -1,4 +1,4 @@
-"""Summarize text files without async: a blocking client, shared by a few threads.
+"""Summarizes text files without async: a blocking client, shared by a few threads.
 
     python examples/sync_script.py notes/*.txt
     python examples/sync_script.py --api-base http://127.0.0.1:9931/v1 notes/*.txt

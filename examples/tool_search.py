@@ -68,7 +68,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description="Lets a model search for the tool that it needs.")
     parser.add_argument("task", nargs="?", default=TASK)
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="the base URL of your server")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="the model to use on that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="the model to use on that server")
     args = parser.parse_args()
     async with connect(args.api_base, args.model) as client:
         await run_agent(client, args.task)

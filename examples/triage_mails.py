@@ -74,7 +74,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description="Sorts a folder of mails.")
     parser.add_argument("folder", nargs="?", type=Path, help="a folder with .eml or .txt files")
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="the URL of your server")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    parser.add_argument("--model", default=os.environ.get("LMBRIDGE_MODEL"), help="a model of that server")
     args = parser.parse_args()
     mails = dict(read_mails(args.folder)) if args.folder else MAILS
     calibrated = False

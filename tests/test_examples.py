@@ -96,7 +96,7 @@ async def test_quickstart_prints_each_chunk_when_it_arrives(scripted_server: Scr
 
 
 async def test_quickstart_uses_the_server_of_the_environment(scripted_server: ScriptedServer) -> None:
-    outcome = await run("quickstart.py", LMBRIDGE_API_BASE=scripted_server.api_base, DEFAULT_MODEL="gemma-3-4b")
+    outcome = await run("quickstart.py", LMBRIDGE_API_BASE=scripted_server.api_base, LMBRIDGE_MODEL="gemma-3-4b")
     assert (outcome.status, outcome.errors) == (0, "")
     assert "gemma-3-4b: " in outcome.output
 
