@@ -44,11 +44,11 @@ _ALL: Final = "all"
 
 
 @attrs.frozen(kw_only=True)
-class RunView:
-    """How a run is shown."""
+class RunOutput:
+    """Where and how a command shows its run."""
 
     terminal: Terminal
-    """Where it is shown."""
+    """The terminal that shows it."""
     as_json: bool
     """Whether each event is a line of JSON."""
     reasoning: ReasoningMode
@@ -86,14 +86,14 @@ def run_agent(
     """Lets a model work on a task with the tools of MCP servers.
 
     On a terminal, rounds, calls and their results appear while the model works; in a pipe, only the answer is printed.
-    Calls that may change or delete something are made only if you approve them. Ctrl-C stops the run, the server and
-    the tools. The exit status says how the run ended.
+    Calls that may change or delete something are made only if you approve them. Ctrl-C stops the run, the tools, and
+    what the server is generating. The exit status says how the run ended.
     """
 
     async def work(terminal: Terminal, _signals: Signals) -> ExitStatus:
         text = await whole_prompt(task)
         if text is None:
-            raise UsageError("there is no task", 'lmbridge run "what to do"')
+            raise UsageError("no task was given", 'lmbridge run "what to do"')
         tools = ToolOptions(names=mcp or (), config=mcp_config, trust_project=trust_project, approval=approve)
         queue = QueueTimes()
         settings = {
@@ -104,7 +104,7 @@ def run_agent(
             "temperature": temperature,
             "observers": [queue],
         }
-        view = RunView(terminal=terminal, as_json=as_json, reasoning=reasoning)
+        view = RunOutput(terminal=terminal, as_json=as_json, reasoning=reasoning)
         server = ServerOptions(api_base=api_base, local=local, model=model)
         async with AsyncExitStack() as stack:
             connection = await stack.enter_async_context(connect_to_server(server, terminal, observers=[queue]))
@@ -126,7 +126,7 @@ def _entry(journal: Path | None, access: ToolAccess) -> JournalEntry | None:
     return JournalEntry(str(journal), extra={MCP_SERVERS: access.names})
 
 
-def open_tools(options: ToolOptions, view: RunView) -> ToolAccess:
+def open_tools(options: ToolOptions, view: RunOutput) -> ToolAccess:
     """Returns the tools of a run. With `--json`, the user is asked nothing, because the output is for a program."""
     return ToolAccess(options, None if view.as_json else view.terminal.ask)
 
@@ -151,7 +151,7 @@ def make_agent(connection: ServerConnection, access: ToolAccess, settings: Mappi
     return Agent(connection.client, open_tools=access.open_tools, approve=access.approve, **settings)
 
 
-async def show_run(events: AsyncIterator[RunEvent], view: RunView, queue: QueueTimes) -> ExitStatus:
+async def show_run(events: AsyncIterator[RunEvent], view: RunOutput, queue: QueueTimes) -> ExitStatus:
     """Shows a run until its end.
 
     Args:

@@ -49,7 +49,7 @@ def _show_wrong_arguments(error: Any, command: str) -> None:
 
     Args:
         error: The error.
-        command: The command, as it is typed, for an error that does not say of which one it is.
+        command: The command as it is typed. It is shown if the error does not name its command.
     """
     text = error.format_message().removesuffix(".")
     path = error.ctx.command_path if error.ctx else command

@@ -11,13 +11,13 @@ import typer
 
 from lmbridge.cli.answer_schema import AnswerSchema
 from lmbridge.cli.answer_view import AnswerView, ReasoningMode
-from lmbridge.cli.chat_messages import begin_messages, for_conversation, last_conversation, save, user_message
+from lmbridge.cli.chat_messages import begin_messages, last_conversation, save, user_message, with_past_model
 from lmbridge.cli.chat_options import ChatOptions
 from lmbridge.cli.connection import connect_to_server
 from lmbridge.cli.conversation_log import ConversationLog
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.options import ApiBase, Debug, Local, MaxTokens, Model, ServerOptions, Temperature
-from lmbridge.cli.prompt_input import whole_prompt
+from lmbridge.cli.prompt_input import has_terminal, whole_prompt
 from lmbridge.cli.running import Signals, UsageError, run
 from lmbridge.cli.terminal import Terminal
 from lmbridge.cli.tool_access import ToolAccess
@@ -103,11 +103,13 @@ def _check(options: ChatOptions) -> None:
 async def _converse(options: ChatOptions, terminal: Terminal, signals: Signals) -> ExitStatus:
     if options.as_json or options.schema is not None:
         raise UsageError("--json and --schema need a prompt", 'lmbridge chat --json "your question"')
+    if not has_terminal():
+        raise UsageError("no prompt was given, and a conversation needs a terminal", 'lmbridge chat "your question"')
     # Imported here because prompt_toolkit takes a tenth of a second, and only conversations need it.
     from lmbridge.cli.conversation import Conversation  # noqa: PLC0415 - see above
 
     async with connect_to_server(options.server, terminal) as connection:
-        return await Conversation.begin(options, connection, terminal, signals)
+        return await Conversation.hold(options, connection, terminal, signals)
 
 
 async def _answer_once(text: str, options: ChatOptions, terminal: Terminal) -> ExitStatus:
@@ -115,7 +117,7 @@ async def _answer_once(text: str, options: ChatOptions, terminal: Terminal) -> E
     past = await last_conversation(log) if options.continues else None
     async with AsyncExitStack() as stack:
         connection = await stack.enter_async_context(connect_to_server(options.server, terminal))
-        connection = for_conversation(connection, past, options.server.model)
+        connection = with_past_model(connection, past, options.server.model)
         tools = (
             await stack.enter_async_context(ToolAccess(options.tools, terminal.ask)) if options.tools.names else None
         )

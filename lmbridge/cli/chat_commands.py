@@ -43,7 +43,7 @@ async def run_command(conversation: Conversation, line: str) -> bool:
         return False
     command = COMMANDS.get(name)
     if command is None:
-        raise UsageError(f"there is no command /{name}", "/help lists the commands")
+        raise UsageError(f"unknown command /{name}", "/help lists the commands")
     await command.handler(conversation, argument.strip())
     return True
 
@@ -73,7 +73,7 @@ async def _system(conversation: Conversation, argument: str) -> None:
         conversation.set_system(None)
     elif argument:
         conversation.set_system(argument)
-    conversation.terminal.notice(conversation.system or "there is no system message")
+    conversation.terminal.notice(conversation.system or "no system message is set")
 
 
 async def _save(conversation: Conversation, argument: str) -> None:
@@ -117,7 +117,7 @@ async def _tools(conversation: Conversation, argument: str) -> None:
     elif argument:
         names = argument.replace(",", " ").split()
         if unknown := [name for name in names if name not in available]:
-            raise UsageError(f"there is no MCP server {unknown[0]!r} in the configuration", "/tools lists them")
+            raise UsageError(f"the configuration has no MCP server {unknown[0]!r}", "/tools lists the servers")
         conversation.tools.names = names
     rows = [("*" if name in conversation.tools.names else "", name) for name in available]
     conversation.terminal.table(("", "MCP server"), rows)
@@ -157,7 +157,9 @@ COMMANDS: Final[dict[str, ChatCommand]] = {
     "help": ChatCommand("", "lists the commands", _help),
     "model": ChatCommand("[NAME]", "lists the models, or changes the model", _model),
     "system": ChatCommand("[TEXT]", "shows or sets the system message; - removes it", _system),
-    "tools": ChatCommand("[NAME ...]", "lists the MCP servers, or gives the model their tools; off takes them", _tools),
+    "tools": ChatCommand(
+        "[NAME ...]", "lists the MCP servers, or gives the model their tools; off removes them", _tools
+    ),
     "image": ChatCommand("FILE", "shows an image with the next question", _image),
     "reasoning": ChatCommand("[show|hide]", "shows or hides the reasoning of the model", _reasoning),
     "save": ChatCommand("FILE", "saves the conversation as Markdown, or as JSON if the name ends with .json", _save),

@@ -51,14 +51,17 @@ async def last_conversation(log: ConversationLog | None) -> LoggedConversation:
     """
     past = None if log is None else await log.last()
     if past is None:
-        raise CommandError("there is no conversation to continue", 'begin one: lmbridge chat "your question"')
+        raise CommandError("the log has no conversation to continue", 'begin one: lmbridge chat "your question"')
     return past
 
 
-def for_conversation(
+def with_past_model(
     connection: ServerConnection, past: LoggedConversation | None, model: str | None
 ) -> ServerConnection:
-    """Returns the connection, with the model of the continued conversation if the server has it and none was named."""
+    """Returns the connection, with the model of the continued conversation if the server has it.
+
+    If a model was named, or the server is the embedded one, the connection keeps its model.
+    """
     if past is None or past.model is None or model is not None or connection.is_local:
         return connection
     if not entries_named(connection.info.models, past.model):

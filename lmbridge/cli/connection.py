@@ -39,7 +39,7 @@ KIND_NAMES: Final[dict[ServerKind, str]] = {
 }
 """The name of each kind of server."""
 _INFO_SECONDS: Final = 2.0
-"""How long a person may have to wait for what a server reports after an answer, in seconds."""
+"""How long `ServerConnection.after_answer` waits for what the server reports, in seconds: a person waits as well."""
 _START_HINT: Final = (
     "start LM Studio, llama-server, Ollama or vLLM; or give its address with --api-base URL;"
     " or use --local for the embedded server (pip install 'lmbridge[local]')"
@@ -63,7 +63,7 @@ class ServerConnection:
 
     @asynccontextmanager
     async def open_separate_client(self, limits: Limits) -> AsyncIterator[LLMClient]:
-        """Yields another client of the same server and model, with a schedule of its own."""
+        """Yields another client of the same server and model, with a separate schedule."""
         chosen = _ChosenServer(api_base=self.client.api_base, model=self.model, sends_key=self.sends_key)
         async with chosen.open(limits) as client:
             yield client

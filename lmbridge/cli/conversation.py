@@ -14,7 +14,7 @@ from typing import Any, Final
 import attrs
 
 from lmbridge.cli.answer_view import AnswerView, ReasoningMode
-from lmbridge.cli.chat_messages import begin_messages, for_conversation, last_conversation, save, user_message
+from lmbridge.cli.chat_messages import begin_messages, last_conversation, save, user_message, with_past_model
 from lmbridge.cli.chat_options import ChatOptions
 from lmbridge.cli.connection import ServerConnection
 from lmbridge.cli.conversation_log import ConversationLog, LoggedConversation
@@ -56,7 +56,7 @@ class Conversation:
         """Whether the reasoning of the model is shown."""
         self.images: list[Path] = list(options.images)
         """The images that are shown with the next question."""
-        self.connection: ServerConnection = for_conversation(connection, past, options.server.model)
+        self.connection: ServerConnection = with_past_model(connection, past, options.server.model)
         """The server and the model that answers."""
         self.messages: list[dict[str, Any]] = begin_messages(past, options.system)
         """The messages so far, with the system message first if there is one."""
@@ -66,7 +66,7 @@ class Conversation:
         self._status = ""
 
     @classmethod
-    async def begin(
+    async def hold(
         cls, options: ChatOptions, connection: ServerConnection, terminal: Terminal, signals: Signals
     ) -> ExitStatus:
         """Holds the conversation until the person leaves it.

@@ -64,7 +64,7 @@ class LoggedConversation:
     """A conversation of the log."""
 
     id: int
-    """Its number."""
+    """The number of the conversation in the log."""
     model: str | None
     """The model that answered last."""
     messages: list[dict[str, Any]]

@@ -33,7 +33,7 @@ def _check_fix(finding: Finding, _attribute: attrs.Attribute[str | None], fix: s
 
 @attrs.frozen
 class Finding:
-    """The outcome of one check. A warning, and what is broken, always come with a fix."""
+    """The outcome of one check. If its state is "warning" or "broken", it always has a fix."""
 
     check: str
     """What was checked, in one or two words."""
@@ -46,7 +46,7 @@ class Finding:
 
     @classmethod
     def of_error(cls, check: str, text: str, hint: str | None, default: str = _ERROR_FIX) -> Self:
-        """Returns the finding that an error has shown something to be broken.
+        """Returns the finding of a check that has failed with an error.
 
         Args:
             check: What was checked.

@@ -22,9 +22,9 @@ _TOKENS_OF_WORD: Final = 1.3
 """About how many tokens a word of the prompts has, with the tokenizers of common models."""
 _TASK: Final = "Write a long story in which each of these words occurs:"
 _GOOD_ENOUGH: Final = 0.95
-"""The share of the highest throughput at which a lower concurrency is preferred."""
+"""A lower concurrency is preferred if it reaches this share of the highest throughput."""
 _IGNORES_EOS: Final[frozenset[ServerKind]] = frozenset({"llama.cpp", "vllm"})
-"""The servers that can be told to generate beyond the end of the answer, so that all answers are equally long."""
+"""The servers with a parameter that makes them generate beyond the end of the answer, so that all are equally long."""
 
 
 @attrs.frozen(kw_only=True)

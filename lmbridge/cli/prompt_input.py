@@ -11,10 +11,10 @@ from lmbridge.cli.running import UsageError
 
 
 async def whole_prompt(prompt: str | None) -> str | None:
-    """Returns the prompt, followed by what is piped into the command; None if a conversation begins.
+    """Returns the prompt, followed by what is piped into the command; None if neither was given.
 
     Raises:
-        UsageError: There is neither a prompt nor a person who could type one.
+        UsageError: The prompt is empty, or what is piped in is not text.
     """
     piped = "" if sys.stdin is None or sys.stdin.isatty() else _decode_prompt(await _read_stdin())
     text = "\n\n".join(each for each in (prompt or "", piped.rstrip("\n")) if each.strip())
@@ -22,9 +22,12 @@ async def whole_prompt(prompt: str | None) -> str | None:
         return text
     if prompt is not None:
         raise UsageError("the prompt is empty")
-    if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
-        raise UsageError("there is no prompt, and no terminal for a conversation", 'lmbridge chat "your question"')
     return None
+
+
+def has_terminal() -> bool:
+    """Returns whether a person can type at stdin and read stdout."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 async def _read_stdin() -> bytes:

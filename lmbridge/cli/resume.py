@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import attrs
 import typer
 
-from lmbridge.cli.agent_run import MCP_SERVERS, RunView, make_agent, open_tools, show_run
+from lmbridge.cli.agent_run import MCP_SERVERS, RunOutput, make_agent, open_tools, show_run
 from lmbridge.cli.answer_view import ReasoningMode
 from lmbridge.cli.connection import connect_to_server
 from lmbridge.cli.exit_status import ExitStatus
@@ -41,9 +41,9 @@ def resume(
 ) -> None:
     """Resumes a run whose program was interrupted.
 
-    The run keeps its model, its options and its MCP servers. Calls that had ended are not made again. If it is not
-    known whether a call has happened, the model is told so. If the run is finished already, its answer is printed. The
-    run is shown as by `lmbridge run`; with --json, each event is a line.
+    The run keeps its model, its options and its MCP servers. Calls that had ended are not made again. The model learns
+    which calls may or may not have happened. If the run is finished already, its answer is printed. The run is shown as
+    by `lmbridge run`; with --json, each event is a line.
     """
     options = ToolOptions(config=mcp_config, trust_project=trust_project, approval=approve)
     server = ServerOptions(api_base=api_base, local=local)
@@ -55,14 +55,14 @@ def resume(
         if lists:
             _show_runs(await Journal(journal).runs(), terminal, as_json=as_json)
             return ExitStatus.OK
-        view = RunView(terminal=terminal, as_json=as_json, reasoning=reasoning)
+        view = RunOutput(terminal=terminal, as_json=as_json, reasoning=reasoning)
         return await _resume_run(journal, run_id, server, options, view)
 
     run(work, debug=debug)
 
 
 async def _resume_run(
-    journal: Path, run_id: str | None, server: ServerOptions, options: ToolOptions, view: RunView
+    journal: Path, run_id: str | None, server: ServerOptions, options: ToolOptions, view: RunOutput
 ) -> ExitStatus:
     """Resumes the run, and shows it until its end.
 

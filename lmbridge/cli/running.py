@@ -26,7 +26,7 @@ from lmbridge.cli.terminal import Terminal
 from lmbridge.errors import LLMError, MCPError
 
 Work = Callable[["Terminal", "Signals"], Coroutine[Any, Any, ExitStatus]]
-"""What a command does; it returns the exit status."""
+"""The coroutine function of a command, which returns the exit status."""
 
 _MCP_HINT: Final = "lmbridge doctor starts the servers of the configuration one by one, and says what to do"
 _REPORT_HINT: Final = "run it again with --debug for the traceback"
@@ -61,7 +61,7 @@ class CommandError(Exception):
 
 
 class Signals:
-    """What SIGINT and SIGTERM do while a command runs.
+    """Handles SIGINT and SIGTERM while a command runs.
 
     The first SIGINT cancels the task that was registered with `interrupting`, or else the command. Once the command is
     being cancelled, another SIGINT cancels it again, and a third one ends the process at once.

@@ -46,8 +46,7 @@ def serve(
 
     It runs until Ctrl-C, and needs lmbridge[local].
 
-    To require an API key, set LMBRIDGE_LOCAL_API_KEY. There is no option for it, because other users of the machine
-    can see the options of a running command.
+    To require an API key, set LMBRIDGE_LOCAL_API_KEY. An option would be visible to other users of the machine.
     """
     options = {
         "model": model,

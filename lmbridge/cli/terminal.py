@@ -36,8 +36,8 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
 class Terminal:
     """Standard output and standard error of a command.
 
-    Colours, and views that change while they are shown, appear only on a terminal, and neither with `NO_COLOR` in the
-    environment (https://no-color.org) nor on a terminal that calls itself "dumb".
+    Colours, and views that change while they are shown, appear only on a terminal. `NO_COLOR` in the environment
+    (https://no-color.org) switches them off, and so does a terminal that calls itself "dumb".
     """
 
     def __init__(self) -> None:

@@ -60,7 +60,8 @@ def test_without_a_prompt_and_a_terminal_it_says_what_to_do(command: Command, se
     status, output, errors = command("chat")
     assert (status, output) == (2, "")
     assert (
-        errors == 'error: there is no prompt, and no terminal for a conversation\nhint: lmbridge chat "your question"\n'
+        errors
+        == 'error: no prompt was given, and a conversation needs a terminal\nhint: lmbridge chat "your question"\n'
     )
     assert bodies(server) == []
 
@@ -236,7 +237,7 @@ def test_without_a_log_nothing_is_written(command: Command, data_home: Path) -> 
     assert not data_home.exists()
     status, _, errors = command("chat", "-c", "Again")
     assert status == 1
-    assert "there is no conversation to continue" in errors
+    assert "the log has no conversation to continue" in errors
 
 
 def test_continuing_without_a_log_is_a_contradiction(command: Command) -> None:

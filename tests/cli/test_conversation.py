@@ -72,7 +72,7 @@ async def started(options: ChatOptions) -> AsyncIterator[tuple[asyncio.Task[Exit
         ready.set_result(signals)
         terminal = Terminal()
         async with connect_to_server(options.server, terminal) as connection:
-            return await Conversation.begin(options, connection, terminal, signals)
+            return await Conversation.hold(options, connection, terminal, signals)
 
     task = asyncio.create_task(lead())
     try:
@@ -207,7 +207,7 @@ async def test_an_unknown_command_is_not_sent_to_the_model(
     scripted_server: ScriptedServer, keyboard: PipeInput, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await converse(scripted_server, keyboard, "/hlep")
-    assert "error: there is no command /hlep\nhint: /help lists the commands\n" in capsys.readouterr().err
+    assert "error: unknown command /hlep\nhint: /help lists the commands\n" in capsys.readouterr().err
     assert sent_messages(scripted_server) == []
 
 
@@ -292,7 +292,7 @@ async def test_the_tools_of_the_configuration_are_listed(
     rows = [line.split() for line in output.splitlines()]
     assert rows.count(["*", "time"]) == 1
     assert rows.count(["files"]) == 3
-    assert "error: there is no MCP server 'nothing' in the configuration" in notices
+    assert "error: the configuration has no MCP server 'nothing'" in notices
 
 
 async def test_the_status_line_of_a_turn_with_tools_has_its_speed_and_the_context(

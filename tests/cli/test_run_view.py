@@ -23,7 +23,7 @@ from lmbridge import (
     TextDelta,
 )
 from lmbridge.agent.result import CompactionKind, CompactionStep, Nudge, Round
-from lmbridge.cli.agent_run import RunView, show_run
+from lmbridge.cli.agent_run import RunOutput, show_run
 from lmbridge.cli.answer_view import AnswerView
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.queue_times import QueueTimes
@@ -171,7 +171,7 @@ async def test_an_answer_from_before_the_interruption_of_a_run_is_shown_once(
         for event in [*pieces, FINISHED]:
             yield event
 
-    view = RunView(terminal=WatchedTerminal(), as_json=False, reasoning="show")
+    view = RunOutput(terminal=WatchedTerminal(), as_json=False, reasoning="show")
     assert await show_run(all_events(), view, QueueTimes()) == ExitStatus.OK
     assert capsys.readouterr().out == "Hi\n"
 
