@@ -4,7 +4,7 @@
 # make test-newer   runs the fast tests with Python 3.13, in a chroot of Debian 13; it needs root on Debian or Ubuntu.
 #                   SUITE=sid takes Python 3.14 of Debian's newest packages, and SUITE=sid PYTHON=python3.15 another one
 # make test-llama-server  runs the tests with real servers on Debian's own llama-server, in a chroot of sid; as above
-# make fuzz         tries many inputs of strangers for a minute; MINUTES=10 takes longer, ONLY=schemas takes one kind of them
+# make fuzz         tries random and damaged inputs for a minute; MINUTES=10 takes longer, ONLY=schemas takes one kind of them
 # make lint         runs the checks only
 # make docs         serves the documentation as a site, at http://127.0.0.1:8000
 # make bench        compares lmbridge with other clients; ROUNDS=3 ONLY=stream is quick, WRITE=yes updates the docs
