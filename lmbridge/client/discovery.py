@@ -68,7 +68,7 @@ async def discover(ports: Iterable[int] = DEFAULT_PORTS, timeout: float = 0.5) -
     Args:
         ports: The ports to try. Default: those of LM Studio (1234), llama.cpp (9931, and 8080 for older versions),
             Ollama (11434) and vLLM (8000).
-        timeout: The most seconds that a server may take to describe itself. Default: half a second.
+        timeout: How many seconds a server may take to describe itself. Default: half a second.
 
     Raises:
         LLMValidationError: An argument is not valid.

@@ -149,7 +149,13 @@ class DynamicAutonomousAgent(NotCopyable):
         return await self._hub.names()
 
     async def switch_model(self, model: str) -> None:
-        """Changes the default model of the agent. `Agent.switch_model` describes what happens to runs in flight."""
+        """Changes the default model of the agent. `Agent.switch_model` describes what happens to runs in flight.
+
+        Raises:
+            LLMValidationError: The name is not valid.
+            ModelChangedDuringExecutionError: The `switch_policy` is "reject" and runs are in flight, or the call comes
+                from a tool of a run that would have to end first.
+        """
         await self._agent.switch_model(model)
 
     @overload
@@ -464,7 +470,7 @@ class DynamicAutonomousAgent(NotCopyable):
             raise TaskCancelledError(_CLOSED_MESSAGE)
         journal = options["journal"]
         if journal is not None:
-            journal = servers.kept_in(journal)
+            journal = servers.journal_entry(journal)
         handle = self._agent.start(
             task,
             journal=journal,

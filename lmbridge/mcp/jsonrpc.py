@@ -146,7 +146,7 @@ def _stand_in_answer(line: bytes) -> list[dict[str, Any]]:
 
 
 def _is_message(value: Any) -> bool:
-    """Returns whether a value that fills a line is a message, even if its sender forgot the field `jsonrpc`."""
+    """Returns whether a decoded value is a message, even if its sender forgot the field `jsonrpc`."""
     if not isinstance(value, dict):
         return False
     return "jsonrpc" in value or ("id" in value and ("result" in value or "error" in value))

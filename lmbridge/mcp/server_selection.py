@@ -40,7 +40,7 @@ class ServerSelection:
 
     @classmethod
     def from_journal(cls, extra: Mapping[str, Any]) -> ServerSelection:
-        """Returns the servers of a resumed run, given the `JournalEntry.extra` that `kept_in` created.
+        """Returns the servers of a resumed run, given the `JournalEntry.extra` that `journal_entry` created.
 
         Raises:
             JournalError: Another kind of agent began the run.
@@ -50,7 +50,7 @@ class ServerSelection:
             raise JournalError(message, problem="mismatch", hint="resume it with Agent.resume")
         return cls(extra[_NAMES_KEY], extra[_ON_ERROR_KEY])
 
-    def kept_in(self, journal: AnyJournal) -> JournalEntry:
+    def journal_entry(self, journal: AnyJournal) -> JournalEntry:
         """Returns the journal entry of a run, to which the names of its servers are added."""
         # Most programs keep no journal, and need not import sqlite3.
         from lmbridge.agent.journal import JournalEntry  # noqa: PLC0415 - see above

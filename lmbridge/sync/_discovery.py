@@ -14,7 +14,7 @@ def discover(ports: Iterable[int] = DEFAULT_PORTS, timeout: float = 0.5) -> list
 
     Args:
         ports: The ports to try. Default: those of LM Studio, llama.cpp, Ollama and vLLM.
-        timeout: The most seconds that a server may take to describe itself. Default: half a second.
+        timeout: How many seconds a server may take to describe itself. Default: half a second.
 
     Raises:
         LLMValidationError: An argument is not valid.

@@ -110,7 +110,13 @@ class DynamicAutonomousAgent(Owner):
         return result
 
     def switch_model(self, model: str) -> None:
-        """Changes the default model of the agent. `Agent.switch_model` describes what happens to runs in flight."""
+        """Changes the default model of the agent. `Agent.switch_model` describes what happens to runs in flight.
+
+        Raises:
+            LLMValidationError: The name is not valid.
+            ModelChangedDuringExecutionError: The `switch_policy` is "reject" and runs are in flight, or the call comes
+                from a tool of a run that would have to end first.
+        """
         self._await(lambda: self.wrapped.switch_model(model))
 
     @overload

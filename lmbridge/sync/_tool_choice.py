@@ -28,7 +28,7 @@ def pick_tools(
         tools: All tools, or functions from which tools can be made.
         limit: How many tools to return at most. Default: 10.
         model: The model that decides. Default: that of the client.
-        fallback: Whether a model that is no decision model may decide. Default: True.
+        fallback: Whether a model that is not a decision model may decide. Default: True.
 
     Returns:
         The tools in the order in which they were given, so that the same tools make the same prompt.

@@ -52,7 +52,7 @@ class Wrapper(NotCopyable):
         return f"<sync {self.wrapped!r}>"
 
     def _set_wrapped(self, wrapped: Any) -> None:
-        """Takes over the asynchronous object of a constructor. Making it needed no event loop."""
+        """Stores the asynchronous object that a constructor has made, for which no event loop is needed."""
         self.wrapped = wrapped
 
     @staticmethod
@@ -136,7 +136,11 @@ class Stream(Wrapper, Iterator[_Item_co], Generic[_Item_co]):
         self.close()
 
     def collect(self) -> Any:
-        """Reads the stream to its end, and returns the dict that the plain call would have returned."""
+        """Reads the stream to its end, and returns the dict that the plain call would have returned.
+
+        Raises:
+            LLMError: The stream failed; `.partial` is what had arrived.
+        """
         from lmbridge.client.collecting import collect  # noqa: PLC0415 - streams of runs never need it
 
         reply = portal.run(lambda: collect(self.wrapped))

@@ -31,7 +31,8 @@ A behaviour is any async function of an `Exchange`, so you can write your own::
 server and replays them. `forbid_real_requests` makes sure that no test depends on a server by accident, and
 `retry_without_waiting` makes tests of retries fast.
 
-A plugin that pytest loads by itself has fixtures for all of this; docs/testing.md lists them.
+The plugin `_lmbridge_pytest_plugin`, which pytest loads by itself, has fixtures for all of this; docs/testing.md lists
+them.
 """
 
 from lmbridge.testing.behaviours import answer, hang_up, raw, reply, reset, sse, stall

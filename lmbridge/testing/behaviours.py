@@ -224,7 +224,7 @@ def raw(*pieces: bytes) -> Behaviour:
 
 
 def stall(after: Sequence[Mapping[str, Any] | str | bytes] = ()) -> Behaviour:
-    """Sends nothing, or nothing after some events, until the client disconnects.
+    """Sends some events or nothing, and then waits until the client disconnects.
 
     Args:
         after: The events to send first, in the form that `sse` takes. With an empty list, not even the head is sent.

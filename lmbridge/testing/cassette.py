@@ -139,7 +139,7 @@ class Cassette:
         recorded = None if self.mode == "all" else read_cassette(self.path)
         if recorded is None and self.mode == "none":
             raise CassetteError(
-                f"there is no cassette {self.path}; record it with mode='once' while the server is running"
+                f"the cassette {self.path} does not exist; record it with mode='once' while the server is running"
             )
         self._is_recording = recorded is None
         self._exchanges = [] if recorded is None else recorded.exchanges

@@ -44,7 +44,7 @@ class FakeReply:
     finish_reason: str | None = None
     """The finish reason. By default it is "tool_calls" if there are calls, else "stop"."""
     usage: Mapping[str, Any] | None = None
-    """The tokens. By default each word of the text is a token, and the prompt has one."""
+    """The token usage. By default each word of the text is a token, and the prompt has one token."""
     model: str | None = None
     """The model that the reply names. By default it is the model that was asked for."""
     error: BaseException | None = None
@@ -69,7 +69,7 @@ class FakeRequest:
     model: str | None
     """The model that the request names, or None."""
     stream: bool
-    """Whether a stream was requested, as agents do."""
+    """Whether a stream was requested. Agents always request one."""
     params: Mapping[str, Any]
     """All other parameters, such as `max_tokens` and `tools`."""
 
@@ -150,6 +150,7 @@ class FakeChatClient:
 
         Raises:
             AssertionError: All turns have been used.
+            BaseException: The turn is this exception.
             LLMValidationError: The turn is not one of the kinds that `FakeChatClient` lists.
         """
         request = FakeRequest(

@@ -145,7 +145,7 @@ class FaultProxy:
         self._script.extend(faults)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # This is not a coroutine function, because nobody could await the task that asyncio would create for it.
+        # This is not a coroutine function, because the task that asyncio would create for one cannot be awaited.
         relay = asyncio.create_task(self._relay(reader, writer))
         self._relays.add(relay)
         relay.add_done_callback(self._relays.discard)

@@ -1,4 +1,7 @@
-"""Fixtures for pytest. Put `pytest_plugins = ["lmbridge.testing.fixtures"]` into the top-level `conftest.py`."""
+"""A fixture for pytest. Put `pytest_plugins = ["lmbridge.testing.fixtures"]` into the top-level `conftest.py`.
+
+The plugin `_lmbridge_pytest_plugin`, which pytest loads by itself, has more fixtures and needs no such line.
+"""
 
 from __future__ import annotations
 

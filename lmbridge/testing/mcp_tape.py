@@ -53,7 +53,7 @@ class McpTape:
 
     def __init__(self, exchanges: Sequence[McpExchange] | None, redact: Redact, time_scale: float) -> None:
         self.is_recording: Final = exchanges is None
-        """Whether the servers are started."""
+        """Whether the tape records real servers, and does not replay."""
         self.exchanges: list[McpExchange] = list(exchanges or ())
         """The exchanges in the order of their requests."""
         self.unplayed: list[McpExchange] = list(self.exchanges)

@@ -37,8 +37,8 @@ class OneModelServer(ScriptedServer):
     A request for another model drops the current one at once, even if it has just been loaded, and kills all its
     generations (lmstudio-bug-tracker #671, #1796). A request for a model that is still being loaded loads it a second
     time (#1751). `GET /api/v1/models` lists the models as LM Studio does, so clients recognize the server. Behaviours
-    are chosen in the same way as by `ScriptedServer`. By default the answer is `text(model)`,
-    which is generated at a rate of one word every `token_seconds`.
+    are chosen in the same way as by `ScriptedServer`. By default the answer is `text(model)`, which is generated at a
+    rate of one word every `token_seconds`.
 
     Args:
         models: The names of the models that the server has.

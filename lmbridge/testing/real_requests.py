@@ -31,10 +31,10 @@ def forbid_real_requests(allow: Sequence[str] = ()) -> Iterator[None]:
             with forbid_real_requests():
                 yield
 
-    The rule holds for all clients in this process, including those that are open already. A `ScriptedServer` or a
-    `OneModelServer` that runs in this process stays allowed, and so does what needs no socket: `MockTransport`,
-    `FakeChatClient`, and a `Cassette` that is opened inside the block, even if it records. Other servers on the
-    loopback interface are refused, because that is where real models run. MCP servers are not affected.
+    The rule holds for all clients in this process, including those that are open already. A `ScriptedServer`, a
+    `OneModelServer` or a `FaultProxy` that runs in this process stays allowed, and so does what needs no socket:
+    `MockTransport`, `FakeChatClient`, and a `Cassette` that is opened inside the block, even if it records. Other
+    servers on the loopback interface are refused, because that is where real models run. MCP servers are not affected.
 
     Args:
         allow: The `api_base` of further servers that may be asked, such as that of a `LocalServer`.

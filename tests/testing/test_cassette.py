@@ -219,7 +219,7 @@ async def test_the_fields_that_are_compared_can_be_chosen(client: LLMClient, pat
 
 
 async def test_none_never_records(client: LLMClient, path: Path) -> None:
-    with pytest.raises(CassetteError, match="no cassette"), Cassette(path, "none"):
+    with pytest.raises(CassetteError, match="does not exist"), Cassette(path, "none"):
         pass
     assert interceptors == []
 

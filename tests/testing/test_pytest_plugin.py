@@ -76,7 +76,7 @@ def test_cassettes_are_recorded_on_request_and_replayed_otherwise(pytester: pyte
     pytester.makepyfile(CASSETTE_TESTS)
     without = pytester.runpytest_inprocess(*OPTIONS)
     without.assert_outcomes(errors=4)
-    without.stdout.fnmatch_lines(["*there is no cassette*run pytest with --lmbridge-record"])
+    without.stdout.fnmatch_lines(["*the cassette * does not exist*run pytest with --lmbridge-record"])
     pytester.runpytest_inprocess(*OPTIONS, "--lmbridge-record").assert_outcomes(passed=3, failed=1)
     folder = pytester.path / "cassettes"
     written = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.json"))

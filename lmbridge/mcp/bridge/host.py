@@ -72,9 +72,9 @@ class HostLink:
             threading.Thread(target=work, name="lmbridge-host", daemon=True).start()
 
     @property
-    def is_read(self) -> bool:
-        """Whether the host can still read what is sent. Only pipes, sockets and terminals show that it cannot."""
-        # Windows does not have `poll`; there, the next message that is sent shows it.
+    def can_host_read(self) -> bool:
+        """Whether the host can still read what is sent. For a file, which has no reader, it is always True."""
+        # Windows does not have `poll`. There, it becomes known only when the next message cannot be sent.
         if self._is_write_end_broken or not hasattr(select, "poll"):
             return not self._is_write_end_broken
         poll = select.poll()

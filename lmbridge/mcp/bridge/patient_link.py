@@ -108,7 +108,7 @@ class PatientLink:
             await self._link.send(msgspec.json.encode({"jsonrpc": "2.0", "id": request_id, "error": error}))
 
     async def _wait_until_answered_or_unread(self) -> None:
-        while self._link.is_read:
+        while self._link.can_host_read:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_HOST_CHECK_SECONDS):
                     await self._all_answered.wait()

@@ -29,9 +29,9 @@ logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 TransportKind = Literal["stdio", "http", "sse"]
 
 DEFAULT_CONNECT_TIMEOUT: Final = 30.0
-"""Seconds for connecting to a server and listing its tools, unless the configuration or the caller says otherwise.
-
-Programs that download a server before they start it have more; see `lmbridge.mcp.servers.package_runners`."""
+"""The time limit for connecting to a server and listing its tools, in seconds, unless the configuration or the caller
+sets another one. Programs that download a server before they start it get more time; see
+`lmbridge.mcp.servers.package_runners`."""
 
 _TRANSPORT_NAMES: Final[Mapping[str, TransportKind]] = {
     "stdio": "stdio",
@@ -67,11 +67,11 @@ _ENTRY_KEYS: Final = (
     "type",
     "url",
 )
-"""The keys of an entry. Other programs have keys of their own beside them, so an unknown key is not an error."""
+"""The keys of an entry. Other programs add further ones, so an unknown key is not an error."""
 _OTHER_NAMES: Final = {"arguments": "args", "cmd": "command", "environment": "env", "workingDirectory": "cwd"}
-"""What users write in place of a key, and the key."""
-_CLOSE: Final = 0.8
-"""How similar an unknown key must be to a known one to be taken for a misspelling of it."""
+"""Keys that users often write by mistake, and the keys that they mean."""
+_MINIMUM_SIMILARITY: Final = 0.8
+"""How similar an unknown key must be to a known one to be taken for a misspelling of it, from 0 to 1."""
 _UNSUPPORTED_KEYS: Final = (
     "auth",
     "disabledTools",
@@ -92,8 +92,8 @@ _LONGEST_SHOWN_STRING: Final = 20
 
 _CREDENTIALS_KEYS: Final = ("clientId", "clientSecret", "issuer", "scope")
 _REMEMBERED_SECRETS: Final = 32
-"""How many secrets are remembered that were sent to a server but are not in its entry, such as tokens. When there are
-more, the oldest ones are forgotten."""
+"""How many secrets that are not in the entry of a server, such as tokens, are remembered for it. When there are more,
+the oldest ones are forgotten."""
 
 
 @attrs.frozen(kw_only=True)
@@ -153,7 +153,7 @@ class ServerSpec:
     `call_timeout`."""
     max_call_timeout: float | None = None
     """The time limit for the whole of a call in seconds, which reports of progress do not extend. Default: ten times
-    the limit that they extend."""
+    the time limit of the call."""
     _secrets: deque[str] = attrs.field(
         factory=partial(deque, maxlen=_REMEMBERED_SECRETS), init=False, eq=False, repr=False
     )
@@ -289,12 +289,12 @@ def _read_credentials(options: _EntryReader, reader: _EntryReader) -> ClientCred
 
 def _find_meant_key(key: str) -> str | None:
     """Returns the key that a user probably meant by an unknown one, or None."""
-    similar = difflib.get_close_matches(key, [*_ENTRY_KEYS, *_OTHER_NAMES], n=1, cutoff=_CLOSE)
+    similar = difflib.get_close_matches(key, [*_ENTRY_KEYS, *_OTHER_NAMES], n=1, cutoff=_MINIMUM_SIMILARITY)
     return _OTHER_NAMES.get(similar[0], similar[0]) if similar else None
 
 
 def expand_home(path: Path) -> Path:
-    """Returns the path with `~` replaced by the home directory, or unchanged if that user does not exist."""
+    """Returns the path with `~` or `~user` replaced by the home directory, or unchanged if that is not known."""
     try:
         return path.expanduser()
     except RuntimeError:

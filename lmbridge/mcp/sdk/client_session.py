@@ -139,7 +139,7 @@ async def _open_v2(spec: ServerSpec, streams: Streams, exchange: MessageExchange
         mode=mode,
         cache=None,
         client_info=_client_info(),
-        # `MessageExchange` declares in each request whether there is a user to ask, and declines if there is none.
+        # `MessageExchange` declares in each request whether the user can be asked, and otherwise declines questions.
         elicitation_callback=_make_elicitation_callback(exchange),
     )
     async with client:

@@ -100,7 +100,7 @@ class MessageExchange:
         self.protocol: str = ""
         """The protocol revision that the server named in the handshake, or an empty string."""
         self.failure: Exception | None = None
-        """Why the last request that opens the session failed, or None."""
+        """Why the last request failed, or None if it succeeded. It explains why a session could not be opened."""
         self.send_reply: Callable[[dict[str, Any]], Awaitable[None]] | None = None
         """Sends a reply to a request of the server. Without it, such requests are ignored."""
         self._handlers = handlers
@@ -147,7 +147,7 @@ class MessageExchange:
             meta = {**meta, _CAPABILITIES_KEY: self._with_elicitation(meta[_CAPABILITIES_KEY] or {})}
             params = {**params, "_meta": meta}
         if request.meta:
-            # SDK 2.x may have added the trace context of its own span, which takes precedence as a child of ours.
+            # SDK 2.x may have added the trace context of a span that it created below ours; that one takes precedence.
             meta = {**request.meta, **meta}
             params = {**params, "_meta": meta}
         if "progressToken" in meta:
@@ -157,7 +157,7 @@ class MessageExchange:
         return {**message, "id": wire_id} | ({"params": params} if params else {})
 
     def _with_elicitation(self, capabilities: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns our capabilities, with elicitation (questions to the user) only if there is somebody to ask."""
+        """Returns our capabilities, with elicitation (questions to the user) only if the user can be asked."""
         others = {key: value for key, value in capabilities.items() if key != "elicitation"}
         return others if not self.questions.can_ask else {**others, "elicitation": _ELICITATION_CAPABILITY}
 
@@ -190,7 +190,7 @@ class MessageExchange:
             return (yield from self._incoming_answer(message))
         method = message["method"]
         if not isinstance(method, str):
-            self.report("a message whose method is not a text", method)
+            self.report("a message whose method is not a string", method)
         elif message.get("id") is not None:
             self._incoming_request(message, method)
         elif not isinstance(message.get("params", {}), dict | None):
@@ -343,7 +343,7 @@ def has_name(definition: Any) -> bool:
 
 
 def _cache_hints(page: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields besides `tools` that a modern session requires of a page. They forbid the SDK to cache it."""
+    """Returns the fields besides `tools` that a modern session requires of a page. They make the SDK not cache it."""
     cursor = page.get("nextCursor")
     return {"ttlMs": 0, "cacheScope": "private"} | ({"nextCursor": cursor} if isinstance(cursor, str) else {})
 

@@ -1,8 +1,8 @@
 """Recognizes answers of a server that may have forgotten the session.
 
-Whether a server has forgotten a session is not guessed from its words. A plain 404 says so by the protocol. After any
-other refusal that may mean it, the server is asked with a `ping`. If an error comes with a status of success, the
-server has accepted the request, so it is asked only if the error speaks of an unknown session.
+Whether a server has forgotten a session is not guessed from its words. By the protocol, a status 404 without a JSON-RPC
+error means that it has. After any other refusal that may have this reason, a `ping` finds out. If the status is one of
+success, the server has accepted the request, so a ping is sent only if the error mentions an unknown session.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def _as_auth(httpx: Any, flow: Callable[[Any], AsyncGenerator[Any, Any]]) -> Any
 
 
 class _RefreshedHeaders:
-    """Adds the headers that a function returns. It is called for the first request, and again after a 401."""
+    """Adds the headers that a function returns. The function is called for the first request, and again after a 401."""
 
     def __init__(self, fetch: FetchHeaders) -> None:
         self._fetch = fetch

@@ -98,7 +98,7 @@ def _check_encoding(response: Any) -> None:
     """Raises `RefusedError` if a body is compressed in a way that was not asked for.
 
     The HTTP client would decompress every format that it supports. With gzip, a received piece of 64 KiB expands to
-    64 MiB at most before the size limit ends the response; with other formats, there is no bound on the expansion.
+    64 MiB at most before the size limit ends the response; with other formats, the expansion has no bound.
     """
     encodings = {each.strip().lower() for each in response.headers.get("content-encoding", "").split(",")}
     if unknown := encodings - {"", "identity", *_ENCODINGS}:

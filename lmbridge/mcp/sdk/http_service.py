@@ -37,18 +37,18 @@ _App: TypeAlias = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
 @attrs.frozen
 class HttpAccess:
-    """The programs and pages that may use the tools."""
+    """Decides which requests may use the tools."""
 
     names: HostNames
     """The names by which the server may be addressed."""
     token: str | None = attrs.field(repr=False)
-    """The token that clients have to send, or None if they need none."""
+    """The token that hosts have to send, or None if they need no token."""
 
     def refusal(self, path: str, headers: list[tuple[bytes, bytes]]) -> tuple[int, str] | None:
         """Returns the status and the text with which a request is refused, or None if it may pass."""
         hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
         if len(hosts) != 1 or not self.names.accepts(hosts[0]):
-            return 403, "this server is not addressed by this name; see --allow-host"
+            return 403, "the request names a host that this server does not accept; see --allow-host"
         found = {name: value.decode("latin-1") for name, value in headers}
         if b"origin" in found and not is_same_origin(found[b"origin"], hosts[0]):
             return 403, "requests from the pages of other sites are refused"
@@ -66,7 +66,7 @@ async def serve_http(server: Any, listening: socket.socket, access: HttpAccess) 
     Args:
         server: The server that `build_server` returned.
         listening: A socket that is bound to an address. It is closed at the end.
-        access: Who may use it.
+        access: Decides which requests are accepted.
 
     Yields:
         The task that serves. If it ends before the block does, it has failed.
@@ -94,7 +94,7 @@ async def serve_http(server: Any, listening: socket.socket, access: HttpAccess) 
     )
     http = Server(config)
     sdk_log = logging.getLogger("mcp.server.streamable_http")
-    # A filter of its own, because the program or another service may also have changed this logger.
+    # Only this filter is removed at the end, because the program or another service may have changed the logger too.
     silence = _Silence()
     serving: asyncio.Task[None] | None = None
     try:
@@ -129,7 +129,7 @@ class _GuardedApp:
 
     Args:
         app: The application that answers the allowed requests.
-        access: Who may use it.
+        access: Decides which requests are accepted.
     """
 
     def __init__(self, app: _App, access: HttpAccess) -> None:

@@ -28,7 +28,7 @@ logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 _MOST_FAILED_POLLS: Final = 3
 """How many attempts to open a stream again may fail in succession."""
 _UNNAMED_STREAM_SECONDS: Final = 5.0
-"""How long a stream that is opened again without an event id may take to bring the answer, in seconds."""
+"""How long a stream that is opened again without an event id may take to deliver the answer, in seconds."""
 _ACCEPTS_EVENTS: Final = {"accept": "text/event-stream"}
 
 

@@ -24,7 +24,7 @@ from lmbridge._text import json_for_model, shorten
 _T = TypeVar("_T")
 
 MOST_TOOLS: Final = 5_000
-"""How many tools a server may have. More would fit into no prompt, and the SDK reads a list of them in one step."""
+"""How many tools a server may have. More would not fit into any prompt, and the SDK reads the list in one step."""
 TOO_MANY_TOOLS: Final = f"its list of tools has more than {MOST_TOOLS:,} tools"
 """Why a longer list is refused."""
 
@@ -210,7 +210,7 @@ def _normalize_block(given: Any, notes: set[str]) -> dict[str, Any]:
         return {**block, "text": "" if text is None else _as_text(text)}
     resource = block.get("resource")
     if kind == "resource" and isinstance(resource, dict) and not isinstance(resource.get("text"), str | None):
-        notes.add("a resource whose text is not a text")
+        notes.add("a resource whose text is not a string")
         return {**block, "resource": {**resource, "text": _as_text(resource["text"])}}
     return block
 

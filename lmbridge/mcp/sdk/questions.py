@@ -41,7 +41,7 @@ _VISIT_SECONDS: Final = 300.0
 """How long a refused call waits for the server to report that the user has finished at a URL, in seconds. Servers need
 not report it."""
 _REMEMBERED_VISITS: Final = 64
-"""How many reports are remembered by which a server said that the user has finished at a URL."""
+"""How many of the server's reports that the user has finished at a URL are remembered."""
 _CLOSE_SECONDS: Final = 1.0
 """How long a cancelled question may take to end, in seconds."""
 _DECLINED: Final[Mapping[str, Any]] = {"result": {"action": "decline"}}
@@ -88,7 +88,7 @@ class Questions:
 
     @property
     def can_ask(self) -> bool:
-        """Whether there is somebody who can be asked."""
+        """Whether the user can be asked."""
         return self._ask_user is not None
 
     # Questions that are requests of the server.
@@ -157,7 +157,7 @@ class Questions:
     # Questions within a call.
 
     async def ask_in_call(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Asks the user a question of the call that this task makes, and returns the result or the error."""
+        """Asks the user a question that belongs to the call of this task, and returns the result or the error."""
         call = current_request("tools/call")
         call.note_question(is_open=True)
         try:
@@ -220,7 +220,7 @@ class Questions:
             return {"error": {"code": _INTERNAL_ERROR, "message": "the client failed to ask the user"}}
 
     def _decline(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        kind = "a question to the user, which is declined because there is no on_elicitation"
+        kind = "a question to the user, which is declined because on_elicitation is not set"
         self._report(kind, params.get("message", ""))
         return _DECLINED
 

@@ -1,4 +1,4 @@
-"""`SentRequest`: what is known about a request to a server, and how the code that sends it is connected with it.
+"""`SentRequest`: a request to a server and its outcome, shared by the code that sends it and by `MessageExchange`.
 
 Our code calls the SDK, which creates the message, gives it an id, and passes it to `MessageExchange`. The exchange
 finds the `SentRequest` of the calling code through a context variable, which the tasks of the SDK inherit.

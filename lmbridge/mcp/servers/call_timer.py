@@ -59,7 +59,7 @@ class CallTimer:
         self._reschedule()
 
     def suspend(self) -> None:
-        """Suspends the limit, because the server waits for an answer of the user, until `resume` is called as often."""
+        """Suspends the limit while the server waits for the user. Each call needs a call of `resume` that ends it."""
         self._open_questions += 1
         self._reschedule()
 

@@ -196,7 +196,11 @@ class McpHub(NotCopyable):
         return {name: server.status for name, server in self._servers.items()}
 
     async def close(self) -> None:
-        """Closes all servers, and waits until their processes are gone. A second call does nothing."""
+        """Closes all servers, and waits until their processes are gone. A second call does nothing.
+
+        Raises:
+            MCPError: The hub is in use in another event loop.
+        """
         self._is_closed = True
         if self._loop_guard.loop is not None and not self._loop_guard.loop.is_closed():
             self._loop_guard.check()

@@ -24,7 +24,7 @@ _LARGEST_IMAGE: Final = 8 * 2**20
 _MOST_IMAGES: Final = 8
 """How many images of one result are passed on."""
 _MOST_TRIED_IMAGES: Final = 64
-"""How many images of one result are decoded. Not every image is one that can be passed on."""
+"""How many images of one result are decoded at most, in search of those that can be passed on."""
 _LARGEST_TEXT: Final = 2**20
 """The size of the largest resource that is decoded to text, in bytes."""
 _TEXT_TYPES: Final = re.compile(
@@ -65,7 +65,7 @@ class McpText(str):
         """
         parts: list[ImagePart] = []
         if self._images is None:
-            self._images = run_at_once(read_result(self.result))._images  # noqa: SLF001 - as above
+            self._images = run_at_once(read_result(self.result))._images  # noqa: SLF001 - it is another McpText
         for data in self._images or ():
             if len(parts) < _MOST_IMAGES and (image := _decode_base64(data, _LARGEST_IMAGE)):
                 # An image in another format is left out here: the model gets only the line that describes it.
@@ -81,8 +81,8 @@ class McpText(str):
 def read_result(result: Mapping[str, Any]) -> Generator[None, None, McpText]:
     """Returns a result as text: its text parts verbatim, and a line in brackets for each part that is not text.
 
-    Several parts are joined by newlines. A link to a resource becomes a line that describes it; the
-    resource is not fetched. If there are no parts, the structured content is returned as JSON.
+    Several parts are joined by newlines. A link to a resource becomes a line that describes it; the resource is not
+    fetched. If there are no parts, the structured content is returned as JSON.
 
     It is a generator that yields after every 100 parts, because a result may have a million of them.
 

@@ -23,7 +23,7 @@ from lmbridge.mcp.servers.process_groups import KILL_WAIT_SECONDS, end_group, pr
 _EXIT_GRACE_SECONDS: Final = 1.0
 """How long a server may take to end by itself once its stdin is closed, before it gets SIGTERM, in seconds."""
 _LAST_OUTPUT_SECONDS: Final = 1.0
-"""How long the end of a process is not reported yet, to wait for its last output and its exit status, in seconds.
+"""How long the report that a process has ended may wait for its last output and its exit status, in seconds.
 
 The last output, the closing of the pipes and the exit status arrive separately and in any order.
 """
@@ -34,7 +34,7 @@ _LAST_STDERR_LINES: Final = 10
 _STDERR_LINE_LENGTH: Final = 500
 """How many characters of each line are kept."""
 _MOST_BYTES_PER_CHARACTER: Final = 4
-"""The length of the longest character in UTF-8."""
+"""The length of the longest character in UTF-8, in bytes."""
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 
@@ -75,7 +75,8 @@ class ServerProcess(asyncio.SubprocessProtocol):
 
         Raises:
             OSError: The process cannot be started.
-            MCPError: The event loop cannot start processes, or the guardian of this one cannot be started.
+            MCPError: The event loop cannot start processes; or the guardian, which would end the process if this
+                program were killed, cannot be started.
         """
         starting = asyncio.ensure_future(
             asyncio.get_running_loop().subprocess_exec(

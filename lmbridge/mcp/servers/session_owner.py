@@ -138,7 +138,7 @@ class SessionOwner:
 
     @property
     def last_sign_of_progress(self) -> float:
-        """The time of the event loop at which the server last wrote to stderr, or else that of the opening."""
+        """The time of the event loop at which the server last wrote to stderr, or else at which the opening began."""
         written_at = None if self._link is None else self._link.last_stderr_at
         return self.opened_at if written_at is None else written_at
 
@@ -177,8 +177,8 @@ class SessionOwner:
     async def refresh_tools(self, since: float) -> None:
         """Asks for the list of tools again if the server has announced another one, or the list may be out of date.
 
-        A list may be out of date after the time that the server has given with it (`ttlMs`), or else after a minute if
-        the server announces changes, and at once if it cannot.
+        A list counts as up to date for the time that the server has given with it (`ttlMs`). Without that, it counts
+        as up to date for a minute if the server announces changes, and for no time at all if it does not.
 
         Args:
             since: The time of the event loop at which the caller's work began. A list that was requested after that is
@@ -210,7 +210,7 @@ class SessionOwner:
         Args:
             tool: The name of the tool.
             arguments: The arguments of the call.
-            timer: The time limits of this call. Each call needs a timer of its own.
+            timer: The time limits of this call. Each call needs a new timer.
 
         Raises:
             CallTimeoutError: The server has not answered in time. It has been notified that the call is cancelled.
@@ -251,7 +251,7 @@ class SessionOwner:
         loop = asyncio.get_running_loop()
         wake = loop.create_future()
         work = loop.create_task(_run_and_wake(request, wake))
-        # The request may fail at the moment when the caller is cancelled, and then nobody retrieves its exception.
+        # If the request fails at the moment when the caller is cancelled, its exception is never retrieved otherwise.
         work.add_done_callback(mark_exception_retrieved)
         self._pending_requests.add(wake)
         try:

@@ -23,7 +23,7 @@ logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 _LINES_AT_ONCE: Final = 1000
 """How many lines may be parsed at once. Parsing more of them would keep everything else waiting."""
 _SLICE_BYTES: Final = 2 * 2**10
-"""The size of the slices, in bytes, in which output is parsed that has more than `_LINES_AT_ONCE` lines."""
+"""The size of a slice, in bytes. Output that has more than `_LINES_AT_ONCE` lines is parsed in slices."""
 _LOGGED_BYTES: Final = 200
 """How much of a line that contains no message is shown in the log, in bytes."""
 

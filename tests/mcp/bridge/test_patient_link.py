@@ -139,7 +139,7 @@ async def test_a_host_that_has_stopped_reading_does_not_extend_the_wait(monkeypa
     monkeypatch.setattr("lmbridge.mcp.bridge.patient_link._LAST_ERRORS_SECONDS", 0.01)
 
     class FullPipe:
-        is_read = True
+        can_host_read = True
         messages: ClassVar[list[dict[str, Any]]] = [{"jsonrpc": "2.0", "id": 1, "method": "tools/call"}]
 
         async def receive(self) -> dict[str, Any] | None:

@@ -66,7 +66,7 @@ async def test_without_a_function_every_question_is_declined_and_the_log_says_so
     lease = await make_hub({"a": asking(notes=str(notes))}, on_event=recorder).tools()
     assert await result_of(lease) == {"action": "decline"}
     assert "elicitation" not in notes.read_text().splitlines()[0]
-    assert "declined because there is no on_elicitation" in caplog.text
+    assert "declined because on_elicitation is not set" in caplog.text
     assert any(isinstance(event, UnexpectedMessage) for event in recorder.seen)
 
 

@@ -277,7 +277,7 @@ async def test_irregular_notifications_are_used_as_far_as_possible(
         "a malformed notification",
         "progress that is not a number",
         "progress of a request that was not sent",
-        "a message whose method is not a text",
+        "a message whose method is not a string",
     ]
 
 
