@@ -157,11 +157,11 @@ cancel-sweep: .venv-test/installed
 soak: .venv-test/installed
 	@.venv-test/bin/python -m tests.reliability.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(WRITE),--write)
 
-load: .venv-gateway/installed
-	@.venv-gateway/bin/python -m benchmarks load $(BENCH_OPTIONS)
+load: .venv-load/installed
+	@.venv-load/bin/python -m benchmarks load $(BENCH_OPTIONS)
 
 clean:
-	rm -rf $(NPM)/node_modules $(CLIENTS)/node_modules $(CONFORMANCE)/node_modules .venv-demo .venv-test .venv-docs .venv-bench .venv-swaps .venv-fleet .venv-agents .venv-solved .venv-solved-real .venv-mcp .venv-gateway .venv-trixie .venv-sid dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(NPM)/node_modules $(CLIENTS)/node_modules $(CONFORMANCE)/node_modules .venv-demo .venv-test .venv-docs .venv-bench .venv-swaps .venv-fleet .venv-agents .venv-solved .venv-solved-real .venv-mcp .venv-gateway .venv-load .venv-trixie .venv-sid dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # MCP servers and a client that the tests run, in the versions of the lock files. Without npm, those tests are skipped.
 $(NPM)/node_modules/.package-lock.json: $(NPM)/package-lock.json
@@ -201,7 +201,10 @@ $(CONFORMANCE)/node_modules/.package-lock.json: $(CONFORMANCE)/package-lock.json
 .venv-gateway/installed: EXTRAS := gateway,local
 .venv-gateway/installed: ALSO := -r benchmarks/gateway.txt
 .venv-gateway/installed: benchmarks/gateway.txt
-.venv-demo/installed .venv-test/installed .venv-docs/installed .venv-bench/installed .venv-swaps/installed .venv-fleet/installed .venv-agents/installed .venv-solved/installed .venv-solved-real/installed .venv-mcp/installed .venv-gateway/installed: pyproject.toml
+.venv-load/installed: EXTRAS := gateway
+.venv-load/installed: ALSO := -r benchmarks/load.txt
+.venv-load/installed: benchmarks/load.txt
+.venv-demo/installed .venv-test/installed .venv-docs/installed .venv-bench/installed .venv-swaps/installed .venv-fleet/installed .venv-agents/installed .venv-solved/installed .venv-solved-real/installed .venv-mcp/installed .venv-gateway/installed .venv-load/installed: pyproject.toml
 	@$(or $(PYTHON),false) -c '$(FIT)' 2>/dev/null || { \
 		echo "lmbridge needs Python 3.11 or newer with its venv module, but $(if $(PYTHON),$(PYTHON) is not suitable,none was found)."; \
 		echo "On Debian and Ubuntu: apt install python3 python3-venv"; \

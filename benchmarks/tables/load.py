@@ -12,9 +12,8 @@ _GROWTH_BAR: Final = 4.0
 _WAVES: Final = 6
 
 
-def _rows(kind: str, title: str, at_once: int, *, peers: tuple[str, ...] | None = None) -> tuple[Row, Row]:
+def _rows(kind: str, title: str, at_once: int) -> tuple[Row, Row]:
     """Returns the rows for the cost of each unit, and for the growth of the process."""
-    baseline = "" if peers is None else "lmbridge"
     cost = Row(
         key=kind,
         title=title,
@@ -24,8 +23,6 @@ def _rows(kind: str, title: str, at_once: int, *, peers: tuple[str, ...] | None 
         tiny={"at_once": 20, "seconds": 0.0},
         is_absolute=True,
         fresh_process=True,
-        baseline=baseline,
-        peers=peers,
         bound=180.0,
     )
     growth = Row(
@@ -40,8 +37,6 @@ def _rows(kind: str, title: str, at_once: int, *, peers: tuple[str, ...] | None 
         bar=_GROWTH_BAR,
         is_absolute=True,
         fresh_process=True,
-        baseline=baseline,
-        peers=peers,
         bound=180.0,
     )
     return cost, growth
@@ -59,6 +54,6 @@ LOAD_TABLE: Final = Table(
         *_rows("streams", "a stream of 20 chunks, 1,000 at a time", 1000),
         *_rows("queued", "a request, 10,000 waiting, 10 at a time", 10_000),
         *_rows("through_gateway", "a stream through the gateway, 1,000 at a time", 1000),
-        *_rows("runs", "an agent run with two calls, 1,000 at a time", 1000, peers=("lmbridge",)),
+        *_rows("runs", "an agent run with two calls, 1,000 at a time", 1000),
     ),
 )

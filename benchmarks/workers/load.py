@@ -10,6 +10,8 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from benchmarks.agent_peers import make_agent
+from benchmarks.agent_peers.base import AgentPeer
 from benchmarks.gateways import GatewayProcess
 from benchmarks.peers import make_client
 from benchmarks.peers.base import ClientPeer
@@ -20,6 +22,8 @@ from benchmarks.workers.measuring import check_length, cpu_microseconds, gather_
 _CHUNKS = 20
 _STREAM = f"stream-{_CHUNKS}-1"
 _CALLS = 2
+_AGENTS = {"limit": "limit", "lmbridge": "lmbridge", "openai": "openai-agents"}
+"""The agent loop for each client."""
 _WARM_UP = 3
 """The number of waves that give the process the memory that it needs for so much at a time."""
 
@@ -37,6 +41,7 @@ class LoadWorkloads:
         self._port = port
         self._gateway: GatewayProcess | None = None
         self._peers: dict[tuple[str, int], ClientPeer] = {}
+        self._agent: AgentPeer | None = None
 
     async def renew(self) -> None:
         """Closes the connections."""
@@ -93,16 +98,11 @@ class LoadWorkloads:
 
     async def _runs(self, at_once: int) -> int:
         """Runs agents at a time, each of which calls a tool twice."""
-        from lmbridge import Agent, Limits, LLMClient  # noqa: PLC0415 - the other peers do not need it
-
-        def add(a: int, b: int) -> int:
-            return a + b
-
-        limits = Limits(max_concurrency=at_once)
-        async with LLMClient(f"http://127.0.0.1:{self._port}/v1", f"agent-{_CALLS}", limits=limits) as client:
-            agent = Agent(client, tools=[add])
-            for result in await gather_calls(at_once, lambda: agent.run("Add the numbers.")):
-                check_length(len(result.text), len(ANSWER))
+        if self._agent is None:
+            self._agent = make_agent(_AGENTS[self._name], f"http://127.0.0.1:{self._port}/v1")
+        agent = self._agent
+        for length in await gather_calls(at_once, lambda: agent.run(f"agent-{_CALLS}")):
+            check_length(length, len(ANSWER))
         return at_once
 
 
