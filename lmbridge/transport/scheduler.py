@@ -31,9 +31,10 @@ The rules in full:
   request that belongs to no run counts as a run with one request. With `order="request"`, runs do not count.
 - A run *begins* when its first request is admitted. While as many runs as `begun_runs` have begun, the first request of
   another run waits until one of them ends, or has had no request for as long as the server took to begin its answer to
-  the first one, because its tools take longer (`lmbridge.transport.begun_runs` has the reasons). Begun runs whose
-  priority is lower than the level of the request do not count. While a request is overdue (see below), no request waits
-  for runs, because the drain would have to wait for them, too.
+  the first one, because its tools take longer. It also waits while the server would put it into the slot of a begun run
+  whose tool is running (`lmbridge.transport.begun_runs` has the reasons). Begun runs whose priority is lower than the
+  level of the request do not count. While a request is overdue (see below), no request waits for runs, because the
+  drain would have to wait for them, too.
 - With `max_loaded_models`, at most that many models are *active*, and only requests for active models are in flight. A
   model becomes active if there is room for it, or by taking the slot of a model that has nothing in flight and no
   request that may go.
@@ -49,9 +50,10 @@ The rules in full:
   limit are *surplus*: their requests in flight finish, they get no new ones, and they lose their slots when they are
   idle.
 
-The state is kept by `BegunRuns`, `Levels`, and `ActiveModels` with a `ModelQueue` for each model; the rules are here.
-The state machine never waits and never reads a clock: the caller passes the time, and `lmbridge.transport.admission`
-does the waiting. So a test can drive it through thousands of random histories, and check the bound in each of them.
+The state is kept by `BegunRuns`, `SlotUse`, `Levels`, and `ActiveModels` with a `ModelQueue` for each model; the rules
+are here. The state machine never waits and never reads a clock: the caller passes the time, and
+`lmbridge.transport.admission` does the waiting. So a test can drive it through thousands of random histories, and check
+the bound in each of them.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ from lmbridge.transport.levels import Levels
 from lmbridge.transport.model_queue import ActiveModels, ModelQueue
 from lmbridge.transport.permits import Permit, PermitHeap
 from lmbridge.transport.schedule_view import ScheduledModelState, Swap
+from lmbridge.transport.slot_use import SlotUse
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
@@ -110,6 +113,7 @@ class Scheduler:
         was_limited = self.limits.max_loaded_models is not None
         self.limits = limits
         self._runs.limit = limits.begun_runs
+        self._slots = SlotUse(limits.max_concurrency)
         self._levels.max_wait = limits.max_wait
         self._models = ActiveModels(limits.max_loaded_models, self.waiting)
         self._has_overdue = False
@@ -122,6 +126,7 @@ class Scheduler:
             self._find_first_requests()
         for permit in self.in_flight:
             self._models.take_over(permit)
+            self._slots.begin(permit.run or permit)
         # For each run, the requests that wait until it may begin. Those that belong to no run have the key None.
         self._newcomers: dict[ScheduledRun | None, dict[Permit, None]] = {}
         for permit in self.waiting:
@@ -153,7 +158,7 @@ class Scheduler:
         """
         if self.waiting or len(self.in_flight) >= self.limits.max_concurrency:
             return False
-        if not self._runs.have_room(permit.priority) and self._is_newcomer(permit):
+        if self._is_newcomer(permit) and not self._may_begin(permit.priority):
             return False
         permit.queue = queue = self._models.queue_for(permit.model)
         if not (queue.is_active and queue.is_loaded) or queue.is_surplus:
@@ -203,6 +208,7 @@ class Scheduler:
             self._dequeue(permit, queue)
         else:
             del self.in_flight[permit]
+            self._slots.end(permit.run or permit)
             queue.in_flight -= 1
             queue.idle_since = now
             if queue.first_request is permit:
@@ -275,11 +281,7 @@ class Scheduler:
         limit = self.limits.max_wait
         if first is not None and self._models.draining is None and limit is not None:
             moments.append(first.arrived_at + limit)
-        if (
-            self._newcomers
-            and len(self.in_flight) < self.limits.max_concurrency
-            and self._runs.total >= (self._runs.limit or math.inf)
-        ):
+        if self._newcomers and len(self.in_flight) < self.limits.max_concurrency:
             if limit is not None and (rising := self._first(self._rising, now)) is not None:
                 moments.append(rising.rises_at)
             moments.append(self._runs.next_drop())
@@ -318,7 +320,7 @@ class Scheduler:
         """Returns the first request of two heaps that may go."""
         first, newcomer = self._first(ready, now), self._first(newcomers, now)
         # The first newcomer has the highest level of all newcomers. If its run may not begin, no other may.
-        if newcomer is None or not (self._has_overdue or self._runs.have_room(self._levels.capped_level(newcomer))):
+        if newcomer is None or not (self._has_overdue or self._may_begin(self._levels.capped_level(newcomer))):
             return first
         return newcomer if first is None or newcomer.rank < first.rank else first
 
@@ -350,6 +352,12 @@ class Scheduler:
             return False
         return not self._runs.has_begun(permit.run)
 
+    def _may_begin(self, level: int) -> bool:
+        """Returns whether a request of this level may be the first one of a run, or one that belongs to no run."""
+        if not self._runs.have_room(level):
+            return False
+        return not self._runs.is_idle(self._slots.next_displaced(), level)
+
     def _stop_waiting_for_runs(self, permit: Permit) -> None:
         """Records that a waiting request need not wait any longer until its run may begin."""
         if permit.is_newcomer:
@@ -362,6 +370,7 @@ class Scheduler:
     def _grant(self, permit: Permit, queue: ModelQueue, now: float) -> None:
         permit.state, permit.admitted_at, permit.last_read_at = "in flight", now, now
         self.in_flight[permit] = None
+        self._slots.begin(permit.run or permit)
         queue.in_flight += 1
         if not queue.is_loaded:
             queue.first_request = permit

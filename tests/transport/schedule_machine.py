@@ -18,12 +18,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from lmbridge._scheduled_run import ScheduledRun
 from lmbridge.config import Limits
-from lmbridge.transport import begun_runs, levels, model_queue, permits, scheduler
+from lmbridge.transport import begun_runs, levels, model_queue, permits, scheduler, slot_use
 from lmbridge.transport.permits import Permit
 from lmbridge.transport.scheduler import Scheduler
 from tests.transport.schedule_reference import ReferenceRequest, ReferenceSchedule
 
-SCHEDULER_MODULES = (permits, model_queue, levels, begun_runs, scheduler)
+SCHEDULER_MODULES = (permits, model_queue, levels, begun_runs, slot_use, scheduler)
 """The modules that the scheduler consists of. None of them imports one that comes after it."""
 
 

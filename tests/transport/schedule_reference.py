@@ -82,12 +82,15 @@ class ReferenceSchedule:
         self.run_idle_since: dict[ScheduledRun, float] = {}
         # How long the first answer of each run took.
         self.patience: dict[ScheduledRun, float] = {}
+        # The number of requests that had ended when the limits changed, which is when all slots are forgotten.
+        self.over_before_limits: int = 0
 
     # Events
 
     def set_limits(self, limits: Limits) -> None:
         was_limited = self.limits.max_loaded_models is not None
         self.limits = limits
+        self.over_before_limits = len(self.over)
         self.batch, self.draining, self.idle_since = [], [], {}
         for request in self.arrived:
             request.overtaken_by = []
@@ -193,7 +196,7 @@ class ReferenceSchedule:
         return sorted(waiting, key=lambda each: self._rank(each, now))
 
     def waits_for_runs(self, request: ReferenceRequest, now: float) -> bool:
-        """Whether a request has to wait because too many other runs have begun."""
+        """Whether a request has to wait because of other runs that have begun."""
         limit = self.limits.begun_runs
         if limit is None or request.is_nested or request.run in self.begun:
             return False
@@ -202,7 +205,20 @@ class ReferenceSchedule:
         level = self._level(request, now)
         runs = [run for run, priority in self.begun.items() if priority >= level]
         others = [each for each in self.in_flight if each.run is None and each.priority >= level]
-        return len([run for run in runs if self._counts(run, now)]) + len(others) >= limit
+        if len([run for run in runs if self._counts(run, now)]) + len(others) >= limit:
+            return True
+        run = self._displaced()
+        return isinstance(run, ScheduledRun) and run in runs and self._counts(run, now) and not self._requests_of(run)
+
+    def _displaced(self) -> ScheduledRun | ReferenceRequest | None:
+        """What the slot was used for that was used least recently, or None if there is an unused one."""
+        # Whatever was used last, from the latest on. Requests that were never admitted have used no slot.
+        over = [each for each in self.over[self.over_before_limits :] if not math.isnan(each.admitted)]
+        used = [each.run or each for each in [*self.in_flight, *reversed(over)]]
+        in_slots = list(dict.fromkeys(used))[: self.limits.max_concurrency]
+        is_full = len(in_slots) == self.limits.max_concurrency
+        busy = {each.run or each for each in self.in_flight}
+        return in_slots[-1] if is_full and in_slots[-1] not in busy else None
 
     def _counts(self, run: ScheduledRun, now: float) -> bool:
         if run.is_over:

@@ -180,7 +180,7 @@ MUTANTS = {
         "if each > level)",
     ),
     "new arrivals do not wait for other runs": (
-        "if not self._runs.have_room(permit.priority) and self._is_newcomer(permit):\n            return False",
+        "if self._is_newcomer(permit) and not self._may_begin(permit.priority):\n            return False",
         "if False:\n            return False",
     ),
     "a begun run waits for other runs again": (
@@ -195,10 +195,10 @@ MUTANTS = {
         "for each in list(self._newcomers.get(permit.run, ())):",
         "for each in []:",
     ),
-    "runs hold up a drain": ("not (self._has_overdue or self._runs", "not (self._runs"),
+    "runs hold up a drain": ("not (self._has_overdue or self._may_begin", "not (self._may_begin"),
     "runs hold up a request that has risen above them": (
-        "self._runs.have_room(self._levels.capped_level(newcomer))",
-        "self._runs.have_room(newcomer.priority)",
+        "self._may_begin(self._levels.capped_level(newcomer))",
+        "self._may_begin(newcomer.priority)",
     ),
     "no timer for a request that rises above runs": ("moments.append(rising.rises_at)", "pass"),
     "no timer for an idle run": ("moments.append(self._runs.next_drop())", "pass"),
@@ -244,6 +244,36 @@ MUTANTS = {
         "",
     ),
     "runs that have begun are not counted": ("self.total += 1", "pass"),
+    # The slots of the server
+    "a run displaces one whose tool is running": (
+        "return not self._runs.is_idle(self._slots.next_displaced(), level)",
+        "return True",
+    ),
+    "a run that has a request is not displaced": ("return run in self._idle and", "return run in self._counted and"),
+    "a run of a lower priority is not displaced": (
+        "return run in self._idle and self._counted[run] >= level",
+        "return run in self._idle",
+    ),
+    "a run of the same priority is displaced": ("self._counted[run] >= level", "self._counted[run] > level"),
+    "the slot that was used last is taken": (
+        "return next(iter(self._idle), None)",
+        "return next(reversed(self._idle), None)",
+    ),
+    "a slot is taken although there is an unused one": (" if is_full else None", ""),
+    "conversations stay although their slots were taken": ("while self._idle and len(self._busy) +", "while False and"),
+    "a conversation with a request counts as idle": (
+        "self._idle.pop(conversation, None)\n        self._busy",
+        "self._busy",
+    ),
+    "a request that has ended keeps its slot busy": ("self._slots.end(permit.run or permit)", "pass"),
+    "single requests use no slots": (
+        "self._slots.end(permit.run or permit)",
+        "if permit.run is not None:\n                self._slots.end(permit.run or permit)",
+    ),
+    "new limits forget which slots are busy": (
+        "self._models.take_over(permit)\n            self._slots.begin(permit.run or permit)",
+        "self._models.take_over(permit)",
+    ),
     # First requests
     "first requests do not go alone": (
         "if not queue.is_loaded:\n            queue.first_request",
