@@ -63,15 +63,17 @@ class BegunRuns:
         """Returns whether a run has begun, even if it does not count at present."""
         return run is not None and run in self._patience
 
-    def have_room(self, level: int) -> bool:
+    def have_room(self, level: float) -> bool:
         """Returns whether a run may begin with a request of this level. Runs with a lower priority do not count."""
         limit = self.limit
         if limit is None or self.total < limit:
             return True
         return sum(count for each, count in self._totals.items() if each >= level) < limit
 
-    def is_idle(self, run: object, level: int) -> bool:
+    def is_idle(self, run: object, level: float) -> bool:
         """Returns whether this is a run that counts for requests of this level, and has no request."""
+        if not isinstance(run, ScheduledRun):
+            return False
         return run in self._idle and self._counted[run] >= level
 
     def add_request(self, run: ScheduledRun, priority: int, now: float) -> None:

@@ -281,7 +281,7 @@ class Scheduler:
         limit = self.limits.max_wait
         if first is not None and self._models.draining is None and limit is not None:
             moments.append(first.arrived_at + limit)
-        if self._newcomers and len(self.in_flight) < self.limits.max_concurrency:
+        if self._newcomers and len(self.in_flight) < self.limits.max_concurrency and not self._may_begin(-math.inf):
             if limit is not None and (rising := self._first(self._rising, now)) is not None:
                 moments.append(rising.rises_at)
             moments.append(self._runs.next_drop())
@@ -352,7 +352,7 @@ class Scheduler:
             return False
         return not self._runs.has_begun(permit.run)
 
-    def _may_begin(self, level: int) -> bool:
+    def _may_begin(self, level: float) -> bool:
         """Returns whether a request of this level may be the first one of a run, or one that belongs to no run."""
         if not self._runs.have_room(level):
             return False
