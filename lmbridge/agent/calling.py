@@ -149,14 +149,17 @@ async def _execute(call: Callable[[], Any], is_async: bool, deadline: _CallDeadl
 async def _execute_in_task(awaitable: Awaitable[Any], deadline: _CallDeadline) -> Any:
     name = getattr(awaitable, "__qualname__", type(awaitable).__name__)
     task = asyncio.get_running_loop().create_task(_await_without_exit(awaitable), name=f"lmbridge-tool-{name}")
-    _running_tools.add(task)
-    task.add_done_callback(partial(_forget_task, awaitable))
     try:
-        # Many tools end in their first step. They need no timer.
+        # Many tools end in their first step. They need no timer, and no callback, which would take another turn of the
+        # event loop.
         await asyncio.sleep(0)
-        if not task.done():
+        if task.done():
+            _forget_task(awaitable, task)
+        else:
+            _keep_until_done(awaitable, task)
             await asyncio.wait({task}, timeout=deadline.remaining())
     except asyncio.CancelledError:
+        _keep_until_done(awaitable, task)
         await _cancel_and_wait(task)
         raise
     if not task.done():
@@ -191,10 +194,16 @@ async def _cancel_and_wait(task: asyncio.Future[Any]) -> bool:
     return task.done()
 
 
+def _keep_until_done(awaitable: Awaitable[Any], task: asyncio.Future[Any]) -> None:
+    if task not in _running_tools:
+        _running_tools.add(task)
+        task.add_done_callback(partial(_forget_task, awaitable))
+
+
 def _forget_task(awaitable: Awaitable[Any], task: asyncio.Future[Any]) -> None:
     _running_tools.discard(task)
     mark_exception_retrieved(task)
-    if isinstance(awaitable, Coroutine):
+    if task.cancelled() and isinstance(awaitable, Coroutine):
         # A task that was cancelled before its first step has not awaited the coroutine, which Python would warn about.
         awaitable.close()
 
