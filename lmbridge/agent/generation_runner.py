@@ -142,7 +142,8 @@ class GenerationRunner:
         has_read = self._retry.read(reply)
         if not (has_read or reply.calls) and reply.may_call:
             has_read = await self._read_text_calls(reply)
-        await self._send_held_text("" if self._retry.is_unusable(reply) else reply.text if has_read else None)
+        if self._held_text is not None:
+            await self._send_held_text("" if self._retry.is_unusable(reply) else reply.text if has_read else None)
         record.end_reply(reply.text, reply.reasoning)
         await pause_after(len(reply.text) + len(reply.reasoning))
         return reply
@@ -224,15 +225,15 @@ class GenerationRunner:
         arrived = accumulator if own is None else own
 
         def reply_so_far() -> Any:
-            if own is not None:
-                return own.partial
-            return accumulator.reply() if accumulator.has_begun else None
+            so_far = accumulator.reply() if accumulator.has_begun else None
+            return so_far if own is None else own.partial
 
         self._record.attach_stream(reply_so_far)
         splitter = None if self._channel.is_muted else ReasoningSplitter()
         reports_progress = self._progress.may_be_wanted
         halves: Halves = {}
         served_model: str | None = None
+        may_change = own is not None and own.ignores_model_names
         try:
             async for chunk in stream:
                 if own is None:
@@ -240,13 +241,16 @@ class GenerationRunner:
                 # Proxies name themselves while they load a model, so a name counts only once an answer has begun.
                 name = chunk.get("model")
                 if name != served_model and isinstance(name, str) and arrived.has_answer:
-                    may_change = own is not None and own.ignores_model_names
                     self._check_served_model(name, begins_reply=served_model is None, may_change=may_change)
                     served_model = name
                 if reports_progress:
                     await self._progress.report(chunk)
                 if splitter is not None:
                     await self._send_chunk(splitter, chunk)
+                elif own is not None and served_model is not None and not reports_progress:
+                    # Nobody wants the further chunks. The stream itself breaks off if another model continues the
+                    # answer, so it can be read to its end without a step here for each of them.
+                    break
         except BaseException:
             # The caller no longer reads the stream, so the server should stop generating now.
             await stream.aclose()
@@ -254,8 +258,22 @@ class GenerationRunner:
         if splitter is not None:
             await self._send_rest(splitter, halves)
         if own is not None:
-            return await ModelReply.from_completion(await own.collect())
+            return await self._collect(own, served_model)
         return await ModelReply.from_completion(await accumulator.reply_in_slices() if accumulator.has_begun else {})
+
+    async def _collect(self, stream: ReplyStream[Any, Any], served_model: str | None) -> ModelReply:
+        """Reads what is left of a stream, and returns the whole reply.
+
+        Args:
+            stream: A stream of lmbridge's own client.
+            served_model: The name of the model that was checked last, or None if none was.
+        """
+        completion = await stream.collect()
+        name = completion.get("model")
+        if served_model is not None and name != served_model and isinstance(name, str):
+            # The chunks that were read here have ended with another name.
+            self._check_served_model(name, begins_reply=False, may_change=stream.ignores_model_names)
+        return await ModelReply.from_completion(completion)
 
     async def _send_chunk(self, splitter: ReasoningSplitter, chunk: Mapping[str, Any]) -> None:
         """Sends the text of a chunk as events, and lets other tasks run after every 100 choices."""

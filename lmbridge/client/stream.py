@@ -74,6 +74,7 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
         "_events",
         "_failure",
         "_halves",
+        "_has_ended",
         "_is_complete",
         "_mismatch_policy",
         "_named_model",
@@ -116,6 +117,8 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
         # The rest of the work on a large event, which is done in slices between which other tasks run.
         self._unfinished_event: Generator[None, None, _Item | None] | None = None
         self._is_complete = False
+        # Whether the iteration has ended properly, so that nothing is left to be read or checked.
+        self._has_ended = False
         self._failure: LLMError | None = None
 
     @property
@@ -213,6 +216,7 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
             except LLMError as error:
                 self._fail(error)
                 raise
+            self._has_ended = True
             raise StopAsyncIteration
         if self._accumulator.is_finished:
             self._events.expect_end(_GRACE_AFTER_TEXT if self._accumulator.ends_with_text else DRAIN_SECONDS)
@@ -430,9 +434,13 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
             )
 
     async def _read_to_end(self) -> _Reply_co:
-        async with self:
-            async for _ in self:
-                pass
+        if not self._has_ended:
+            try:
+                async for _ in self:
+                    pass
+            except BaseException:
+                await self.aclose()
+                raise
         return await self._accumulator.reply_in_slices()
 
     # Ending the stream

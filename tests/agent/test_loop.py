@@ -618,6 +618,17 @@ async def test_a_name_that_was_made_up_cannot_break_the_conversation(
 # Errors
 
 
+async def test_a_name_at_the_end_of_a_reply_that_is_not_that_of_the_run_is_an_error(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    # Within a reply, each of the names fits the one before it. The run reads the last chunks without looking at each.
+    pieces = [piece("a", model="m"), piece("b", model="m"), piece("c", model="m@q8", finish_reason="stop")]
+    scripted_server.script(calls(asks("add", a=1, b=2), model="m@q4"), sse(*pieces, done=True))
+    with pytest.raises(ModelChangedDuringExecutionError) as caught:
+        await Agent(client, tools=[add]).run("1 + 2?")
+    assert (caught.value.old_model, caught.value.new_model) == ("m@q4", "m@q8")
+
+
 async def test_an_error_holds_the_run_so_far(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(calls(asks("add", a=1, b=2)), reply(400, {"error": {"message": "no grammar for you"}}))
     with pytest.raises(LLMResponseError, match="no grammar") as caught:

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from lmbridge import (
+    ChatStream,
     LLMClient,
     LLMStreamError,
     LLMTimeoutError,
@@ -550,6 +551,19 @@ async def test_collect_returns_the_whole_reply_of_a_stream_that_was_read_before(
     for _ in range(2):
         reply = await collect(stream)
         assert reply["choices"][0]["message"]["content"] == "Hello from the scripted server."
+
+
+async def test_collect_after_the_end_repeats_no_check(client: LLMClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = await opened(client)
+    async for _ in stream:
+        pass
+
+    async def check(_stream: object) -> None:
+        raise AssertionError("the whole reply is checked again")
+
+    monkeypatch.setattr(ChatStream, "_check_whole_reply", check)
+    reply = await stream.collect()
+    assert reply["choices"][0]["message"]["content"] == "Hello from the scripted server."
 
 
 async def test_collect_raises_if_there_is_no_chunk() -> None:
