@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from lmbridge._checks import MAPPING_TYPES
 from lmbridge._tasks import MANY, list_in_slices, run_at_once, run_in_slices
-from lmbridge._text import join_surrogates, replace_lone_surrogates, shorten
+from lmbridge._text import has_lone_surrogates, join_surrogates, replace_lone_surrogates, shorten
 from lmbridge.client import failures
 from lmbridge.client.completeness import aborted_error, complete_chunk, error_in_choice, flatten_choice_in_slices
 from lmbridge.client.content import flatten_in_slices, text_in_slices, text_of_part
@@ -140,16 +140,16 @@ class ChatAccumulator:
         """
         # The fast path. It checks for usage, because some servers send it in every chunk, or from some chunk on.
         try:
-            (choice,) = chunk["choices"]
-            if (
-                len(chunk) == self._fast_path_fields
-                and choice["finish_reason"] is None
-                and choice["index"] == 0
-                and (choice["logprobs"] is None if len(choice) == 4 else len(choice) == 3)
-                and not chunk.get("usage")
-                and self._extend(choice)
-            ):
-                return chunk
+            if len(chunk) == self._fast_path_fields:
+                (choice,) = chunk["choices"]
+                if (
+                    choice["finish_reason"] is None
+                    and choice["index"] == 0
+                    and (choice["logprobs"] is None if len(choice) == 4 else len(choice) == 3)
+                    and not chunk.get("usage")
+                    and self._extend(choice)
+                ):
+                    return chunk
         except (AttributeError, KeyError, TypeError, ValueError):
             # The chunk has another shape.
             pass
@@ -289,8 +289,8 @@ class ChatAccumulator:
             choices.append(choice.as_dict(index, await list_in_slices(choice.calls())))
             if number % MANY == 0:
                 await asyncio.sleep(0)
-        reply: ChatCompletion = await run_in_slices(replace_surrogates_in_slices(self._reply(choices)))
-        return reply
+        reply: ChatCompletion = self._reply(choices)
+        return await run_in_slices(replace_surrogates_in_slices(reply)) if has_lone_surrogates(reply) else reply
 
     def _reply(self, choices: list[dict[str, Any]]) -> Any:
         return {**self._fields, "object": "chat.completion", "choices": choices, "usage": self.usage}
@@ -394,7 +394,9 @@ class _ChoiceAccumulator:
 
     def add(self, part: Mapping[str, Any]) -> bool:
         """Adds a choice of a completed chunk, and returns whether its delta had any field."""
-        delta = part["delta"] or run_at_once(self._whole_message_in(part))
+        delta = part["delta"]
+        if not delta and "message" in part:
+            delta = run_at_once(self._whole_message_in(part))
         for key, value in delta.items():
             if value is None:
                 continue
@@ -437,7 +439,8 @@ class _ChoiceAccumulator:
     def _add_calls(self, value: Any) -> None:
         self._tool_calls = self._tool_calls or ToolCallAccumulator()
         # Some servers send a single call without a list around it.
-        for piece in [value] if isinstance(value, MAPPING_TYPES) and "function" in value else value:
+        is_single = type(value) is not list and isinstance(value, MAPPING_TYPES) and "function" in value
+        for piece in [value] if is_single else value:
             self._tool_calls.add(piece)
 
     def _add_message_field(self, key: str, value: Any) -> None:

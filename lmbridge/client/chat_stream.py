@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from lmbridge._tasks import LARGE, run_at_once
+from lmbridge._tasks import LARGE
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.error_body import Redact, is_error_object
 from lmbridge.client.json_codec import decode_strictly
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
 from lmbridge.client.stream import ReplyStream, is_large
-from lmbridge.client.surrogates import join_halves_in_slices, may_hold_surrogates
+from lmbridge.client.surrogates import join_halves, join_halves_in_slices, may_hold_surrogates
 from lmbridge.client.text import StreamedText
 from lmbridge.errors import LLMError
 from lmbridge.transport import EventStream
@@ -45,7 +45,9 @@ class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
         except LLMError as error:
             self._fail(error)
             raise
-        return run_at_once(self._with_whole_characters(chunk, data))
+        if self._halves or may_hold_surrogates(data):
+            chunk = join_halves(chunk, self._halves)
+        return cast("_Chunk", chunk)
 
     def _object_in_slices(
         self,
@@ -66,16 +68,13 @@ class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
             self._fail(error)
             raise
         yield
-        return (yield from self._with_whole_characters(chunk, data))
+        if self._halves or may_hold_surrogates(data):
+            chunk = yield from join_halves_in_slices(chunk, self._halves)
+        return cast("_Chunk", chunk)
 
     def _check_no_error_object(self, value: dict[str, Any], data: bytes) -> None:
         if is_error_object(value):
             raise self._server_error(data.strip().decode("utf-8", "replace"))
-
-    def _with_whole_characters(self, chunk: Mapping[str, Any], data: bytes) -> Generator[None, None, _Chunk]:
-        if self._halves or may_hold_surrogates(data):
-            chunk = yield from join_halves_in_slices(chunk, self._halves)
-        return cast("_Chunk", chunk)
 
     def _make_last_item(self, rest: dict[str, Any]) -> _Chunk:
         named = {"id": self._reply_id, "model": self._named_model}

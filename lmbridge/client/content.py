@@ -68,7 +68,9 @@ def _pieces_of(content: object) -> Iterator[tuple[str, Any]]:
 
 def text_of_part(part: object) -> str:
     """Returns the text of a part or of a list of parts, whatever they are; an empty string if they have none."""
-    return part if isinstance(part, str) else "".join(_texts_of(part))
+    if isinstance(part, str):
+        return part
+    return "".join(_texts_of(part)) if part else ""
 
 
 def text_in_slices(part: object) -> Generator[None, None, str]:

@@ -226,8 +226,9 @@ def split_reasoning(
     choice: Mapping[str, Any] = next(iter(_choices_in(reply)), {})
     message = choice.get("message")
     reasoning, content = _texts_in(message) if isinstance(message, MAPPING_TYPES) else ("", "")
-    if not content and not choice.get("index"):
-        return SplitReply(reasoning, "")
+    if not choice.get("index") and not any(sign in content for sign in _signs(known)):
+        # The fast path: nearly every content is empty, or a text that cannot have a marker in it.
+        return SplitReply(reasoning, content)
     splitter = ReasoningSplitter(starts_in_reasoning=_begins_in_block(content, known), markers=known)
     parts: dict[str, list[str]] = {"reasoning": [], "text": []}
     for piece in (*splitter.feed(reply), *splitter.close()):
@@ -273,6 +274,12 @@ def _openings(markers: tuple[ReasoningMarkers, ...]) -> tuple[str, ...]:
 def _closings(markers: tuple[ReasoningMarkers, ...]) -> tuple[str, ...]:
     """Returns the markers that close a block."""
     return tuple(marker.closing for marker in markers if marker != HARMONY)
+
+
+@lru_cache(maxsize=64)
+def _signs(markers: tuple[ReasoningMarkers, ...]) -> tuple[str, ...]:
+    """Returns the characters with which markers begin. A content without any of them has no marker."""
+    return tuple({marker[0]: None for marker in _openings(markers) + _closings(markers)})
 
 
 def _first_of(closings: tuple[str, ...], content: str) -> tuple[int, str]:

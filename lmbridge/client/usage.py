@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from lmbridge._checks import MAPPING_TYPES
 from lmbridge.client.json_codec import decode_json
 from lmbridge.transport import TokenUsage
 
@@ -63,5 +64,7 @@ def cached_tokens(usage: Mapping[str, Any] | None) -> int | None:
     """Returns how many tokens of the prompt came from the server's cache; None if the server does not say."""
     counts = usage or {}
     details = counts.get("prompt_tokens_details", counts.get("input_tokens_details"))
-    cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
+    if details is None or not isinstance(details, MAPPING_TYPES):
+        return None
+    cached = details.get("cached_tokens")
     return cached if isinstance(cached, int) and not isinstance(cached, bool) else None

@@ -266,6 +266,14 @@ def test_reasoning_of_a_real_server_is_found_in_streams_and_plain_replies(name: 
     assert streamed(chunks) == split_reasoning(plain)
 
 
+def test_markers_of_the_caller_are_found_although_no_usual_marker_begins_like_them() -> None:
+    reply = {"choices": [{"message": {"content": "##I add.//\n It is 3."}}]}
+    assert split_reasoning(reply) == ("", "##I add.//\n It is 3.")
+    assert split_reasoning(reply, markers=[("##", "//")]) == ("I add.", "It is 3.")
+    opened_by_prompt = {"choices": [{"message": {"content": "I add.//It is 3."}}]}
+    assert split_reasoning(opened_by_prompt, markers=[("##", "//")]) == ("I add.", "It is 3.")
+
+
 async def test_a_stream_and_its_collected_reply_are_split_alike(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
