@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -96,10 +95,14 @@ def decode_argument_json(text: str, inexact: set[float]) -> Any:
 
 def is_nested_deeper(value: Any, levels: int) -> bool:
     """Returns whether the lists and objects of a JSON value are nested more deeply than a limit."""
-    containers: list[Any] = [[value]]
-    for _ in range(levels + 1):
-        items = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in containers)
-        containers = [item for item in items if isinstance(item, (list, dict))]
+    containers: list[Any] = [value] if isinstance(value, (list, dict)) else []
+    for _ in range(levels):
+        containers = [
+            item
+            for each in containers
+            for item in (each.values() if isinstance(each, dict) else each)
+            if isinstance(item, (list, dict))
+        ]
         if not containers:
             return False
-    return True
+    return bool(containers)

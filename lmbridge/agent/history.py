@@ -457,7 +457,8 @@ def valid_arguments(arguments: object) -> str:
     A valid text is returned unchanged. Some servers send an object instead of a text, and some models encode their JSON
     twice. The tool is called with the object in both cases, so this function returns the text of the object.
     """
-    if isinstance(arguments, MAPPING_TYPES):
+    # Nearly all arguments are texts, for which a check against an abstract class would be slow.
+    if not isinstance(arguments, str) and isinstance(arguments, MAPPING_TYPES):
         return _encode(arguments).decode()
     try:
         value = msgspec.json.decode(arguments) if isinstance(arguments, str) else None
@@ -511,10 +512,11 @@ def _copy_message(message: Message) -> Message:
 
 def _copy_without_calls(message: Message) -> Message:
     """Returns a copy of a message that shares the list of calls with it, because there may be thousands of them."""
-    return {
-        key: value if key == "tool_calls" or not isinstance(value, (dict, list)) else _deep_copy(value)
-        for key, value in message.items()
-    }
+    copied = dict(message)
+    for key, value in message.items():
+        if type(value) is not str and key != "tool_calls" and isinstance(value, (dict, list)):
+            copied[key] = _deep_copy(value)
+    return copied
 
 
 def _copy_call(call: Message) -> Message:

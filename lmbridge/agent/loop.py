@@ -272,11 +272,12 @@ class RunLoop:
 
     def _log_round(self, reply: ModelReply, records: Sequence[ToolRecord], began: float) -> Round:
         record = self._record
+        last_reply = record.last_reply
         finished = Round(
             number=record.rounds,
             model=record.served_model or record.model,
-            text=record.text,
-            reasoning=record.reasoning,
+            text=last_reply.text,
+            reasoning=last_reply.reasoning,
             finish_reason=reply.finish_reason,
             tool_calls=tuple(records),
             usage=record.round_usage,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias
 
 import attrs
 import msgspec
@@ -63,7 +63,7 @@ class ModelReply:
         choices = completion.get("choices")
         choice = _as_object(next(iter(choices), None) if isinstance(choices, list) else None)
         message = _as_object(choice.get("message"))
-        size = sum(len(value) for value in message.values() if isinstance(value, str))
+        size = sum([len(value) for value in message.values() if isinstance(value, str)])
         await pause_after(size)
         reasoning, text = split_reasoning({"choices": [{"message": message}]})
         await pause_after(size)
@@ -160,12 +160,16 @@ def _read_usage(completion: Mapping[str, Any]) -> Usage | None:
     versions of llama.cpp.
     """
     counts = _as_object(completion.get("usage"))
-    counted: dict[str, Any] = {name: counts[name] for name in _COUNTS if isinstance(counts.get(name), int)}
-    cached = _as_object(counts.get("prompt_tokens_details")).get("cached_tokens")
-    cached = _as_object(completion.get("timings")).get("cache_n") if cached is None else cached
-    if counted and is_integer(cached):
-        counted["prompt_tokens_details"] = {"cached_tokens": cached}
-    return cast("Usage", counted) if counted else None
+    counted: Any = {name: counts[name] for name in _COUNTS if isinstance(counts.get(name), int)}
+    if not counted:
+        return None
+    details, timings = counts.get("prompt_tokens_details"), completion.get("timings")
+    if details is not None or timings is not None:
+        cached = _as_object(details).get("cached_tokens")
+        cached = _as_object(timings).get("cache_n") if cached is None else cached
+        if is_integer(cached):
+            counted["prompt_tokens_details"] = {"cached_tokens": cached}
+    return counted  # type: ignore[no-any-return]  # a cast would be a call
 
 
 def _as_object(value: Any) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
+from lmbridge._checks import MAPPING_TYPES
 from lmbridge.errors import LLMError, LLMResponseError, LLMStreamError
 
 ImagePlace: TypeAlias = Literal["user", "tool", "none"]
@@ -91,7 +92,7 @@ def _text_of_error(error: LLMError) -> str:
 
 
 def _is_image(part: Any) -> bool:
-    if not isinstance(part, Mapping) or part.get("type") != "image_url":
+    if not isinstance(part, MAPPING_TYPES) or part.get("type") != "image_url":
         return False
     image = part.get("image_url")
     return isinstance(image, Mapping) and isinstance(image.get("url"), str)

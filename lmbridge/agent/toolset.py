@@ -268,11 +268,10 @@ class Toolset:
             StepLimitError: The check takes more than these steps, and more of them are allowed in a thread.
         """
         call_id, asked = str(call.get("id") or ""), asked_name(call)
-        decoded, problem, inexact = decode_arguments(arguments_of(call))
-        bad_arguments = not isinstance(decoded, dict) or is_nested_deeper(decoded, _MOST_LEVELS)
+        sent, problem, inexact = decode_arguments(arguments_of(call))
         if name is None:
-            return InvalidCall(call_id, asked, self._describe_unknown(asked), bad_arguments=bad_arguments)
-        tool = self._tools[name]
+            return InvalidCall(call_id, asked, self._describe_unknown(asked), bad_arguments=_are_bad(sent))
+        tool, decoded = self._tools[name], sent
         if decoded is None and problem is None:
             decoded, problem = without_arguments(tool)
         if problem is None:
@@ -292,7 +291,7 @@ class Toolset:
                 problem = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
         problem = shorten(problem, LONGEST_PROBLEM)
         text = f"the arguments for {name!r} are wrong: {problem}; {describe_parameters(tool)}"
-        return InvalidCall(call_id, asked, text, bad_arguments=bad_arguments, tool=name)
+        return InvalidCall(call_id, asked, text, bad_arguments=_are_bad(sent), tool=name)
 
     def find_text_calls(
         self,
@@ -435,6 +434,11 @@ async def _call_provider(provider: ToolProvider, method: Callable[[], Awaitable[
             hint=f"its {name}() has to return a list of Tools",
             context={"operation": "agent run"},
         ) from exc
+
+
+def _are_bad(arguments: object) -> bool:
+    """Returns whether the decoded arguments of a call are not an object, or are nested too deeply."""
+    return not isinstance(arguments, dict) or is_nested_deeper(arguments, _MOST_LEVELS)
 
 
 def _build_validators(tools: Sequence[Tool]) -> None:

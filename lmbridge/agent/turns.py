@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import attrs
 import msgspec
@@ -63,6 +63,21 @@ class _PlannedCall:
     """The result that the journal has from before an interruption, so that the call is not made again, or None."""
     is_uncertain: bool = False
     """Whether the call had started before an interruption and may have ended, so that it is not made again."""
+
+
+class _CallKind(NamedTuple):
+    """What a reply is judged by: the properties of a call that many calls have in common."""
+
+    is_repaired: bool
+    """Whether the call had small mistakes that have been repaired."""
+    is_invalid: bool
+    """Whether the call cannot be made."""
+    wrong_tool: str | None
+    """The tool, by its name in requests, if the call exists but has wrong arguments; otherwise None."""
+
+
+_USUAL: Final = _CallKind(is_repaired=False, is_invalid=False, wrong_tool=None)
+"""The kind of nearly all calls."""
 
 
 class TurnRunner:
@@ -137,7 +152,8 @@ class TurnRunner:
         # two slices, its history has either none of the calls, or all of them, with a result or a placeholder for each.
         turn = await self._begin_turn(reply, reply.calls)
         read = await self._read(reply)
-        if any(await list_in_slices(isinstance(each, ReadyCall) and each.call.repaired for each in read)):
+        kinds = set(await list_in_slices(map(_kind_of, read)))
+        if any(kind.is_repaired for kind in kinds):
             turn = await self._begin_turn(reply, map(_as_meant, reply.calls, read))
         calls = await list_in_slices(map(_to_tool_call, read))
         self._record.calls += calls
@@ -148,8 +164,8 @@ class TurnRunner:
         self._record.history.end_turn()
         await pause_after(turn.size)
         self._repetition.end_reply()
-        self._bad_calls.note(bad=all(await list_in_slices(isinstance(each, InvalidCall) for each in read)))
-        wrong_tools = set(await list_in_slices(each.tool if isinstance(each, InvalidCall) else None for each in read))
+        self._bad_calls.note(bad=all(kind.is_invalid for kind in kinds))
+        wrong_tools = {kind.wrong_tool for kind in kinds}
         self.wrong_tool = wrong_tools.pop() if len(wrong_tools) == 1 else None
         return records
 
@@ -176,14 +192,17 @@ class TurnRunner:
 
     async def _plan(self, read: Sequence[ReadyCall | InvalidCall]) -> list[_PlannedCall]:
         """Returns the calls to make or to refuse. Identical calls become one, unless each is to be made."""
-        if len(read) == 1 or not self._settings.deduplicate_calls:
+        if len(read) == 1:
+            return [_PlannedCall(read[0], [0])]
+        if not self._settings.deduplicate_calls:
             return await list_in_slices(_PlannedCall(each, [place]) for place, each in enumerate(read))
         return list(dict.fromkeys(await list_in_slices(_unite_identical(read))))
 
     async def _decide(self, planned: Sequence[_PlannedCall]) -> None:
         """Decides which calls are made, or repeats the decisions from before an interruption."""
         if self._journal is None:
-            await self._ask_for_approval(planned)
+            if self._settings.approve is not None:
+                await self._ask_for_approval(planned)
         elif recorded := self._journal.calls_of_reply():
             for each in planned:
                 self._repeat_decision(each, recorded)
@@ -289,7 +308,8 @@ class TurnRunner:
             # If one of them raises an exception, such as the error of a journal that could not be written, the other
             # calls are cancelled.
             await run_together(answer_waiting() for _ in range(min(len(planned), self._most_at_once)))
-        return await list_in_slices(records[place] for place in range(len(calls)))
+        # There may be thousands of records, so they are not collected by a loop in Python.
+        return list(map(records.__getitem__, range(len(calls))))
 
     async def _record_of(self, planned: _PlannedCall, calls: Sequence[ToolCall], turn: Turn) -> ToolRecord:
         read = planned.read
@@ -411,6 +431,12 @@ def _describe_plan(planned: _PlannedCall) -> RecordedCall:
         edited=None if planned.edited is None else planned.edited.call,
         result=result,
     )
+
+
+def _kind_of(read: ReadyCall | InvalidCall) -> _CallKind:
+    if isinstance(read, InvalidCall):
+        return _CallKind(is_repaired=False, is_invalid=True, wrong_tool=read.tool)
+    return _CallKind(is_repaired=True, is_invalid=False, wrong_tool=None) if read.call.repaired else _USUAL
 
 
 def _to_tool_call(read: ReadyCall | InvalidCall) -> ToolCall:

@@ -31,6 +31,8 @@ _UNREAD_SYNTAXES: Final = tuple(
 """The syntaxes whose calls are recognized even if they name no tool."""
 _SIGNS: Final = ("<", "[", "`", "func")
 """Each opening in `_UNREAD_SYNTAXES` contains at least one of these texts."""
+_PLAIN_SIGNS: Final = ("{", ")]", "Action Input:")
+"""Each call that `_plain_call` or `_only_calls` recognizes contains at least one of these texts."""
 _JSON: Final = re.compile(r"\s*[\[{]")
 _WORD: Final = re.compile(r"[^\W_]")
 _PYTHONIC: Final = re.compile(r"^[ \t]*\[\s*([\w.-]{1,100})\(", re.MULTILINE)
@@ -84,7 +86,7 @@ def find_unread_call(text: str, tool_names: Collection[str]) -> str | None:
             content = position + len(syntax.opening)
             if syntax.content.match(text, content) and _is_last(text, content, syntax.closings):
                 return syntax.opening
-    if not tool_names:
+    if not tool_names or not any(sign in text for sign in _PLAIN_SIGNS):
         return None
     return _plain_call(text, tool_names) or _only_calls(text, tool_names)
 
