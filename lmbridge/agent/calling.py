@@ -156,10 +156,10 @@ async def _execute_in_task(awaitable: Awaitable[Any], deadline: _CallDeadline) -
         if task.done():
             _forget_task(awaitable, task)
         else:
-            _keep_until_done(awaitable, task)
+            _keep_running_tool(awaitable, task)
             await asyncio.wait({task}, timeout=deadline.remaining())
     except asyncio.CancelledError:
-        _keep_until_done(awaitable, task)
+        _keep_running_tool(awaitable, task)
         await _cancel_and_wait(task)
         raise
     if not task.done():
@@ -194,7 +194,7 @@ async def _cancel_and_wait(task: asyncio.Future[Any]) -> bool:
     return task.done()
 
 
-def _keep_until_done(awaitable: Awaitable[Any], task: asyncio.Future[Any]) -> None:
+def _keep_running_tool(awaitable: Awaitable[Any], task: asyncio.Future[Any]) -> None:
     if task not in _running_tools:
         _running_tools.add(task)
         task.add_done_callback(partial(_forget_task, awaitable))
