@@ -45,22 +45,21 @@ _CHARACTERS_OF_STEP: Final = 200
 
 
 def build_validator(
-    schema: Mapping[str, Any], sent_schema: Mapping[str, Any], *, owner: str = "a tool"
+    schema: Mapping[str, Any], simplified: Mapping[str, Any], *, owner: str = "a tool"
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """Returns a function that copies valid arguments, and raises a `ValueError` for invalid ones, with their mistakes.
 
-    The arguments are checked against the original schema, because the version that servers receive accepts more.
+    The arguments are checked against the original schema, because the simplified version accepts more.
     Nothing is ever fetched: a reference that cannot be resolved within the schema accepts any value, as does a pattern
     that is not supported. If the schema is invalid by the rules of the draft that it names, refers to itself without
-    end, or makes jsonschema fail, the arguments are checked against the version that servers receive, and a warning is
-    logged.
+    end, or makes jsonschema fail, the arguments are checked against the simplified version, and a warning is logged.
 
     Args:
         schema: A JSON schema of any draft. A schema without `$schema` is taken for one of draft 2020-12.
-        sent_schema: The version of the schema that servers receive, as `simplify_parameters` returns it.
+        simplified: The version of the schema without unusual keywords, as `simplify_parameters` returns it.
         owner: The owner of the schema, as the warning names it, such as "tool 'add'". Default: "a tool".
     """
-    jsonschema_validator = _jsonschema_validator(schema, sent_schema, owner)
+    jsonschema_validator = _jsonschema_validator(schema, simplified, owner)
 
     def validate(arguments: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -70,7 +69,7 @@ def build_validator(
                 raise
             reason = f"{type(exc).__name__}: {excerpt(str(exc))}"
             logger.warning("the schema of %s cannot be used, so values are checked less strictly: %s", owner, reason)
-            mismatches = _mismatches(_lenient_validator(sent_schema), arguments)
+            mismatches = _mismatches(_lenient_validator(simplified), arguments)
         if mismatches:
             listed = [_describe_mismatch(error) for error in mismatches[:_LISTED_MISMATCHES]]
             omitted = len(mismatches) - len(listed)
@@ -98,7 +97,7 @@ def _describe_mismatch(error: ValidationError) -> str:
 # The validator
 
 
-def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, Any], owner: str) -> Validator:
+def _jsonschema_validator(schema: Mapping[str, Any], simplified: Mapping[str, Any], owner: str) -> Validator:
     # Importing jsonschema takes 35 ms, which only programs with tools that bring their own schema should pay.
     from jsonschema import Draft202012Validator  # noqa: PLC0415
     from jsonschema.validators import validator_for  # noqa: PLC0415 - see above
@@ -114,14 +113,14 @@ def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, A
         if not isinstance(exc, StepLimitError) and not _is_failure_of_jsonschema(exc):
             raise
     logger.warning("the schema of %s is not valid or too large, so values are checked less strictly", owner)
-    return _lenient_validator(sent_schema)
+    return _lenient_validator(simplified)
 
 
-def _lenient_validator(sent_schema: Mapping[str, Any]) -> Validator:
-    """Returns a validator of the version of a schema that servers receive, which has no keyword with a wrong value."""
+def _lenient_validator(simplified: Mapping[str, Any]) -> Validator:
+    """Returns a validator of the simplified version of a schema, which has no keyword with a wrong value."""
     from jsonschema import Draft202012Validator  # noqa: PLC0415 - importing it is slow
 
-    return _bounded(Draft202012Validator)(sent_schema)
+    return _bounded(Draft202012Validator)(simplified)
 
 
 def _is_failure_of_jsonschema(exc: BaseException) -> bool:

@@ -23,7 +23,7 @@ import msgspec
 from lmbridge._docstrings import read_docstring
 from lmbridge.agent.tool_results import as_plain_json
 from lmbridge.client.stand_ins import convert, supported_type
-from lmbridge.client.type_schemas import description_of, json_schema
+from lmbridge.client.type_schemas import description_of, json_schema, with_literals_as_written
 from lmbridge.client.value_faults import describe_fault
 from lmbridge.errors import LLMValidationError
 
@@ -194,7 +194,9 @@ def _struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
 def _annotated(part: dict[str, Any], hint: _ParameterHint, docstring_entry: str | None) -> dict[str, Any]:
     """Returns the schema of a parameter with its description and its default, if they are known."""
     description = part.get("description") or description_of(hint.annotation) or docstring_entry
-    part = {**part, "description": description} if description else dict(part)
+    part = with_literals_as_written(part, hint.annotation)
+    if description:
+        part["description"] = description
     # The default that msgspec generated is UNSET, not the default of the function.
     part.pop("default", None)
     # A default that JSON cannot represent is left out: the function applies it, and the model need not know it.

@@ -20,7 +20,7 @@ from lmbridge.agent.coercion import Coercer
 from lmbridge.agent.schemas import build_validator
 from lmbridge.agent.signatures import first_parameter_is, parameters_of_type, read_signature
 from lmbridge.client.json_codec import encode_body
-from lmbridge.client.schemas import simplify_parameters
+from lmbridge.client.schemas import simplify_definition, simplify_parameters
 from lmbridge.errors import LLMValidationError
 
 
@@ -155,9 +155,8 @@ class Tool:
 
     @cached_property
     def sent_parameters(self) -> Mapping[str, Any]:
-        """The simplified version of `parameters` that servers receive, as plain JSON."""
-        sent: dict[str, Any] = msgspec.json.decode(encode_body(simplify_parameters(self.parameters)))
-        return sent
+        """The simplified version of `parameters` that servers and models receive, as plain JSON."""
+        return _as_json(simplify_definition(self.parameters))
 
     @cached_property
     def context_names(self) -> tuple[str, ...]:
@@ -184,7 +183,8 @@ class Tool:
         """Converts JSON values to keyword arguments. A `ValueError` describes a mistake and its place."""
         if self._convert is not None:
             return self._convert
-        return build_validator(self.parameters, self.sent_parameters, owner=f"tool {self.name!r}")
+        simplified = _as_json(simplify_parameters(self.parameters))
+        return build_validator(self.parameters, simplified, owner=f"tool {self.name!r}")
 
     @property
     def is_idempotent(self) -> bool:
@@ -238,6 +238,16 @@ class GrowingToolProvider(ToolProvider, Protocol):
     async def new_tools(self) -> Sequence[Tool]:
         """Returns the tools that have been added since `list_tools`. It is called often, and should return quickly."""
         ...
+
+
+def _as_json(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a schema as plain JSON.
+
+    Raises:
+        TypeError: The schema has a value that JSON does not have.
+    """
+    decoded: dict[str, Any] = msgspec.json.decode(encode_body(schema))
+    return decoded
 
 
 def as_tool(tool_or_function: Tool | Callable[..., Any]) -> Tool:

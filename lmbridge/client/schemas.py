@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from lmbridge._checks import is_integer, is_number
-from lmbridge.client.subschemas import references_in, resolve_reference
+from lmbridge.client.subschemas import map_subschemas, references_in, resolve_reference
 
 _TYPES: Final = ("string", "number", "integer", "boolean", "array", "object", "null")
 _FORMATS: Final = ("date", "date-time", "time", "uuid")
@@ -57,6 +57,8 @@ _KEYWORDS: Final[Mapping[str, Callable[[Any], bool]]] = {
 
 Every server accepts them, and they mean something to a model or to a grammar.
 """
+_USUAL_ORDER: Final = ("type", "enum", "description", "items", "properties", "required", "additionalProperties")
+"""The order of keywords in OpenAI's examples of tools."""
 _ANNOTATIONS: Final = ("description", "default", "examples")
 
 
@@ -78,6 +80,23 @@ def simplify_answer_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def simplify_definition(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the schema of a tool's parameters as it stands in a definition, in the form that most models have seen.
+
+    Most models were trained on definitions like those in the examples of OpenAI, and small models write better calls if
+    a tool is described in the same way: the type comes first, and what is required after the properties; an enum has a
+    type; and a parameter that may be left out is not said to accept null, if null is its default. So the result may
+    accept less than `simplify_parameters` does, and serves only to describe a tool.
+
+    Args:
+        schema: A JSON schema of any draft.
+
+    Raises:
+        ValueError: The schema is not that of an object.
+    """
+    return _in_usual_form(_simplify_parameters(schema, omit_null_defaults=True))
+
+
 def simplify_parameters(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the schema of a tool's parameters in the form that local servers accept.
 
@@ -91,7 +110,11 @@ def simplify_parameters(schema: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The schema is not that of an object.
     """
-    simplifier = _Simplifier(schema, close_objects=False, keep_recursion=False)
+    return _simplify_parameters(schema, omit_null_defaults=False)
+
+
+def _simplify_parameters(schema: Mapping[str, Any], *, omit_null_defaults: bool) -> dict[str, Any]:
+    simplifier = _Simplifier(schema, close_objects=False, keep_recursion=False, omit_null_defaults=omit_null_defaults)
     try:
         whole = simplifier.simplify(schema, ("#",))
     except RecursionError as exc:
@@ -106,13 +129,22 @@ class _Simplifier:
         root: The whole schema, in which references are resolved.
         close_objects: Whether objects allow no additional fields.
         keep_recursion: Whether references to types that contain themselves are kept.
+        omit_null_defaults: Whether null is no alternative for a property that may be left out and has null as default.
 
     Attributes:
         recursive: The names of the definitions to which references are kept.
     """
 
-    def __init__(self, root: Mapping[str, Any], *, close_objects: bool, keep_recursion: bool) -> None:
+    def __init__(
+        self,
+        root: Mapping[str, Any],
+        *,
+        close_objects: bool,
+        keep_recursion: bool,
+        omit_null_defaults: bool = False,
+    ) -> None:
         self._root = root
+        self._omit_null_defaults = omit_null_defaults
         self._close_objects = close_objects
         self._keep_recursion = keep_recursion
         self._parts_left = _MOST_PARTS
@@ -181,6 +213,11 @@ class _Simplifier:
             known = simplified.get("properties", {})
             required = [name for name in simplified.pop("required") if name in known]
             simplified |= {"required": required} if required else {}
+        if self._omit_null_defaults and (known := simplified.get("properties")):
+            for name, given in part["properties"].items():
+                is_optional = name in known and name not in simplified.get("required", ())
+                if is_optional and isinstance(given, Mapping) and given.get("default", "") is None:
+                    known[name] = _without_null(known[name])
         if self._close_objects and "properties" in simplified:
             simplified.setdefault("additionalProperties", False)
         return simplified
@@ -239,6 +276,24 @@ def _with_one_type(part: dict[str, Any]) -> dict[str, Any]:
     annotations = {key: value for key, value in rest.items() if key in _ANNOTATIONS}
     bounds = {key: value for key, value in rest.items() if key not in _ANNOTATIONS}
     return annotations | {"anyOf": [{"type": "null"} if name == "null" else {"type": name, **bounds} for name in types]}
+
+
+def _without_null(part: dict[str, Any]) -> dict[str, Any]:
+    """Returns a part without the alternative that accepts only null."""
+    branches = [branch for branch in part.get("anyOf", ()) if branch != {"type": "null"}]
+    if not branches:
+        return part
+    rest = {key: value for key, value in part.items() if key != "anyOf"}
+    return {**branches[0], **rest} if len(branches) == 1 else {**rest, "anyOf": branches}
+
+
+def _in_usual_form(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a part, and all parts within it, with a type for each enum of texts and with its keywords in order."""
+    part = map_subschemas(part, _in_usual_form)
+    if "type" not in part and part.get("enum") and all(isinstance(each, str) for each in part["enum"]):
+        part = {"type": "string", **part}
+    order = {key: place for place, key in enumerate(_USUAL_ORDER)}
+    return dict(sorted(part.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def _merge_schemas(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

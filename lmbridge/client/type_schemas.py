@@ -5,8 +5,9 @@ msgspec generates the schemas; `stand_ins` provides the parts for types that it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 
@@ -91,13 +92,44 @@ def _describe_fields(definition: dict[str, Any], class_: Any) -> None:
         metadata = getattr(fields.get(name), "metadata", None) or {}
         text = description_of(annotation) or metadata.get("description") or docstring.parameters.get(name)
         part = properties.get(wire_names.get(name, name))
-        if isinstance(text, str) and part is not None:
+        if part is None:
+            continue
+        properties[wire_names.get(name, name)] = part = with_literals_as_written(part, annotation)
+        if isinstance(text, str):
             part.setdefault("description", text)
 
 
 def _is_generated(class_: type) -> bool:
     """Returns whether a class has the docstring that `dataclass` or a named tuple gives to a class without one."""
     return (class_.__doc__ or "").startswith(f"{class_.__name__}(")
+
+
+def with_literals_as_written(part: Mapping[str, Any], annotation: Any) -> dict[str, Any]:
+    """Returns the schema of an annotation in which the values of each `Literal` are in the order in which it has them.
+
+    msgspec sorts them. But small models prefer the first one, which is often the one that the author thinks of first.
+    """
+    literals = list(_literals_within(annotation))
+
+    def ordered(schema: Mapping[str, Any]) -> dict[str, Any]:
+        schema = map_subschemas(schema, ordered)
+        values = schema.get("enum")
+        written = next(
+            (each for each in literals if values and sorted(map(repr, values)) == sorted(map(repr, each))), None
+        )
+        return schema if written is None else {**schema, "enum": list(written)}
+
+    return ordered(part) if literals else dict(part)
+
+
+def _literals_within(annotation: Any) -> Iterator[tuple[Any, ...]]:
+    """Yields the values of each `Literal` in an annotation, but not those in its classes."""
+    values = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        yield values
+        return
+    for each in values:
+        yield from _literals_within(each)
 
 
 def description_of(annotation: Any) -> str | None:

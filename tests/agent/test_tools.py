@@ -100,14 +100,12 @@ def test_a_tool_takes_everything_from_its_function() -> None:
                 "description": "Where, on Earth.",
             },
             "days": {"type": "integer", "minimum": 1, "maximum": 14, "description": "How many.", "default": 3},
-            "unit": {"enum": ["C", "F"], "default": "C"},
-            "detail": {"enum": ["high", "low"], "default": "low"},
-            "note": {"anyOf": [{"type": "string"}, {"type": "null"}], "description": "What for."},
+            "unit": {"type": "string", "enum": ["C", "F"], "default": "C"},
+            "detail": {"type": "string", "enum": ["low", "high"], "default": "low"},
+            "note": {"type": "string", "description": "What for."},
             "temperatures": {
-                "anyOf": [
-                    {"type": "object", "properties": {"low": {"type": "number"}, "high": {"type": "number"}}},
-                    {"type": "null"},
-                ]
+                "type": "object",
+                "properties": {"low": {"type": "number"}, "high": {"type": "number"}},
             },
         },
         "required": ["place"],

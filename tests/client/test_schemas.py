@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge.client.schemas import simplify_answer_schema, simplify_parameters
+from lmbridge.client.schemas import simplify_answer_schema, simplify_definition, simplify_parameters
 from lmbridge.client.subschemas import resolve_reference
 from tests.client.test_subschemas import KEYWORDS_AS_NAMES
 from tests.support import assert_linear
@@ -222,6 +222,58 @@ def test_additional_properties_are_kept() -> None:
     assert part({"type": "object", "properties": {"a": {}}}) == {"type": "object", "properties": {"a": {}}}
 
 
+def test_a_definition_has_its_keywords_in_the_order_of_examples_and_a_type_for_each_enum_of_texts() -> None:
+    schema = {
+        "additionalProperties": False,
+        "required": ["unit"],
+        "properties": {
+            "unit": {"description": "Of what.", "enum": ["C", "F"], "default": "C"},
+            "places": {"items": {"description": "A name.", "type": "string"}, "type": "array"},
+            "level": {"enum": [1, "high"]},
+        },
+        "type": "object",
+    }
+    wanted = {
+        "type": "object",
+        "properties": {
+            "unit": {"type": "string", "enum": ["C", "F"], "description": "Of what.", "default": "C"},
+            "places": {"type": "array", "items": {"type": "string", "description": "A name."}},
+            "level": {"enum": [1, "high"]},
+        },
+        "required": ["unit"],
+        "additionalProperties": False,
+    }
+    assert json.dumps(simplify_definition(schema)) == json.dumps(wanted)
+
+
+@pytest.mark.parametrize(
+    ("part", "defined"),
+    [
+        ({"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}, {"type": "string"}),
+        ({"type": ["integer", "null"], "minimum": 0, "default": None}, {"type": "integer", "minimum": 0}),
+        ({"$ref": "#/$defs/a", "default": None}, {"type": "string"}),
+        (
+            {"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "null"}], "default": None},
+            {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+        ),
+        ({"type": "null", "default": None}, {"type": "null"}),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, {"anyOf": [{"type": "string"}, {"type": "null"}]}),
+        (
+            {"anyOf": [{"type": "string"}, {"type": "null"}], "default": "a"},
+            {"anyOf": [{"type": "string"}, {"type": "null"}], "default": "a"},
+        ),
+    ],
+)
+def test_a_definition_does_not_mention_null_where_it_is_the_default(
+    part: dict[str, Any], defined: dict[str, Any]
+) -> None:
+    schema = {"properties": {"a": part}, "$defs": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
+    assert simplify_definition(schema)["properties"]["a"] == defined
+    # A parameter that must not be left out may have to be null.
+    required = {**schema, "required": ["a"]}
+    assert simplify_definition(required)["properties"]["a"] == simplify_parameters(required)["properties"]["a"]
+
+
 def test_the_original_is_not_changed() -> None:
     schema = {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"x": {"const": 1}}}}}
     before = json.dumps(schema)
@@ -265,3 +317,6 @@ def test_every_schema_becomes_a_valid_schema_of_an_object_or_is_refused(schema: 
     assert sent["type"] == "object"
     jsonschema.Draft202012Validator.check_schema(sent)
     assert simplify_parameters(sent) == sent
+    definition = simplify_definition(schema)
+    jsonschema.Draft202012Validator.check_schema(definition)
+    assert simplify_definition(definition) == definition
