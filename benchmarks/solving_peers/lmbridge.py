@@ -11,16 +11,10 @@ class Solver(base.Solver):
     compaction: CompactionMode = "summarize"
     """The default, which other columns replace."""
 
-    def __init__(self, base: str) -> None:
-        self._client = lmbridge.LLMClient(base)
+    def __init__(self, address: str) -> None:
+        client = lmbridge.LLMClient(address)
+        self._agent = lmbridge.Agent(client, system_prompt=base.SYSTEM, temperature=0, compaction=self.compaction)
 
     async def solve(self, task: base.Task) -> str:
-        agent = lmbridge.Agent(
-            self._client,
-            tools=task.tools(),
-            system_prompt=base.SYSTEM,
-            max_rounds=task.max_rounds,
-            temperature=0,
-            compaction=self.compaction,
-        )
-        return (await agent.run(task.prompt, model=base.MODEL)).text
+        run = self._agent.run(task.prompt, tools=task.tools(), max_rounds=task.max_rounds, model=base.MODEL)
+        return (await run).text

@@ -34,6 +34,7 @@ from lmbridge.agent.text_calls import may_have_calls
 from lmbridge.agent.thinking import without_thinking
 from lmbridge.agent.tokens import ContextBudget
 from lmbridge.agent.toolset import Toolset
+from lmbridge.agent.unread_calls import repeated_unit
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.context_overflow import OVERFLOW_HINT, PromptSize, describe_cut
 from lmbridge.client.names import is_same_model
@@ -140,8 +141,11 @@ class GenerationRunner:
         reply.may_call = allows_calls(params)
         reply.constrained_to = wrong_tool
         has_read = self._retry.read(reply)
+        if reply.constrained_to is None:
+            reply.drop_cut_repetition()
         if not (has_read or reply.calls) and reply.may_call:
             has_read = await self._read_text_calls(reply)
+        reply.is_of_text_caller = record.model in self._source.text_callers
         if self._held_text is not None:
             await self._send_held_text("" if self._retry.is_unusable(reply) else reply.text if has_read else None)
         record.end_reply(reply.text, reply.reasoning)
@@ -177,18 +181,23 @@ class GenerationRunner:
         size = len(reply.text) + len(reply.reasoning)
         if settings.read_text_calls == "never" or not may_have_calls(reply.text or reply.reasoning):
             return False
+        # If a reply was cut off while it repeated its only call, nothing is missing.
+        is_cut = reply.finish_reason == "length" and settings.deduplicate_calls
+        unit = repeated_unit(reply.text) if is_cut else None
         find = partial(
             self._toolset.find_text_calls,
-            reply.text,
+            reply.text if unit is None else unit,
             reasoning=reply.reasoning,
             mode=settings.read_text_calls,
             repairs=settings.repair_calls,
-            may_be_cut=reply.may_be_cut,
+            may_be_cut=unit is None and reply.may_be_cut,
         )
         found = find() if size <= _LARGE_TEXT else await asyncio.to_thread(find)
         if found is not None:
             logger.info("the model wrote its tool calls as text, and they are read from there")
+            reply.written_calls = reply.text if reply.text.strip() else reply.reasoning
             reply.text, reply.calls = found
+            self._source.text_callers.add(self._record.model)
             if settings.deduplicate_calls:
                 # The duplicates can be dropped, because servers demand a result only for each call that they have
                 # parsed themselves. A long list of the same call and the same result would be an example that the model

@@ -195,6 +195,11 @@ class History:
         content = self._task["content"]
         return content if isinstance(content, str) else ""
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether the conversation has any call, be it of this run or of the one that it continues."""
+        return any("tool_calls" in message for message in self._messages)
+
     def to_send(self) -> CheckedList:
         """Returns the messages of the next request: a new list of the same dicts, which must not be changed."""
         if self._to_send is None:

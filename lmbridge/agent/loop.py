@@ -43,7 +43,7 @@ from lmbridge.agent.thinking import THOUGHT_TOO_LONG, can_stop_thinking
 from lmbridge.agent.tokens import ContextBudget
 from lmbridge.agent.toolset import Toolset
 from lmbridge.agent.turns import TurnRunner
-from lmbridge.agent.unread_calls import describe_markup, first_json_call
+from lmbridge.agent.unread_calls import describe_markup, find_unread_call, first_json_call
 from lmbridge.client.structured import InvalidAnswerError
 from lmbridge.errors import LLMResponseError
 
@@ -187,6 +187,8 @@ class RunLoop:
                 self._output.allow_tools()
         else:
             stop = self._add_answer(reply)
+            if stop == "stop" and self._still_repeats(reply):
+                stop = "repetition"
         await self._end_round(reply, records, began)
         return stop
 
@@ -301,10 +303,11 @@ class RunLoop:
             LLMResponseError: The reply is still unusable after the last nudge.
         """
         self._nudges.begin_round()
+        first_answer: ModelReply | None = None
         while True:
             reply = await self._prompts.send()
             self._generations.stops_thinking, self._generations.may_call = False, True
-            flaw = find_flaw(reply, self._toolset)
+            flaw = find_flaw(reply, self._toolset) or await self._find_doubt(reply)
             await pause_after(len(reply.text) + len(reply.reasoning))
             nudge = None
             if flaw is not None and not self._token_budget.is_spent:
@@ -314,7 +317,7 @@ class RunLoop:
                     task=self._history.task_text,
                     max_tokens=reply.max_tokens or self._context.max_tokens(),
                     has_results=self._turns.has_results,
-                    is_repetition=self._repeats_call(reply),
+                    is_repetition=flaw == "repeated_call" or self._repeats_call(reply),
                 )
             if nudge is not None and nudge.kind in THOUGHT_TOO_LONG:
                 stops = can_stop_thinking(self._source.server_kinds.get(self._record.model))
@@ -324,17 +327,51 @@ class RunLoop:
             if nudge.kind == "unreadable_call":
                 # Even if the next reply is good, the user should know why each call costs another generation.
                 self._warn_about_markup(reply)
+            if flaw == "no_call":
+                first_answer = reply
             await self._send_nudge(nudge, reply)
         self._history.drop_nudges()
+        if first_answer is not None and not reply.calls:
+            # The model has no call to make, so its first answer counts: the last one may be about the nudge.
+            self._record.end_reply(first_answer.text, first_answer.reasoning)
+            return first_answer
         if flaw == "missing_call" or (flaw in ("empty", "only_reasoning") and not self._record.calls):
             raise self._unusable(flaw, reply)
         if flaw == "promise":
             self._record.warn("the answer announces a tool call that was not made")
         return reply
 
+    async def _find_doubt(self, reply: ModelReply) -> NudgeKind | None:
+        """Returns why a model is asked again although its reply is well-formed; None if the reply counts.
+
+        A call that the server has recognized may be repeated on purpose, for example because a tool is polled. So the
+        model is first warned, in the result.
+        """
+        if not reply.may_call:
+            return None
+        if reply.calls:
+            # Those who allow repetitions may have a tool that is polled, or one that throws a die.
+            allows_repetitions = self._settings.repetition_limit is None or not self._settings.deduplicate_calls
+            if allows_repetitions:
+                return None
+            # A model that has filled its reply with a call has lost its way, even if other calls came in between.
+            if reply.finish_reason == "length" and self._repeats_call(reply):
+                return "repeated_call"
+            has_recognized = not reply.written_calls
+            is_repeated = await self._turns.repeats_last_calls(reply.calls, despite_warning=has_recognized)
+            return "repeated_call" if is_repeated else None
+        if not reply.is_of_text_caller or self._record.round_nudges or self._history.has_calls:
+            return None
+        return "no_call" if reply.finish_reason != "length" else None
+
+    def _still_repeats(self, reply: ModelReply) -> bool:
+        """Returns whether the model was asked to answer instead of repeating a call, and has written a call again."""
+        is_asked = self._nudges.has_given("repeated_call")
+        return is_asked and find_unread_call(reply.text or reply.reasoning, self._toolset.names) is not None
+
     def _repeats_call(self, reply: ModelReply) -> bool:
         """Returns whether a reply begins with a call, written as text, whose result the model already has."""
-        call = first_json_call(reply.text)
+        call = first_json_call(reply.written_calls or reply.text)
         return call is not None and self._turns.has_result_of(call.name, call.arguments)
 
     async def _send_nudge(self, nudge: Nudge, reply: ModelReply) -> None:

@@ -9,6 +9,13 @@ user messages in a row, some a second system message, and some a user message di
 messages are removed as soon as the model has replied, so that it does not take its mistake for an example, and the
 conversation that the user sees has only what matters.
 
+Two kinds of replies are well-formed, and doubted all the same. A model that writes its calls as text does not know the
+form in which its template shows results, so it often writes the same call again as if there were none. Making it again
+would show the same result once more, until the run ends without an answer. A model whose calls the server recognizes
+may repeat them for a reason, so it is first warned. And a model that writes its calls as text may make up an answer
+that only a tool can give. It counts as such once one of its calls was read from a text, in any run of the agent, so
+other models are never asked whether they need a tool.
+
 A false alarm costs a generation, and may replace a good answer by a worse one. So a promise is recognized only in the
 last sentence of a reply, only in English, and only if tools were offered.
 """
@@ -50,6 +57,7 @@ _MESSAGES: Final[Mapping[NudgeKind, str]] = {
     "unreadable_call": "Your tool call could not be read. {again}",
     "cut_call": "Your tool call was cut off at {max_tokens} tokens, so it was not made. Make a shorter call, or several"
     " short ones.",
+    "no_call": "You have not called a tool. If you need one, call it now. Otherwise give your final answer.",
 }
 
 _SENTENCE_END: Final = re.compile(r"[.!?](?=\s)|\n")
@@ -137,7 +145,8 @@ class Nudges:
         self._given.append(kind)
         self._left -= 1
         if asks_to_answer:
-            return Nudge(kind=kind, message=request_answer(task), reply=reply.text, without_tools=True)
+            written = reply.written_calls or reply.text
+            return Nudge(kind=kind, message=request_answer(task), reply=written, without_tools=True)
         message = _MESSAGES[kind].format(
             action="call a tool or give your answer" if reply.may_call else "give your answer",
             again=self._way_to_call(reply.text or reply.reasoning) if kind == "unreadable_call" else "",

@@ -50,6 +50,10 @@ class ModelReply:
     """The limit on the tokens of the reply, as it was requested; None if it is unknown."""
     has_stop_texts: bool = False
     """Whether the request named texts at which the server ends a reply, wherever they are."""
+    written_calls: str = ""
+    """The text from which the calls were read; empty if the server has recognized them, or if there are none."""
+    is_of_text_caller: bool = False
+    """Whether the model has already written calls as text, in this run or in an earlier one of the same agent."""
     tokens: int = 0
     """The tokens of prompt and reply, as the server counted them, or as they were estimated."""
 
@@ -104,6 +108,17 @@ class ModelReply:
         tokens = (self.usage or {}).get("completion_tokens")
         return None if self.max_tokens is None or tokens is None else tokens < self.max_tokens
 
+    def drop_cut_repetition(self) -> None:
+        """Drops the last call if it was cut off and repeats the beginning of an earlier one.
+
+        A small model that writes a call again and again does so until the limit. The earlier calls are complete, and
+        nothing new was cut off, so they can be made. An early cut says nothing, because calls often begin alike.
+        """
+        if len(self.calls) > 1 and self.has_cut_call:
+            *earlier, last = (each["function"] for each in self.calls)
+            if any(_is_beginning(last, each) for each in earlier):
+                self.calls = self.calls[:-1]
+
     @property
     def has_cut_call(self) -> bool:
         """Whether the arguments of the last call were cut off at the limit on tokens."""
@@ -115,6 +130,13 @@ class ModelReply:
         except (ValueError, RecursionError):
             return True
         return arguments is None
+
+
+def _is_beginning(cut: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
+    """Returns whether a call that was cut off has at least half of another call, and nothing else."""
+    one, other = cut["arguments"], whole["arguments"]
+    is_text = isinstance(one, str) and isinstance(other, str)
+    return is_text and cut["name"] == whole["name"] and other.startswith(one) and 2 * len(one) >= len(other)
 
 
 def _read_calls(message: Mapping[str, Any]) -> Iterator[WireCall]:

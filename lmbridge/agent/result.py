@@ -48,14 +48,24 @@ ENDINGS: Final[Mapping[str, tuple[str, str]]] = {
 
 
 NudgeKind = Literal[
-    "empty", "only_reasoning", "cut_reasoning", "promise", "missing_call", "unreadable_call", "cut_call"
+    "empty",
+    "only_reasoning",
+    "cut_reasoning",
+    "promise",
+    "missing_call",
+    "unreadable_call",
+    "cut_call",
+    "repeated_call",
+    "no_call",
 ]
 """What was wrong with a reply, so that the model was asked again.
 
 "empty": the reply was empty. "only_reasoning": it had only reasoning. "cut_reasoning": its reasoning was cut off at the
 limit on tokens. "promise": its last sentence promised a call that did not follow. "missing_call": its finish reason
 announced a call, but there was none. "unreadable_call": it had a call in a form that could not be read. "cut_call": it
-had a call that was cut off at the limit on tokens.
+had a call that was cut off at the limit on tokens. "repeated_call": it had only calls that the model
+had just made and whose results it has. "no_call": it was the first one and had no call, although the model is known to
+write its calls as text.
 """
 
 

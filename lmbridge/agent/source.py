@@ -56,6 +56,7 @@ class ClientSource:
         image_places: For each model that cannot see images, or whose server has refused them in the usual place,
             where they are sent.
         server_kinds: For each model, the kind of its server, if the server has been asked.
+        text_callers: The models that have written calls as text, which their server did not recognize.
         unloaded_models: The models that were not loaded when their server was asked.
     """
 
@@ -76,6 +77,7 @@ class ClientSource:
         self.image_places: dict[str | None, ImagePlace] = {}
         self._cannot_count: set[str | None] = set()
         self.server_kinds: dict[str | None, str] = {}
+        self.text_callers: set[str | None] = set()
         self.unloaded_models: set[str | None] = set()
         self._models_awaiting_load: set[str | None] = set()
         self._locks: dict[str | None, asyncio.Lock] = {}

@@ -8,6 +8,7 @@ the identical calls still gets its own result, because servers refuse a conversa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -131,6 +132,10 @@ class TurnRunner:
         self.has_results: bool = False
         # The calls whose results are in the conversation and are not errors.
         self._answered: set[tuple[str, bytes]] = set()
+        # The calls of the last reply with their records, and the ids of those whose results warn of repetitions.
+        self._last_calls: Sequence[WireCall] = ()
+        self._last_records: Sequence[ToolRecord] = ()
+        self._warned_ids: set[str] = set()
 
     @property
     def stop_reason(self) -> StopReason | None:
@@ -145,6 +150,23 @@ class TurnRunner:
         """Allows each call once more, because the model may have lost its result when the context was compacted."""
         self._repetition.forgive()
         self._answered.clear()
+        self._last_calls = self._last_records = ()
+
+    async def repeats_last_calls(self, calls: Sequence[WireCall], *, despite_warning: bool) -> bool:
+        """Returns whether all these calls were also in the last reply with calls, and have results without an error.
+
+        Args:
+            calls: The calls of a reply.
+            despite_warning: Whether the model must also have been warned that it repeats them.
+        """
+        if despite_warning and not self._warned_ids:
+            return False
+        pairs = zip(self._last_calls, self._last_records, strict=True)
+        answered = [(call, record.call.id) for call, record in pairs if not record.is_error]
+        known = await list_in_slices(
+            _key_of(call) for call, call_id in answered if not despite_warning or call_id in self._warned_ids
+        )
+        return bool(known) and set(await list_in_slices(map(_key_of, calls))) <= set(known)
 
     async def run(self, reply: ModelReply) -> list[ToolRecord]:
         """Makes the calls of a reply concurrently, and returns their records in the order of the calls."""
@@ -159,10 +181,12 @@ class TurnRunner:
         self._record.calls += calls
         planned = await self._plan(read)
         await self._decide(planned)
+        self._warned_ids.clear()
         records = await self._answer_all(planned, calls, turn, is_constrained=reply.constrained_to is not None)
         await pause_after(turn.size)
         self._record.history.end_turn()
         await pause_after(turn.size)
+        self._last_calls, self._last_records = reply.calls, records
         self._repetition.end_reply()
         self._bad_calls.note(bad=all(kind.is_invalid for kind in kinds))
         wrong_tools = {kind.wrong_tool for kind in kinds}
@@ -381,7 +405,10 @@ class TurnRunner:
             self.has_results = True
             self._answered.add((record.call.name, _encode_sorted(record.call.arguments)))
         text = self._repetition.note(record.call.name, record.call.arguments, record.text, record.images)
-        return record if text is record.text else attrs.evolve(record, text=text)
+        if text is record.text:
+            return record
+        self._warned_ids.add(record.call.id)
+        return attrs.evolve(record, text=text)
 
 
 def _unite_identical(read: Sequence[ReadyCall | InvalidCall]) -> Iterator[_PlannedCall]:
@@ -437,6 +464,14 @@ def _kind_of(read: ReadyCall | InvalidCall) -> _CallKind:
     if isinstance(read, InvalidCall):
         return _CallKind(is_repaired=False, is_invalid=True, wrong_tool=read.tool)
     return _CallKind(is_repaired=True, is_invalid=False, wrong_tool=None) if read.call.repaired else _USUAL
+
+
+def _key_of(call: WireCall) -> tuple[str, bytes]:
+    """Returns a value that is the same for calls of the same tool with equal arguments."""
+    arguments = call["function"]["arguments"]
+    with contextlib.suppress(ValueError, RecursionError):
+        arguments = msgspec.json.decode(arguments) if isinstance(arguments, str) else arguments
+    return call["function"]["name"], _encode_sorted(arguments)
 
 
 def _to_tool_call(read: ReadyCall | InvalidCall) -> ToolCall:

@@ -123,6 +123,21 @@ def repeats_its_call(text: str) -> bool:
     return call is not None and text.find(text[: call.end].strip(), call.end) >= 0
 
 
+def repeated_unit(text: str) -> str | None:
+    """Returns the beginning of a text that consists of one JSON call, again and again, until it was cut off somewhere.
+
+    Returns:
+        The first of the calls, with what separates it from the next one. None if the text is anything else.
+    """
+    text = text.strip()
+    call = first_json_call(text)
+    if call is None:
+        return None
+    second = text.find(text[: call.end], call.end)
+    # A text is periodic if it begins with its own rest.
+    return text[:second] if second > 0 and text.startswith(text[second:]) else None
+
+
 def _only_calls(text: str, tool_names: Collection[str]) -> str | None:
     """Returns "JSON" for an answer that consists of several calls in JSON, of which the first one names a tool.
 

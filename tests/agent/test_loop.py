@@ -347,7 +347,7 @@ async def test_a_run_that_ends_by_repetition_may_answer_at_its_limit(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(*[calls(asks("add", a=1, b=2))] * 5, answer("It is 3."))
-    result = await Agent(client, tools=[add], on_limit="answer").run("1 + 2?")
+    result = await Agent(client, tools=[add], on_limit="answer", max_nudges=0).run("1 + 2?")
     assert (result.text, result.stop_reason, result.rounds) == ("It is 3.", "repetition", 6)
     last = sent(scripted_server)
     assert "tools" not in last

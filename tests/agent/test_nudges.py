@@ -241,7 +241,7 @@ NEXT_CALL = '{"name": "add", "arguments": {"a": 3, "b": 2}}'
     [
         ("promise", answer("I will call add now.")),
         ("unreadable_call", answer(UNREADABLE)),
-        ("cut_call", answer(f"{NEXT_CALL}\n{NEXT_CALL}\n{NEXT_CALL[:20]}", finish_reason="length")),
+        ("cut_call", answer(f"{NEXT_CALL}\n{NEXT_CALL}\n{CALL[:-5]}", finish_reason="length")),
     ],
 )
 async def test_a_model_with_results_that_goes_on_to_call_is_asked_to_answer_without_tools(
@@ -340,6 +340,179 @@ async def test_tools_are_offered_again_after_a_reply_without_them(
     scripted_server.script(RESULT, answer(UNREADABLE), answer(UNREADABLE), RESULT, answer("It is 3."))
     await Agent(client, tools=[add]).run("1 + 2?")
     assert ["tools" in request.json for request in generations(scripted_server)] == [True, True, True, False, True]
+
+
+async def test_a_model_that_repeats_a_call_in_spite_of_a_warning_is_asked_to_answer_without_tools(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(RESULT, RESULT, RESULT, RESULT, answer("It is 3."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, result.stop_reason, result.rounds, len(result.tool_calls)) == ("It is 3.", "stop", 4, 3)
+    assert [(nudge.kind, nudge.without_tools) for nudge in result.log[3].nudges] == [("repeated_call", True)]
+    check_valid(result.messages)
+
+
+async def test_a_run_whose_model_repeats_its_call_even_without_tools_ends_as_a_repetition(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(answer(CALL), answer(CALL), answer(CALL))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, result.stop_reason, len(result.tool_calls)) == (CALL, "repetition", 1)
+    scripted_server.script(answer(CALL), answer(CALL), answer(CALL), answer("It is 3."))
+    result = await Agent(client, tools=[add], on_limit="answer").run("1 + 2?")
+    assert (result.text, result.stop_reason) == ("It is 3.", "repetition")
+
+
+async def test_a_tool_whose_results_differ_may_be_called_again_and_again(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    count = iter(range(10))
+
+    def poll() -> int:
+        """Returns how many jobs are done."""
+        return next(count)
+
+    scripted_server.script(*[calls(asks("poll"))] * 6, answer("They are done."))
+    result = await Agent(client, tools=[poll]).run("Wait.")
+    assert (len(result.tool_calls), result.text) == (6, "They are done.")
+
+
+async def test_a_call_that_was_cut_off_while_it_was_repeated_does_not_stop_the_others(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    reply = calls(asks("add", a=1, b=2), asks_raw("add", '{"a": 1, "b', "call_2"), finish_reason="length")
+    scripted_server.script(reply, answer("It is 3."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, len(result.tool_calls)) == ("It is 3.", 1)
+    check_valid(result.messages)
+
+
+# Models that write their calls as text
+
+WRITTEN = answer(CALL)
+
+
+async def test_a_model_that_writes_the_call_that_it_has_just_made_is_asked_to_answer_without_tools(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(WRITTEN, answer(f"{CALL}\n{CALL}"), answer("It is 3."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, result.stop_reason, result.rounds, len(result.tool_calls)) == ("It is 3.", "stop", 2, 1)
+    (nudge,) = result.log[1].nudges
+    assert (nudge.kind, nudge.without_tools, nudge.reply) == ("repeated_call", True, f"{CALL}\n{CALL}")
+    assert ["tools" in request.json for request in generations(scripted_server)] == [True, True, False]
+    check_valid(sent(scripted_server)["messages"])
+    check_valid(result.messages)
+
+
+@pytest.mark.parametrize(
+    ("second", "options"),
+    [
+        (RESULT, {}),
+        (answer(NEXT_CALL), {}),
+        (answer(f"{CALL}\n{NEXT_CALL}"), {}),
+        (WRITTEN, {"repetition_limit": None}),
+        (WRITTEN, {"deduplicate_calls": False}),
+        (WRITTEN, {"max_nudges": 0}),
+    ],
+    ids=["recognized", "another", "with another", "repetitions allowed", "no deduplication", "no nudges"],
+)
+async def test_other_calls_after_a_written_one_are_made(
+    scripted_server: ScriptedServer, client: LLMClient, second: Behaviour, options: dict[str, Any]
+) -> None:
+    scripted_server.script(WRITTEN, second, answer("It is 3."))
+    result = await Agent(client, tools=[add], **options).run("1 + 2?")
+    assert (result.text, result.rounds) == ("It is 3.", 3)
+    assert not any(each.nudges for each in result.log)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 20, len(CALL) - 1])
+async def test_a_written_call_that_was_repeated_until_the_reply_was_cut_is_made_once(
+    scripted_server: ScriptedServer, client: LLMClient, cut: int
+) -> None:
+    written = f"{CALL}\n{CALL}\n{CALL[:cut]}"
+    scripted_server.script(answer(written, finish_reason="length"), answer("It is 3."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, len(result.tool_calls)) == ("It is 3.", 1)
+    assert not any(each.nudges for each in result.log)
+
+    # Having the result, the model is asked for its answer.
+    first = answer(f"{NEXT_CALL}\n{NEXT_CALL}\n{NEXT_CALL[:cut]}", finish_reason="length")
+    scripted_server.script(WRITTEN, first, answer(written, finish_reason="length"), answer("It is 3."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, len(result.tool_calls)) == ("It is 3.", 2)
+    assert [nudge.kind for each in result.log for nudge in each.nudges] == ["repeated_call"]
+
+
+async def test_a_call_may_be_written_again_after_a_different_one(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(WRITTEN, answer(NEXT_CALL), WRITTEN, answer("It is 3."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (len(result.tool_calls), result.text) == (3, "It is 3.")
+
+
+async def test_a_written_call_that_has_failed_may_be_made_again(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    def draw() -> str:
+        """Draws a ticket."""
+        scripted_server.script(answer("It is 7."))
+        raise OSError("it is busy")
+
+    call = answer('{"name": "draw", "arguments": {}}')
+    scripted_server.script(call, call)
+    result = await Agent(client, tools=[draw]).run("Go.")
+    assert (len(result.tool_calls), result.text) == (2, "It is 7.")
+
+
+async def test_a_model_that_writes_its_calls_is_asked_whether_its_first_answer_needs_one(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    agent = Agent(client, tools=[add])
+    scripted_server.script(answer("It is 4."), WRITTEN, answer("It is 3."))
+    # Nothing is known about the model yet, so its answer counts.
+    assert (await agent.run("1 + 2?")).text == "It is 4."
+    assert (await agent.run("1 + 2?")).text == "It is 3."
+
+    scripted_server.script(answer("It is 4."), WRITTEN, answer("It is 3."))
+    result = await agent.run("1 + 2?")
+    assert (result.text, result.rounds, len(result.tool_calls)) == ("It is 3.", 2, 1)
+    assert [nudge.kind for nudge in result.log[0].nudges] == ["no_call"]
+    assert [message["role"] for message in result.messages] == ["user", "assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("second", [answer("I cannot call a tool."), answer("I will call add now."), answer("")])
+async def test_the_first_answer_counts_if_the_model_has_no_call_to_make(
+    scripted_server: ScriptedServer, client: LLMClient, second: Behaviour
+) -> None:
+    agent = Agent(client, tools=[add])
+    scripted_server.script(WRITTEN, answer("It is 3."))
+    await agent.run("1 + 2?")
+    scripted_server.default = second
+    scripted_server.script(answer("Hello."))
+    result = await agent.run("Hi.")
+    assert (result.text, result.stop_reason, result.warnings) == ("Hello.", "stop", ())
+    assert result.messages == [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    assert result.log[0].text == "Hello."
+
+
+async def test_an_answer_after_a_call_is_not_doubted(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    agent = Agent(client, tools=[add])
+    scripted_server.script(WRITTEN, answer("It is 3."), answer("You are welcome."))
+    first = await agent.run("1 + 2?")
+    second = await agent.run("Thanks.", messages=first.messages)
+    assert second.text == "You are welcome."
+    assert not any(each.nudges for run in (first, second) for each in run.log)
+
+
+async def test_a_model_whose_calls_the_server_recognizes_is_not_doubted(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    agent = Agent(client, tools=[add])
+    scripted_server.script(RESULT, RESULT, answer("It is 3."), answer("Hello."))
+    assert (await agent.run("1 + 2?")).rounds == 3
+    assert (await agent.run("Hi.")).log[0].nudges == ()
 
 
 async def test_a_cut_call_is_told_how_many_tokens_it_had(scripted_server: ScriptedServer, client: LLMClient) -> None:

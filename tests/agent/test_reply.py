@@ -74,6 +74,32 @@ def test_a_call_that_was_cut_is_recognized(arguments: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "arguments", "is_dropped"),
+    [
+        ("f", '{"city": "Oslo", "d', True),
+        ("f", '{"city": "Oslo', True),
+        ("f", '{"city": ', False),
+        ("f", "", False),
+        ("f", '{"city": "Lima", "d', False),
+        ("g", '{"city": "Oslo", "d', False),
+        ("f", None, False),
+    ],
+)
+def test_only_a_cut_repetition_of_an_earlier_call_is_dropped(name: str, arguments: Any, is_dropped: bool) -> None:
+    whole = asks("f", city="Oslo", day=1)
+    reply = read({"tool_calls": [whole, asks_raw(name, arguments, "2")]}, "length")
+    reply.drop_cut_repetition()
+    assert (len(reply.calls), reply.has_cut_call) == ((1, False) if is_dropped else (2, True))
+
+
+def test_a_call_that_was_not_cut_or_is_alone_is_not_dropped() -> None:
+    for calls, reason in (([asks_raw("f", '{"a": ')], "length"), ([asks("f", a=1), asks("f", "2", a=1)], "length")):
+        reply = read({"tool_calls": calls}, reason)
+        reply.drop_cut_repetition()
+        assert len(reply.calls) == len(calls)
+
+
+@pytest.mark.parametrize(
     "entry",
     [{}, [], "f", 3, {"function": None}, {"function": "f"}, {"function": {"name": None}}, {"function": {"name": []}}],
 )

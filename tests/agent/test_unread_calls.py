@@ -9,7 +9,7 @@ import pytest
 
 from lmbridge import Agent, LLMClient
 from lmbridge.agent.text_calls import read_text_calls, without_repetition, without_template_tokens
-from lmbridge.agent.unread_calls import _SIGNS, _UNREAD_SYNTAXES, describe_markup
+from lmbridge.agent.unread_calls import _SIGNS, _UNREAD_SYNTAXES, describe_markup, repeated_unit
 from lmbridge.testing import ScriptedServer, answer
 from tests.agent.support import add, asks_raw, calls, check_valid, sent, tool_texts
 from tests.support import assert_linear
@@ -331,3 +331,35 @@ def test_the_time_to_look_for_markup_is_linear(piece: str) -> None:
 @pytest.mark.parametrize("opening", [each.opening for each in _UNREAD_SYNTAXES])
 def test_no_syntax_is_missed_by_the_quick_look(opening: str) -> None:
     assert any(sign in opening for sign in _SIGNS)
+
+
+# Repetitions of a call
+
+
+@pytest.mark.parametrize("separator", ["\n", "", ", "])
+@pytest.mark.parametrize("cut", [0, 1, 10])
+def test_the_unit_of_a_text_that_repeats_one_call_is_found(separator: str, cut: int) -> None:
+    text = f"{CALL}{separator}" * 3 + CALL[:cut]
+    unit = repeated_unit(text)
+    assert unit is not None
+    assert unit.rstrip(", \n") == CALL
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        CALL,
+        f"{CALL}\n{CALL[:10]}",
+        f"{CALL}\n{CALL}\nThat is all.",
+        f"{CALL}\n{CALL}\n{CALL.replace('2', '3')}",
+        f"Like this:\n{CALL}\n{CALL}",
+        HERMES * 2,
+    ],
+)
+def test_a_text_with_anything_else_has_no_unit(text: str) -> None:
+    assert repeated_unit(text) is None
+
+
+def test_the_time_for_a_long_repetition_is_linear() -> None:
+    assert_linear(lambda size: repeated_unit(f"{CALL}\n" * size), 1_000)
