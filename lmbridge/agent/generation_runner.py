@@ -68,6 +68,7 @@ class GenerationRunner:
 
     Attributes:
         may_call: Whether requests offer the tools. It is set to False for a request that asks only for the answer.
+        has_results: Whether a tool has returned something so far, without an error.
         stops_thinking: Whether requests ask the model not to think, because its last thought was too long.
     """
 
@@ -95,6 +96,7 @@ class GenerationRunner:
         self._retry = retry
         self._output = output
         self.may_call = True
+        self.has_results = False
         self.stops_thinking = False
         self._progress = ProgressReporter(source, channel, record.model, record.watch)
         self._cache_watch = PromptCacheWatch()
@@ -141,7 +143,7 @@ class GenerationRunner:
         reply.may_call = allows_calls(params)
         reply.constrained_to = wrong_tool
         has_read = self._retry.read(reply)
-        if reply.constrained_to is None:
+        if reply.constrained_to is None and not self.has_results:
             reply.drop_cut_repetition()
         if not (has_read or reply.calls) and reply.may_call:
             has_read = await self._read_text_calls(reply)
@@ -181,8 +183,9 @@ class GenerationRunner:
         size = len(reply.text) + len(reply.reasoning)
         if settings.read_text_calls == "never" or not may_have_calls(reply.text or reply.reasoning):
             return False
-        # If a reply was cut off while it repeated its only call, nothing is missing.
-        is_cut = reply.finish_reason == "length" and settings.deduplicate_calls
+        # If a reply was cut off while it repeated its only call, nothing is missing. But a model that has results, and
+        # does this all the same, has lost its way, and has to be asked for its answer.
+        is_cut = reply.finish_reason == "length" and settings.deduplicate_calls and not self.has_results
         unit = repeated_unit(reply.text) if is_cut else None
         find = partial(
             self._toolset.find_text_calls,

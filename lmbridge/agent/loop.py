@@ -181,6 +181,7 @@ class RunLoop:
         records: Sequence[ToolRecord] = ()
         if reply.calls and not reply.has_cut_call:
             records = await self._turns.run(reply)
+            self._generations.has_results = self._turns.has_results
             self._retry.note_calls(self._turns.wrong_tool, reply)
             stop = self._turns.stop_reason
             if self._output is not None:
@@ -354,9 +355,6 @@ class RunLoop:
             allows_repetitions = self._settings.repetition_limit is None or not self._settings.deduplicate_calls
             if allows_repetitions:
                 return None
-            # A model that has filled its reply with a call has lost its way, even if other calls came in between.
-            if reply.finish_reason == "length" and self._repeats_call(reply):
-                return "repeated_call"
             has_recognized = not reply.written_calls
             is_repeated = await self._turns.repeats_last_calls(reply.calls, despite_warning=has_recognized)
             return "repeated_call" if is_repeated else None
@@ -371,7 +369,7 @@ class RunLoop:
 
     def _repeats_call(self, reply: ModelReply) -> bool:
         """Returns whether a reply begins with a call, written as text, whose result the model already has."""
-        call = first_json_call(reply.written_calls or reply.text)
+        call = first_json_call(reply.text)
         return call is not None and self._turns.has_result_of(call.name, call.arguments)
 
     async def _send_nudge(self, nudge: Nudge, reply: ModelReply) -> None:
