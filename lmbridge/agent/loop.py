@@ -355,6 +355,9 @@ class RunLoop:
             allows_repetitions = self._settings.repetition_limit is None or not self._settings.deduplicate_calls
             if allows_repetitions:
                 return None
+            # A model that fills its reply with calls, the first of which it has made before, has lost its way.
+            if reply.finish_reason == "length" and self._repeats_call(reply):
+                return "repeated_call"
             has_recognized = not reply.written_calls
             is_repeated = await self._turns.repeats_last_calls(reply.calls, despite_warning=has_recognized)
             return "repeated_call" if is_repeated else None
@@ -369,7 +372,7 @@ class RunLoop:
 
     def _repeats_call(self, reply: ModelReply) -> bool:
         """Returns whether a reply begins with a call, written as text, whose result the model already has."""
-        call = first_json_call(reply.text)
+        call = first_json_call(reply.written_calls or reply.text)
         return call is not None and self._turns.has_result_of(call.name, call.arguments)
 
     async def _send_nudge(self, nudge: Nudge, reply: ModelReply) -> None:

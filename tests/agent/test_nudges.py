@@ -443,6 +443,16 @@ async def test_a_written_call_that_was_repeated_until_the_reply_was_cut_is_made_
     assert [nudge.without_tools for each in result.log for nudge in each.nudges] == [True]
 
 
+async def test_a_reply_full_of_calls_that_begins_with_a_known_one_is_followed_by_a_request_for_the_answer(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    written = f"{CALL}\n{NEXT_CALL}\n"
+    scripted_server.script(WRITTEN, answer(written, finish_reason="length"), answer("It is 3."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, len(result.tool_calls)) == ("It is 3.", 1)
+    assert [nudge.kind for each in result.log for nudge in each.nudges] == ["repeated_call"]
+
+
 async def test_a_call_may_be_written_again_after_a_different_one(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
