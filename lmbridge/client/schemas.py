@@ -81,12 +81,11 @@ def simplify_answer_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def simplify_definition(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the schema of a tool's parameters as it stands in a definition, in the form that most models have seen.
+    """Returns the schema of a tool's parameters as it stands in a definition, written like the examples of OpenAI.
 
-    Most models were trained on definitions like those in the examples of OpenAI, and small models write better calls if
-    a tool is described in the same way: the type comes first, and what is required after the properties; an enum has a
-    type; and a parameter that may be left out is not said to accept null, if null is its default. So the result may
-    accept less than `simplify_parameters` does, and serves only to describe a tool.
+    The type comes first, and what is required after the properties; an enum has a type; and a parameter that may be
+    left out is not said to accept null, if null is its default. This is the form that models are most likely to know.
+    So the result may accept less than `simplify_parameters` does, and serves only to describe a tool.
 
     Args:
         schema: A JSON schema of any draft.

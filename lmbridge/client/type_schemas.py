@@ -107,7 +107,7 @@ def _is_generated(class_: type) -> bool:
 def with_literals_as_written(part: Mapping[str, Any], annotation: Any) -> dict[str, Any]:
     """Returns the schema of an annotation in which the values of each `Literal` are in the order in which it has them.
 
-    msgspec sorts them. But small models prefer the first one, which is often the one that the author thinks of first.
+    msgspec sorts them, but the order may mean something to the author of the program, and so to a model.
     """
     literals = list(_literals_within(annotation))
 
