@@ -99,7 +99,7 @@ FLEET_TABLE: Final = Table(
     },
     baseline="lmbridge-request",
     worker="benchmarks.workers.fleet",
-    rounds=3,
+    rounds=2,
     uses_stub=False,
     page="concurrency.md",
     format=_format,
