@@ -12,9 +12,9 @@ conversation anew.
 
 Why the next run may have to wait although a run has ended: a server gives the new conversation the slot that was used
 least recently (`lmbridge.transport.slot_use`). Right after a run has ended, that is not its own slot, but the slot of
-another run whose tool is running. So a run does not begin while it would displace one that counts. Such a wait ends
-soon, because that run makes its next request or stops counting. In a simulation of 24 runs on 4 slots, the server
-processed each conversation once, instead of 1.6 times without this rule.
+another run whose tool is running. So a run does not begin while it would displace one that counts, until the server
+answers that run's next request. Such a wait ends soon, because slots are kept only for as long as described above. In a
+measurement with 24 runs on 4 slots, the server processed half as many tokens of prompts as without this rule.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class BegunRuns:
         self._next_idle: list[tuple[float, int, ScheduledRun]] = []
         # All runs that have begun, even if they do not count at present, and for how long each counts while it is idle.
         self._patience: weakref.WeakKeyDictionary[ScheduledRun, float] = weakref.WeakKeyDictionary()
+        # Until when the slot of each run is kept whose latest request has not been answered yet.
+        self._unanswered: dict[ScheduledRun, float] = {}
         # The number of requests of each run that wait or are in flight.
         self._requests: Counter[ScheduledRun] = Counter()
 
@@ -70,11 +72,15 @@ class BegunRuns:
             return True
         return sum(count for each, count in self._totals.items() if each >= level) < limit
 
-    def is_idle(self, run: object, level: float) -> bool:
-        """Returns whether this is a run that counts for requests of this level, and has no request."""
-        if not isinstance(run, ScheduledRun):
-            return False
-        return run in self._idle and self._counted[run] >= level
+    def keeps_slot_until(self, conversation: object, level: float) -> float:
+        """Returns until when no request of this level takes the slot of a conversation; minus infinity if it may now.
+
+        The slot is kept for a run that counts, while its tools are running, and again while its next request is on the
+        way: until the server has begun to answer, or has not done so for as long as it would take without the slot.
+        """
+        if not isinstance(conversation, ScheduledRun) or self._counted.get(conversation, -math.inf) < level:
+            return -math.inf
+        return self._idle.get(conversation, self._unanswered.get(conversation, -math.inf))
 
     def add_request(self, run: ScheduledRun, priority: int, now: float) -> None:
         """Records that a request of a run has arrived. A run that has begun counts again."""
@@ -89,21 +95,27 @@ class BegunRuns:
         self._requests[run] -= 1
         if not self._requests[run]:
             del self._requests[run]
+            self._unanswered.pop(run, None)
             if run in self._counted:
                 until = self._idle[run] = now + self._patience[run]
                 heapq.heappush(self._next_idle, (until, next_order_number(), run))
 
-    def begin(self, run: ScheduledRun, priority: int) -> bool:
+    def begin(self, run: ScheduledRun, priority: int, now: float) -> bool:
         """Records that a request of a run was admitted. Returns whether it is the first one."""
         is_first = run not in self._patience
         if is_first:
             self._patience[run] = 0.0
+        self._unanswered[run] = now + self._patience[run]
         self._add(run, priority)
         return is_first
 
     def set_patience(self, run: ScheduledRun, seconds: float) -> None:
         """Records how long the server took to begin its answer to the first request of a run."""
         self._patience[run] = min(seconds, RUN_PATIENCE)
+
+    def answer(self, run: ScheduledRun) -> None:
+        """Records that the server has begun to answer a request of a run."""
+        self._unanswered.pop(run, None)
 
     def pause(self, run: ScheduledRun) -> None:
         """Stops counting a run that waits for something other than its tools, unless it has a request."""

@@ -58,6 +58,8 @@ class Permit:
     """Whether other requests for the same model wait for the first event of this one."""
     has_answered: bool = False
     """Whether the first event of the reply has arrived, or the whole reply if it is not streamed."""
+    is_in_slot: bool = False
+    """Whether the request, which is in flight, is known to have its slot of the server (see `SlotUse.begin`)."""
     future: asyncio.Future[None] | None = None
     """The future that the waiting task awaits."""
     queue: ModelQueue | None = None

@@ -32,9 +32,9 @@ The rules in full:
 - A run *begins* when its first request is admitted. While as many runs as `begun_runs` have begun, the first request of
   another run waits until one of them ends, or has had no request for as long as the server took to begin its answer to
   the first one, because its tools take longer. It also waits while the server would put it into the slot of a begun run
-  whose tool is running (`lmbridge.transport.begun_runs` has the reasons). Begun runs whose priority is lower than the
-  level of the request do not count. While a request is overdue (see below), no request waits for runs, because the
-  drain would have to wait for them, too.
+  whose tool is running, or whose next request is on the way (`lmbridge.transport.begun_runs` has the reasons). Begun
+  runs whose priority is lower than the level of the request do not count. While a request is overdue (see below), no
+  request waits for runs, because the drain would have to wait for them, too.
 - With `max_loaded_models`, at most that many models are *active*, and only requests for active models are in flight. A
   model becomes active if there is room for it, or by taking the slot of a model that has nothing in flight and no
   request that may go.
@@ -126,7 +126,7 @@ class Scheduler:
             self._find_first_requests()
         for permit in self.in_flight:
             self._models.take_over(permit)
-            self._slots.begin(permit.run or permit)
+            self._slots.begin(permit)
         # For each run, the requests that wait until it may begin. Those that belong to no run have the key None.
         self._newcomers: dict[ScheduledRun | None, dict[Permit, None]] = {}
         for permit in self.waiting:
@@ -158,7 +158,7 @@ class Scheduler:
         """
         if self.waiting or len(self.in_flight) >= self.limits.max_concurrency:
             return False
-        if self._is_newcomer(permit) and not self._may_begin(permit.priority):
+        if self._is_newcomer(permit) and not self._may_begin(permit.priority, now):
             return False
         permit.queue = queue = self._models.queue_for(permit.model)
         if not (queue.is_active and queue.is_loaded) or queue.is_surplus:
@@ -208,7 +208,7 @@ class Scheduler:
             self._dequeue(permit, queue)
         else:
             del self.in_flight[permit]
-            self._slots.end(permit.run or permit)
+            self._slots.end(permit)
             queue.in_flight -= 1
             queue.idle_since = now
             if queue.first_request is permit:
@@ -234,9 +234,13 @@ class Scheduler:
     def mark_loaded(self, permit: Permit, now: float) -> None:
         """Records that the first event of a reply has arrived, which shows that the model is loaded."""
         permit.is_first_request = False
-        if permit.begins_run and permit.run is not None:
-            permit.begins_run = False
-            self._runs.set_patience(permit.run, now - permit.admitted_at)
+        if permit in self.in_flight:
+            self._slots.answer(permit)
+        if permit.run is not None:
+            self._runs.answer(permit.run)
+            if permit.begins_run:
+                permit.begins_run = False
+                self._runs.set_patience(permit.run, now - permit.admitted_at)
         queue = permit.queue
         if queue is not None and queue.first_request is permit:
             queue.is_loaded, queue.first_request = True, None
@@ -281,10 +285,14 @@ class Scheduler:
         limit = self.limits.max_wait
         if first is not None and self._models.draining is None and limit is not None:
             moments.append(first.arrived_at + limit)
-        if self._newcomers and len(self.in_flight) < self.limits.max_concurrency and not self._may_begin(-math.inf):
+        if (
+            self._newcomers
+            and len(self.in_flight) < self.limits.max_concurrency
+            and not self._may_begin(-math.inf, now)
+        ):
             if limit is not None and (rising := self._first(self._rising, now)) is not None:
                 moments.append(rising.rises_at)
-            moments.append(self._runs.next_drop())
+            moments += [self._runs.next_drop(), self._slot_kept_until(-math.inf)]
         # If a request is overdue already, no timer is needed: the drain begins when the current batch is admitted.
         return min((when for when in moments if when > now), default=math.inf)
 
@@ -320,7 +328,7 @@ class Scheduler:
         """Returns the first request of two heaps that may go."""
         first, newcomer = self._first(ready, now), self._first(newcomers, now)
         # The first newcomer has the highest level of all newcomers. If its run may not begin, no other may.
-        if newcomer is None or not (self._has_overdue or self._may_begin(self._levels.capped_level(newcomer))):
+        if newcomer is None or not (self._has_overdue or self._may_begin(self._levels.capped_level(newcomer), now)):
             return first
         return newcomer if first is None or newcomer.rank < first.rank else first
 
@@ -352,11 +360,13 @@ class Scheduler:
             return False
         return not self._runs.has_begun(permit.run)
 
-    def _may_begin(self, level: float) -> bool:
+    def _may_begin(self, level: float, now: float) -> bool:
         """Returns whether a request of this level may be the first one of a run, or one that belongs to no run."""
-        if not self._runs.have_room(level):
-            return False
-        return not self._runs.is_idle(self._slots.next_displaced(), level)
+        return self._runs.have_room(level) and now >= self._slot_kept_until(level)
+
+    def _slot_kept_until(self, level: float) -> float:
+        """Returns until when the slot is kept that the server would give to a new conversation."""
+        return self._runs.keeps_slot_until(self._slots.next_displaced(), level)
 
     def _stop_waiting_for_runs(self, permit: Permit) -> None:
         """Records that a waiting request need not wait any longer until its run may begin."""
@@ -370,7 +380,7 @@ class Scheduler:
     def _grant(self, permit: Permit, queue: ModelQueue, now: float) -> None:
         permit.state, permit.admitted_at, permit.last_read_at = "in flight", now, now
         self.in_flight[permit] = None
-        self._slots.begin(permit.run or permit)
+        self._slots.begin(permit)
         queue.in_flight += 1
         if not queue.is_loaded:
             queue.first_request = permit
@@ -378,7 +388,7 @@ class Scheduler:
         if permit.run is None:
             self._runs.add_single(permit.priority)
             return
-        permit.begins_run = self._runs.begin(permit.run, permit.priority)
+        permit.begins_run = self._runs.begin(permit.run, permit.priority, now)
         # The other requests of the run need not wait any longer.
         for each in list(self._newcomers.get(permit.run, ())):
             self._stop_waiting_for_runs(each)

@@ -27,22 +27,42 @@ class SlotUse:
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
-        # The number of requests in flight of each conversation that has any.
+        # The number of requests that are in the slot of each conversation that has any.
         self._busy: Counter[Conversation] = Counter()
         # The other conversations in the slots, in the order in which they were last used.
         self._idle: dict[Conversation, None] = {}
 
-    def begin(self, conversation: Conversation) -> None:
-        """Records that a request of a conversation was sent."""
-        self._idle.pop(conversation, None)
-        self._busy[conversation] += 1
-        self._displace()
+    def begin(self, permit: Permit) -> None:
+        """Records that a request was sent.
 
-    def end(self, conversation: Conversation) -> None:
-        """Records that a request of a conversation has ended."""
-        self._busy[conversation] -= 1
-        if not self._busy[conversation]:
-            del self._busy[conversation]
+        If its conversation is in a slot, the slot counts as idle until the first event of the reply. Two requests can
+        overtake each other on their way, so a new conversation that is sent a moment later may still get this slot.
+        """
+        conversation = permit.run or permit
+        permit.is_in_slot = conversation not in self._idle
+        if permit.is_in_slot:
+            self._busy[conversation] += 1
+            self._displace()
+
+    def answer(self, permit: Permit) -> None:
+        """Records that the first event of a reply has arrived."""
+        if not permit.is_in_slot:
+            permit.is_in_slot = True
+            conversation = permit.run or permit
+            self._idle.pop(conversation, None)
+            self._busy[conversation] += 1
+            self._displace()
+
+    def end(self, permit: Permit) -> None:
+        """Records that a request has ended."""
+        conversation = permit.run or permit
+        if permit.is_in_slot:
+            permit.is_in_slot = False
+            self._busy[conversation] -= 1
+            if not self._busy[conversation]:
+                del self._busy[conversation]
+        if conversation not in self._busy:
+            self._idle.pop(conversation, None)
             self._idle[conversation] = None
             self._displace()
 

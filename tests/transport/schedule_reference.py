@@ -27,6 +27,8 @@ class ReferenceRequest:
     is_nested: bool = False
     """Whether the request's task held another permit when it arrived."""
     is_answered: bool = False
+    takes_slot: bool = False
+    """Whether its conversation was in no slot when it was admitted."""
     begins_run: bool = False
     """Whether it was admitted as the first one of its run."""
     number: int = attrs.field(factory=next_order_number)
@@ -82,6 +84,8 @@ class ReferenceSchedule:
         self.run_idle_since: dict[ScheduledRun, float] = {}
         # How long the first answer of each run took.
         self.patience: dict[ScheduledRun, float] = {}
+        # Until when the slot of a run is kept whose latest request has not been answered.
+        self.unanswered: dict[ScheduledRun, float] = {}
         # The number of requests that had ended when the limits changed, which is when all slots are forgotten.
         self.over_before_limits: int = 0
 
@@ -91,6 +95,8 @@ class ReferenceSchedule:
         was_limited = self.limits.max_loaded_models is not None
         self.limits = limits
         self.over_before_limits = len(self.over)
+        for request in self.in_flight:
+            request.takes_slot = True
         self.batch, self.draining, self.idle_since = [], [], {}
         for request in self.arrived:
             request.overtaken_by = []
@@ -127,6 +133,7 @@ class ReferenceSchedule:
         request.over = now
         if request.run is not None and not self._requests_of(request.run):
             self.run_idle_since[request.run] = now
+            self.unanswered.pop(request.run, None)
 
     def pause_run(self, run: ScheduledRun) -> None:
         """A run waits for something other than its tools."""
@@ -138,6 +145,8 @@ class ReferenceSchedule:
         if request.begins_run and request.run is not None and not request.is_answered:
             self.patience[request.run] = min(3.0, now - request.admitted)
         request.is_answered = True
+        if request.run is not None:
+            self.unanswered.pop(request.run, None)
         if self.first_requests.get(request.model) is request:
             del self.first_requests[request.model]
             self.loaded.add(request.model)
@@ -158,9 +167,11 @@ class ReferenceSchedule:
                 if each.model not in self.active:
                     each.overtaken_by.append((now, request.model))
         self._leave_queue(request)
+        request.takes_slot = (request.run or request) not in self._idle_in_slots()
         self.in_flight.append(request)
         request.admitted, request.epochs_before = now, len(self.epochs)
         if request.run is not None:
+            self.unanswered[request.run] = now + self.patience.get(request.run, 0.0)
             request.begins_run = request.run not in self.begun
             self.begun.setdefault(request.run, request.priority)
         if self.has_model_limit and request.model not in self.loaded:
@@ -208,17 +219,26 @@ class ReferenceSchedule:
         if len([run for run in runs if self._counts(run, now)]) + len(others) >= limit:
             return True
         run = self._displaced()
-        return isinstance(run, ScheduledRun) and run in runs and self._counts(run, now) and not self._requests_of(run)
+        if not isinstance(run, ScheduledRun) or run not in runs or not self._counts(run, now):
+            return False
+        return not self._requests_of(run) or now < self.unanswered.get(run, -math.inf)
 
     def _displaced(self) -> ScheduledRun | ReferenceRequest | None:
         """What the slot was used for that was used least recently, or None if there is an unused one."""
-        # Whatever was used last, from the latest on. Requests that were never admitted have used no slot.
+        idle = self._idle_in_slots()
+        is_full = len(self._busy_in_slots()) + len(idle) >= self.limits.max_concurrency
+        return idle[-1] if is_full and idle else None
+
+    def _busy_in_slots(self) -> set[ScheduledRun | ReferenceRequest]:
+        """What has a request in flight that the server is known to have received."""
+        return {each.run or each for each in self.in_flight if each.takes_slot or each.is_answered}
+
+    def _idle_in_slots(self) -> list[ScheduledRun | ReferenceRequest]:
+        """What the other slots were used for, the latest first. A request that was never admitted has used none."""
         over = [each for each in self.over[self.over_before_limits :] if not math.isnan(each.admitted)]
-        used = [each.run or each for each in [*self.in_flight, *reversed(over)]]
-        in_slots = list(dict.fromkeys(used))[: self.limits.max_concurrency]
-        is_full = len(in_slots) == self.limits.max_concurrency
-        busy = {each.run or each for each in self.in_flight}
-        return in_slots[-1] if is_full and in_slots[-1] not in busy else None
+        busy = self._busy_in_slots()
+        used = dict.fromkeys(each.run or each for each in reversed(over))
+        return [each for each in used if each not in busy][: max(0, self.limits.max_concurrency - len(busy))]
 
     def _counts(self, run: ScheduledRun, now: float) -> bool:
         if run.is_over:

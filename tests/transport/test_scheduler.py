@@ -983,3 +983,66 @@ def test_max_wait_does_not_bound_the_wait_for_earlier_requests_for_the_same_mode
 
 TestAnyEvents = ScheduleMachine.TestCase
 TestAnyEvents.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+
+
+# The slots of the server
+
+
+def harness_with_a_free_slot(tool: float) -> tuple[SchedulerHarness, ScheduledRun]:
+    """Two slots: one run has ended a moment ago, and the tool of another one has been running for longer than that.
+
+    The first answer of each run took a second, so a slot is kept for that long.
+    """
+    harness = SchedulerHarness(Limits(max_concurrency=2), start=0.0)
+    ending, calling = ScheduledRun(), ScheduledRun()
+    requests = [harness.arrive("m", run=run) for run in (ending, calling)]
+    harness.wait(1.0)
+    for request in requests:
+        harness.answer(request)
+    harness.end(requests[1])
+    harness.wait(tool)
+    harness.end(requests[0])
+    harness.end_run(ending)
+    return harness, calling
+
+
+def test_a_run_begins_when_the_server_answers_the_run_whose_slot_it_would_take() -> None:
+    harness, calling = harness_with_a_free_slot(tool=0.5)
+    newcomer = harness.arrive("m", run=ScheduledRun())
+    harness.wait(0.25)
+    request = harness.arrive("m", run=calling)
+    harness.wait(0.5)
+    assert newcomer in harness.reference.waiting
+    harness.answer(request)
+    assert newcomer in harness.reference.in_flight
+    harness.check()
+
+
+@pytest.mark.parametrize("asks_again", [True, False])
+def test_a_run_begins_when_a_slot_has_been_kept_for_as_long_as_reading_takes(asks_again: bool) -> None:
+    harness, calling = harness_with_a_free_slot(tool=0.5)
+    newcomer = harness.arrive("m", run=ScheduledRun())
+    harness.wait(0.25)
+    if asks_again:
+        harness.arrive("m", run=calling)
+    harness.wait(1.0 if asks_again else 0.25)
+    assert newcomer in harness.reference.in_flight
+    harness.check()
+
+
+def test_a_run_begins_at_once_in_a_slot_that_was_used_less_recently() -> None:
+    harness, _ = harness_with_a_free_slot(tool=0.0)
+    assert harness.arrive("m", run=ScheduledRun()) in harness.reference.waiting
+    harness = SchedulerHarness(Limits(max_concurrency=2), start=0.0)
+    harness.end(harness.arrive("m", run=ScheduledRun()))
+    calling = harness.arrive("m", run=ScheduledRun())
+    harness.wait(1.0)
+    harness.answer(calling)
+    harness.end(calling)
+    assert harness.arrive("m", run=ScheduledRun()) in harness.reference.in_flight
+
+
+def test_an_urgent_run_does_not_wait_for_the_slot_of_another() -> None:
+    harness, _ = harness_with_a_free_slot(tool=0.5)
+    assert harness.arrive("m", run=ScheduledRun(), priority=1) in harness.reference.in_flight
+    harness.check()

@@ -180,7 +180,7 @@ MUTANTS = {
         "if each > level)",
     ),
     "new arrivals do not wait for other runs": (
-        "if self._is_newcomer(permit) and not self._may_begin(permit.priority):\n            return False",
+        "if self._is_newcomer(permit) and not self._may_begin(permit.priority, now):\n            return False",
         "if False:\n            return False",
     ),
     "a begun run waits for other runs again": (
@@ -197,18 +197,18 @@ MUTANTS = {
     ),
     "runs hold up a drain": ("not (self._has_overdue or self._may_begin", "not (self._may_begin"),
     "runs hold up a request that has risen above them": (
-        "self._may_begin(self._levels.capped_level(newcomer))",
-        "self._may_begin(newcomer.priority)",
+        "self._may_begin(self._levels.capped_level(newcomer), now)",
+        "self._may_begin(newcomer.priority, now)",
     ),
     "no timer for a request that rises above runs": ("moments.append(rising.rises_at)", "pass"),
-    "no timer for an idle run": ("moments.append(self._runs.next_drop())", "pass"),
+    "no timer for an idle run": ("moments += [self._runs.next_drop(), ", "moments += ["),
     "idle runs count forever": (
         "            del self._idle[run]\n            self._remove(run)",
         "            del self._idle[run]",
     ),
     "runs do not count while they have requests": (
-        "if not self._requests[run]:\n            del self._requests[run]\n            if",
-        "if True:\n            if",
+        "if not self._requests[run]:\n            del self._requests[run]\n            self",
+        "if True:\n            self",
     ),
     "a run that calls a tool does not count": ("now + self._patience[run]", "now"),
     "an idle run counts a moment too long": (
@@ -245,33 +245,49 @@ MUTANTS = {
     ),
     "runs that have begun are not counted": ("self.total += 1", "pass"),
     # The slots of the server
-    "a run displaces one whose tool is running": (
-        "return not self._runs.is_idle(self._slots.next_displaced(), level)",
-        "return True",
+    "a run displaces others whose tools are running": (
+        "return self._runs.have_room(level) and now >= self._slot_kept_until(level)",
+        "return self._runs.have_room(level)",
     ),
-    "a run that has a request is not displaced": ("return run in self._idle and", "return run in self._counted and"),
-    "a run of a lower priority is not displaced": (
-        "return run in self._idle and self._counted[run] >= level",
-        "return run in self._idle",
+    "a slot is kept a moment too long": ("now >= self._slot_kept_until(level)", "now > self._slot_kept_until(level)"),
+    "a slot is not kept while tools are running": (
+        "return self._idle.get(conversation, self._unanswered.get(conversation, -math.inf))",
+        "return self._unanswered.get(conversation, -math.inf)",
     ),
-    "a run of the same priority is displaced": ("self._counted[run] >= level", "self._counted[run] > level"),
+    "a slot is not kept while the next request is on the way": (
+        "return self._idle.get(conversation, self._unanswered.get(conversation, -math.inf))",
+        "return self._idle.get(conversation, -math.inf)",
+    ),
+    "a slot is kept until there is an answer": (
+        "self._unanswered[run] = now + self._patience[run]",
+        "self._unanswered[run] = math.inf",
+    ),
+    "a slot is kept for runs of a lower priority": ("self._counted.get(conversation, -math.inf) < level", "False"),
+    "a slot is not kept for runs of the same priority": (
+        "self._counted.get(conversation, -math.inf) < level",
+        "self._counted.get(conversation, -math.inf) <= level",
+    ),
     "the slot that was used last is taken": (
         "return next(iter(self._idle), None)",
         "return next(reversed(self._idle), None)",
     ),
     "a slot is taken although there is an unused one": (" if is_full else None", ""),
     "conversations stay although their slots were taken": ("while self._idle and len(self._busy) +", "while False and"),
-    "a conversation with a request counts as idle": (
-        "self._idle.pop(conversation, None)\n        self._busy",
-        "self._busy",
+    "a slot is busy as soon as a request is sent": (
+        "permit.is_in_slot = conversation not in self._idle\n",
+        "permit.is_in_slot = True\n        self._idle.pop(conversation, None)\n",
     ),
-    "a request that has ended keeps its slot busy": ("self._slots.end(permit.run or permit)", "pass"),
+    "a slot is idle although its request was answered": (
+        "permit.is_in_slot = True\n            conversation = permit.run or permit\n            self._idle.pop(",
+        "return\n            self._idle.pop(",
+    ),
+    "a request that has ended keeps its slot busy": ("self._slots.end(permit)", "pass"),
     "single requests use no slots": (
-        "self._slots.end(permit.run or permit)",
-        "if permit.run is not None:\n                self._slots.end(permit.run or permit)",
+        "self._slots.end(permit)",
+        "if permit.run is not None:\n                self._slots.end(permit)",
     ),
     "new limits forget which slots are busy": (
-        "self._models.take_over(permit)\n            self._slots.begin(permit.run or permit)",
+        "self._models.take_over(permit)\n            self._slots.begin(permit)",
         "self._models.take_over(permit)",
     ),
     # First requests
