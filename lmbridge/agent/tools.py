@@ -156,7 +156,7 @@ class Tool:
     @cached_property
     def sent_parameters(self) -> Mapping[str, Any]:
         """The simplified version of `parameters` that servers and models receive, as plain JSON."""
-        return _as_json(simplify_definition(self.parameters))
+        return _plain_json_copy(simplify_definition(self.parameters))
 
     @cached_property
     def context_names(self) -> tuple[str, ...]:
@@ -183,7 +183,7 @@ class Tool:
         """Converts JSON values to keyword arguments. A `ValueError` describes a mistake and its place."""
         if self._convert is not None:
             return self._convert
-        simplified = _as_json(simplify_parameters(self.parameters))
+        simplified = _plain_json_copy(simplify_parameters(self.parameters))
         return build_validator(self.parameters, simplified, owner=f"tool {self.name!r}")
 
     @property
@@ -240,7 +240,7 @@ class GrowingToolProvider(ToolProvider, Protocol):
         ...
 
 
-def _as_json(schema: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_json_copy(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a copy of a schema as plain JSON.
 
     Raises:
