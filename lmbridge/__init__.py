@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     from lmbridge.client.discovery import FoundServer, discover
     from lmbridge.client.images import image_part
     from lmbridge.client.model_managers import DownloadProgress
-    from lmbridge.client.models import CacheStats, ModelValidator
+    from lmbridge.client.model_validator import CacheStats, ModelValidator
     from lmbridge.client.pool import LLMClientPool, PoolStats
     from lmbridge.client.progress import ModelLoading, PromptProgress, progress_of
     from lmbridge.client.questions import Choice, Score, TrueFalse
@@ -211,7 +211,7 @@ _LAZY: Final = {
     "DecisionAnswer": "lmbridge.client.decisions",
     "Choice": "lmbridge.client.questions",
     "Agent": "lmbridge.agent",
-    "CacheStats": "lmbridge.client.models",
+    "CacheStats": "lmbridge.client.model_validator",
     "ChatClient": "lmbridge.agent",
     "ChatClientPool": "lmbridge.agent",
     "ChunkStream": "lmbridge.agent",
@@ -228,7 +228,7 @@ _LAZY: Final = {
     "ModelInfo": "lmbridge.client.server_info",
     "ModelNudged": "lmbridge.agent",
     "ModelStats": "lmbridge.transport.stats",
-    "ModelValidator": "lmbridge.client.models",
+    "ModelValidator": "lmbridge.client.model_validator",
     "Nudge": "lmbridge.agent",
     "PoolStats": "lmbridge.client.pool",
     "RawResponse": "lmbridge.client.raw",

@@ -52,7 +52,7 @@ def test_the_contracts_are_kept() -> None:
         # Its client and its server.
         ("aiohttp", ["lmbridge/gateway/http_server.py", "lmbridge/transport/session.py"]),
         ("backoff", ["lmbridge/transport/retry.py"]),
-        ("cachetools", ["lmbridge/client/models.py"]),
+        ("cachetools", ["lmbridge/client/model_validator.py"]),
         ("agents", ["lmbridge/interop/openai_agents.py"]),
         ("httpx2", ["lmbridge/interop/openai.py"]),
         ("jsonschema", ["lmbridge/agent/schemas.py"]),

@@ -37,8 +37,8 @@ from lmbridge.agent.toolset import Toolset
 from lmbridge.agent.unread_calls import repeated_unit
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.context_overflow import OVERFLOW_HINT, PromptSize, describe_cut
-from lmbridge.client.names import is_same_model
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
+from lmbridge.client.served_model import is_same_model
 from lmbridge.client.stream import ReplyStream
 from lmbridge.client.structured import answer_in_reasoning
 from lmbridge.client.surrogates import Halves, join_halves, rest_of_halves

@@ -3,7 +3,7 @@
 A round asks the model, reads its reply, makes the calls that are in it, and decides whether to go on. A graph of nodes,
 as some agent frameworks have it, was considered and rejected: the order of the stages never changes, and plain methods
 show it in a stack trace. The state behind the decisions is kept in other modules and tested separately: `history` has
-the conversation, `tokens` the token counts, and `turns` the calls, with the reasons to stop that follow from them.
+the conversation, `tokens` the token counts, and `call_turns` the calls, with the reasons to stop that follow from them.
 
 Three layers ask the model. The outermost one, this module, asks it again if its reply is neither an answer nor a call.
 Below it, `prompt_sender` sends the prompt in another form if it is too long or the server refuses it. The innermost
@@ -22,6 +22,7 @@ import attrs
 import msgspec
 
 from lmbridge._tasks import pause_after
+from lmbridge.agent.call_turns import TurnRunner
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.compaction import Compactor
 from lmbridge.agent.constrained_retry import ConstrainedRetry
@@ -42,7 +43,6 @@ from lmbridge.agent.summary import Summarizer
 from lmbridge.agent.thinking import THOUGHT_TOO_LONG, can_stop_thinking
 from lmbridge.agent.tokens import ContextBudget
 from lmbridge.agent.toolset import Toolset
-from lmbridge.agent.turns import TurnRunner
 from lmbridge.agent.unread_calls import describe_markup, find_unread_call, first_json_call
 from lmbridge.client.structured import InvalidAnswerError
 from lmbridge.errors import LLMResponseError

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lmbridge._checks import hint_for, is_blocking
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool, CountsTokens, EmbedsTexts, ReportsServerInfo
 from lmbridge.agent.result_images import ImagePlace
-from lmbridge.client.names import is_same_model
+from lmbridge.client.served_model import is_same_model
 from lmbridge.client.server_info import awaits_load, context_length_of
 from lmbridge.errors import LLMError, LLMValidationError
 

@@ -19,7 +19,7 @@ from lmbridge.cli.options import ServerOptions
 from lmbridge.cli.running import CommandError, UsageError
 from lmbridge.cli.terminal import Terminal
 from lmbridge.client import LLMClient
-from lmbridge.client.auto import resolve_limits
+from lmbridge.client.auto_limits import resolve_limits
 from lmbridge.client.discovery import DEFAULT_PORTS, FoundServer, KeylessTransport, discover
 from lmbridge.client.server_info import ModelInfo, ServerInfo, ServerKind, context_length_of, entries_named
 from lmbridge.config import Limits, default_model

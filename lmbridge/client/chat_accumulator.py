@@ -26,7 +26,7 @@ from lmbridge._checks import MAPPING_TYPES
 from lmbridge._tasks import MANY, list_in_slices, run_at_once, run_in_slices
 from lmbridge._text import has_lone_surrogates, join_surrogates, replace_lone_surrogates, shorten
 from lmbridge.client import failures
-from lmbridge.client.completeness import aborted_error, complete_chunk, error_in_choice, flatten_choice_in_slices
+from lmbridge.client.completion_shape import aborted_error, complete_chunk, error_in_choice, flatten_choice_in_slices
 from lmbridge.client.content import flatten_in_slices, text_in_slices, text_of_part
 from lmbridge.client.error_body import parse_error_body
 from lmbridge.client.surrogates import replace_surrogates_in_slices

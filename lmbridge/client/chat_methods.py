@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
 from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_bool
 from lmbridge.client.chat_stream import ChatStream
-from lmbridge.client.completeness import complete_chat_reply
+from lmbridge.client.completion_shape import complete_chat_reply
 from lmbridge.client.endpoints import EndpointMethods
 from lmbridge.client.inputs import check_messages
 from lmbridge.client.json_codec import decode_json

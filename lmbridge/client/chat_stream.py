@@ -9,8 +9,8 @@ from lmbridge._tasks import LARGE
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.error_body import Redact, is_error_object
 from lmbridge.client.json_codec import decode_strictly
-from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
+from lmbridge.client.served_model import MismatchPolicy
 from lmbridge.client.stream import ReplyStream, is_large
 from lmbridge.client.surrogates import join_halves, join_halves_in_slices, may_hold_surrogates
 from lmbridge.client.text import StreamedText

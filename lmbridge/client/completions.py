@@ -7,10 +7,10 @@ from typing import Any, cast
 
 from lmbridge.client.chat_accumulator import TextAccumulator
 from lmbridge.client.chat_stream import CompletionStream
-from lmbridge.client.completeness import complete_text_reply
+from lmbridge.client.completion_shape import complete_text_reply
 from lmbridge.client.error_body import Redact
 from lmbridge.client.inputs import check_texts
-from lmbridge.client.names import MismatchPolicy
+from lmbridge.client.served_model import MismatchPolicy
 from lmbridge.client.server_api import ServerApi
 from lmbridge.client.text import StreamedText
 from lmbridge.transport import EventStream

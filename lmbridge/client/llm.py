@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, 
 
 from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_choice, check_instance, check_integer, check_model_name, hint_for
-from lmbridge.client.auto import resolve_limits
+from lmbridge.client.auto_limits import resolve_limits
 from lmbridge.client.call_options import RequestOptions, take_request_options
 from lmbridge.client.chat_methods import ChatMethods
 from lmbridge.client.model_lists import model_ids
-from lmbridge.client.names import MismatchMode, MismatchPolicy
+from lmbridge.client.served_model import MismatchMode, MismatchPolicy
 from lmbridge.client.server_api import ServerApi
 from lmbridge.client.servers import answers_of, ask_each, combined_info, connect
 from lmbridge.config import (

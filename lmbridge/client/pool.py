@@ -27,7 +27,7 @@ from lmbridge._checks import check_integer, check_model_name, hint_for
 from lmbridge._copying import NotCopyable
 from lmbridge._scheduled_run import current_run, next_order_number
 from lmbridge._tasks import LoopGuard
-from lmbridge.client.auto import auto_limits, default_limits
+from lmbridge.client.auto_limits import auto_limits, default_limits
 from lmbridge.client.llm import ClientOptions, LLMClient
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMValidationError, TaskCancelledError

@@ -14,10 +14,10 @@ import attrs
 
 from lmbridge._checks import check_text, wrong_type
 from lmbridge.client import failures
-from lmbridge.client.completeness import is_broken_reason
+from lmbridge.client.completion_shape import is_broken_reason
 from lmbridge.client.error_body import Redact, is_error_object, parse_error_body
-from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.response_accumulator import ResponseAccumulator
+from lmbridge.client.served_model import MismatchPolicy
 from lmbridge.client.server_api import ServerApi
 from lmbridge.client.stream import ReplyStream
 from lmbridge.client.surrogates import join_halves, may_hold_surrogates

@@ -19,12 +19,12 @@ from lmbridge._tasks import LARGE, pause_after
 from lmbridge._text import excerpt, redacted_beginning
 from lmbridge.client import failures
 from lmbridge.client.call_options import CallSettings
-from lmbridge.client.completeness import aborted_error, error_in_choice
+from lmbridge.client.completion_shape import aborted_error, error_in_choice
 from lmbridge.client.error_body import is_error_object, reports_error
 from lmbridge.client.json_codec import decode_json, decode_whole_characters, encode_body
 from lmbridge.client.model_lists import add_available_models
-from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.progress import reports_progress
+from lmbridge.client.served_model import MismatchPolicy
 from lmbridge.client.servers import find_models
 from lmbridge.client.usage import usage_in_body
 from lmbridge.config import UNSET, Timeouts, Unset

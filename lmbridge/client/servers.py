@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 import attrs
 
 from lmbridge._tasks import run_together
-from lmbridge.client.names import MismatchPolicy
+from lmbridge.client.served_model import MismatchPolicy
 from lmbridge.config import Timeouts
 from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.transport import BaseTransport, Transport

@@ -24,7 +24,7 @@ from lmbridge.client import failures
 from lmbridge.client.accumulator import Accumulator
 from lmbridge.client.error_body import Redact, parse_error_body
 from lmbridge.client.json_codec import decode_json
-from lmbridge.client.names import MismatchPolicy, are_different_models
+from lmbridge.client.served_model import MismatchPolicy, are_different_models
 from lmbridge.client.surrogates import Halves, rest_of_halves
 from lmbridge.client.usage import StreamUsage
 from lmbridge.errors import (

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from lmbridge._checks import check_integer, check_seconds, check_text, wrong_type
 from lmbridge._copying import NotCopyable
 from lmbridge._http_access import bracketed, is_host_name
-from lmbridge.client.auto import resolve_limits
+from lmbridge.client.auto_limits import resolve_limits
 from lmbridge.config import Limits, Timeouts, as_timeouts, check_api_key, default_api_base, is_loopback
 from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.gateway.access import Access

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from lmbridge.client.inputs import Texts
     from lmbridge.client.llm import ClientOptions
     from lmbridge.client.model_managers import Capability, DownloadProgress, LoadProgress
-    from lmbridge.client.names import MismatchMode
     from lmbridge.client.params import ChatParams, EmbeddingsParams, ResponseParams, TextParams
     from lmbridge.client.pool import PoolStats
     from lmbridge.client.progress import ModelLoading
     from lmbridge.client.questions import Question
     from lmbridge.client.raw import RawResponse
     from lmbridge.client.responses import ResponseInput
+    from lmbridge.client.served_model import MismatchMode
     from lmbridge.client.server_info import ModelInfo, ServerInfo
     from lmbridge.client.token_count import TokenCount
     from lmbridge.config import Limits, Priority, Timeouts, Unset

@@ -17,7 +17,7 @@ from lmbridge import (
     ServerInfo,
     TaskCancelledError,
 )
-from lmbridge.client.auto import limits_of
+from lmbridge.client.auto_limits import limits_of
 from lmbridge.testing import Exchange, ScriptedServer, hang_up, reply, stall
 from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text
 

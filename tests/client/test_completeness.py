@@ -28,7 +28,7 @@ from lmbridge import (
     text_of,
 )
 from lmbridge.client.chat_accumulator import ChatAccumulator, TextAccumulator
-from lmbridge.client.completeness import complete_chat_reply, complete_text_reply
+from lmbridge.client.completion_shape import complete_chat_reply, complete_text_reply
 from lmbridge.client.reasoning import ReasoningSplitter
 from lmbridge.testing import Behaviour, ScriptedServer, reply, sse
 from tests.agent.support import read_reply

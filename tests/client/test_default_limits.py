@@ -167,7 +167,7 @@ async def test_a_remote_server_is_not_asked_and_keeps_the_defaults(
     scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lmstudio(scripted_server)
-    monkeypatch.setattr("lmbridge.client.auto.is_near", lambda _: False)
+    monkeypatch.setattr("lmbridge.client.auto_limits.is_near", lambda _: False)
     async with LLMClient(scripted_server.api_base) as client:
         await ask_together(client)
         assert limits_of(client) == Limits()

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from lmbridge.agent.result import ENDINGS, RunResult
-from lmbridge.client.names import is_same_model
+from lmbridge.client.served_model import is_same_model
 from lmbridge.errors import LLMError, MaxRoundsExceededError
 from lmbridge.mcp.sdk.server_session import HostAnswer
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lmbridge.client.names import MismatchPolicy, is_same_model
+from lmbridge.client.served_model import MismatchPolicy, is_same_model
 from lmbridge.errors import ModelMismatchError
 
 

@@ -19,6 +19,7 @@ from lmbridge import (
     ToolCallStarted,
     ToolRecord,
 )
+from lmbridge.agent.call_turns import TurnRunner
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.history import History
 from lmbridge.agent.pause import PauseGate
@@ -26,7 +27,6 @@ from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply
 from lmbridge.agent.settings import Settings
 from lmbridge.agent.toolset import Toolset
-from lmbridge.agent.turns import TurnRunner
 from lmbridge.testing import ScriptedServer, answer, sse
 from tests.agent.support import (
     Gate,
