@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from lmbridge._checks import MAPPING_TYPES
@@ -440,7 +440,8 @@ class _ChoiceAccumulator:
         self._tool_calls = self._tool_calls or ToolCallAccumulator()
         # Some servers send a single call without a list around it.
         is_single = type(value) is not list and isinstance(value, MAPPING_TYPES) and "function" in value
-        for piece in [value] if is_single else value:
+        pieces: Sequence[Any] = [value] if is_single else value
+        for piece in pieces:
             self._tool_calls.add(piece)
 
     def _add_message_field(self, key: str, value: Any) -> None:
