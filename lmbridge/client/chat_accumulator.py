@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+from collections.abc import Generator, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
 
 from lmbridge._checks import MAPPING_TYPES
 from lmbridge._tasks import MANY, list_in_slices, run_at_once, run_in_slices
@@ -440,8 +440,7 @@ class _ChoiceAccumulator:
         self._tool_calls = self._tool_calls or ToolCallAccumulator()
         # Some servers send a single call without a list around it.
         is_single = type(value) is not list and isinstance(value, MAPPING_TYPES) and "function" in value
-        pieces: Sequence[Any] = [value] if is_single else value
-        for piece in pieces:
+        for piece in cast("list[Any]", [value] if is_single else value):
             self._tool_calls.add(piece)
 
     def _add_message_field(self, key: str, value: Any) -> None:
