@@ -152,20 +152,10 @@ class TurnRunner:
         self._answered.clear()
         self._last_calls = self._last_records = ()
 
-    async def repeats_last_calls(self, calls: Sequence[WireCall], *, despite_warning: bool) -> bool:
-        """Returns whether all these calls were also in the last reply with calls, and have results without an error.
-
-        Args:
-            calls: The calls of a reply.
-            despite_warning: Whether the model must also have been warned that it repeats them.
-        """
-        if despite_warning and not self._warned_ids:
-            return False
+    async def repeats_last_calls(self, calls: Sequence[WireCall]) -> bool:
+        """Returns whether all these calls were also in the last reply with calls, and have results without an error."""
         pairs = zip(self._last_calls, self._last_records, strict=True)
-        answered = [(call, record.call.id) for call, record in pairs if not record.is_error]
-        known = await list_in_slices(
-            _key_of(call) for call, call_id in answered if not despite_warning or call_id in self._warned_ids
-        )
+        known = await list_in_slices(_key_of(call) for call, record in pairs if not record.is_error)
         return bool(known) and set(await list_in_slices(map(_key_of, calls))) <= set(known)
 
     async def run(self, reply: ModelReply) -> list[ToolRecord]:

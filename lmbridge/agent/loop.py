@@ -346,7 +346,7 @@ class RunLoop:
         """Returns why a model is asked again although its reply is well-formed; None if the reply counts.
 
         A call that the server has recognized may be repeated on purpose, for example because a tool is polled. So the
-        model is first warned, in the result.
+        model is only warned, in the result, until `repetition_limit` ends the run.
         """
         if not reply.may_call:
             return None
@@ -358,8 +358,7 @@ class RunLoop:
             # A model that fills its reply with calls, the first of which it has made before, has lost its way.
             if reply.finish_reason == "length" and self._repeats_call(reply):
                 return "repeated_call"
-            has_recognized = not reply.written_calls
-            is_repeated = await self._turns.repeats_last_calls(reply.calls, despite_warning=has_recognized)
+            is_repeated = bool(reply.written_calls) and await self._turns.repeats_last_calls(reply.calls)
             return "repeated_call" if is_repeated else None
         if not reply.is_of_text_caller or self._record.round_nudges or self._history.has_calls:
             return None

@@ -12,7 +12,7 @@ conversation that the user sees has only what matters.
 Two kinds of replies are well-formed, and doubted all the same. A model that writes its calls as text does not know the
 form in which its template shows results, so it often writes the same call again as if there were none. Making it again
 would show the same result once more, until the run ends without an answer. A model whose calls the server recognizes
-may repeat them for a reason, so it is first warned. And a model that writes its calls as text may make up an answer
+may repeat them for a reason, so it is only warned. And a model that writes its calls as text may make up an answer
 that only a tool can give. It counts as such once one of its calls was read from a text, in any run of the agent, so
 other models are never asked whether they need a tool.
 

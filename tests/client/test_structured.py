@@ -543,7 +543,7 @@ def test_the_schema_is_one_that_local_servers_accept() -> None:
             "items": {"type": "array", "items": item},
             "customer": {"anyOf": [{"type": "string"}, {"type": "null"}]},
             "stock": {"type": "object", "additionalProperties": {"type": "integer"}},
-            "kind": {"enum": ["gift", "sale"]},
+            "kind": {"enum": ["sale", "gift"]},
             "when": {"anyOf": [{"type": "string", "format": "date-time"}, {"type": "null"}]},
         },
         "required": ["items"],
