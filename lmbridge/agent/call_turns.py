@@ -132,10 +132,9 @@ class TurnRunner:
         self.has_results: bool = False
         # The calls whose results are in the conversation and are not errors.
         self._answered: set[tuple[str, bytes]] = set()
-        # The calls of the last reply with their records, and the ids of those whose results warn of repetitions.
+        # The calls of the last reply, with their records.
         self._last_calls: Sequence[WireCall] = ()
         self._last_records: Sequence[ToolRecord] = ()
-        self._warned_ids: set[str] = set()
 
     @property
     def stop_reason(self) -> StopReason | None:
@@ -171,7 +170,6 @@ class TurnRunner:
         self._record.calls += calls
         planned = await self._plan(read)
         await self._decide(planned)
-        self._warned_ids.clear()
         records = await self._answer_all(planned, calls, turn, is_constrained=reply.constrained_to is not None)
         await pause_after(turn.size)
         self._record.history.end_turn()
@@ -397,7 +395,6 @@ class TurnRunner:
         text = self._repetition.note(record.call.name, record.call.arguments, record.text, record.images)
         if text is record.text:
             return record
-        self._warned_ids.add(record.call.id)
         return attrs.evolve(record, text=text)
 
 
