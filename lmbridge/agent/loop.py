@@ -353,12 +353,11 @@ class RunLoop:
         if reply.calls:
             # Those who allow repetitions may have a tool that is polled, or one that throws a die.
             allows_repetitions = self._settings.repetition_limit is None or not self._settings.deduplicate_calls
-            if allows_repetitions:
+            if allows_repetitions or not reply.written_calls:
                 return None
             # A model that fills its reply with calls, the first of which it has made before, has lost its way.
-            if reply.finish_reason == "length" and self._repeats_call(reply):
-                return "repeated_call"
-            is_repeated = bool(reply.written_calls) and await self._turns.repeats_last_calls(reply.calls)
+            has_lost_its_way = reply.finish_reason == "length" and self._repeats_call(reply)
+            is_repeated = has_lost_its_way or await self._turns.repeats_last_calls(reply.calls)
             return "repeated_call" if is_repeated else None
         if not reply.is_of_text_caller or self._record.round_nudges or self._history.has_calls:
             return None

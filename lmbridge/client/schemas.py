@@ -58,7 +58,7 @@ _KEYWORDS: Final[Mapping[str, Callable[[Any], bool]]] = {
 Every server accepts them, and they mean something to a model or to a grammar.
 """
 _USUAL_ORDER: Final = ("type", "enum", "description", "items", "properties", "required", "additionalProperties")
-"""The order of keywords in OpenAI's examples of tools."""
+"""The order of keywords in OpenAI's examples of tools. All other keywords come after these."""
 _ANNOTATIONS: Final = ("description", "default", "examples")
 
 
@@ -291,8 +291,8 @@ def _in_usual_form(part: Mapping[str, Any]) -> dict[str, Any]:
     part = map_subschemas(part, _in_usual_form)
     if "type" not in part and part.get("enum") and all(isinstance(each, str) for each in part["enum"]):
         part = {"type": "string", **part}
-    order = {key: place for place, key in enumerate(_USUAL_ORDER)}
-    return dict(sorted(part.items(), key=lambda item: order.get(item[0], len(order))))
+    usual = {key: part[key] for key in _USUAL_ORDER if key in part}
+    return usual | {key: value for key, value in part.items() if key not in usual}
 
 
 def _merge_schemas(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

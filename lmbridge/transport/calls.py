@@ -332,7 +332,7 @@ class Call:
         if self.permit is None:
             return
         self.permit.has_answered = True
-        if self.permit.is_first_request or self.permit.begins_run or not self.permit.is_in_slot:
+        if self.permit.is_first_request or self.permit.begins_run or self.permit.is_on_the_way:
             name, data = (first.name, first.data) if isinstance(first, NamedEvent) else ("", first)
             if name != "error" and not self.request.interpreter.reports_error(data):
                 self._admission.mark_loaded(self.permit)

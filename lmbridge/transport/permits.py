@@ -58,8 +58,9 @@ class Permit:
     """Whether other requests for the same model wait for the first event of this one."""
     has_answered: bool = False
     """Whether the first event of the reply has arrived, or the whole reply if it is not streamed."""
-    is_in_slot: bool = False
-    """Whether the request, which is in flight, is known to have its slot of the server (see `SlotUse.begin`)."""
+    is_on_the_way: bool = False
+    """Whether the server may not have received the request yet, although it has the conversation in a slot (see
+    `SlotUse.begin`)."""
     future: asyncio.Future[None] | None = None
     """The future that the waiting task awaits."""
     queue: ModelQueue | None = None

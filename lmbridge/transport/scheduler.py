@@ -113,7 +113,8 @@ class Scheduler:
         was_limited = self.limits.max_loaded_models is not None
         self.limits = limits
         self._runs.limit = limits.begun_runs
-        self._slots = SlotUse(limits.max_concurrency)
+        # It is None until a run has begun. Programs without runs do not pay for it.
+        self._slots: SlotUse | None = None
         self._levels.max_wait = limits.max_wait
         self._models = ActiveModels(limits.max_loaded_models, self.waiting)
         self._has_overdue = False
@@ -126,7 +127,6 @@ class Scheduler:
             self._find_first_requests()
         for permit in self.in_flight:
             self._models.take_over(permit)
-            self._slots.begin(permit)
         # For each run, the requests that wait until it may begin. Those that belong to no run have the key None.
         self._newcomers: dict[ScheduledRun | None, dict[Permit, None]] = {}
         for permit in self.waiting:
@@ -208,7 +208,8 @@ class Scheduler:
             self._dequeue(permit, queue)
         else:
             del self.in_flight[permit]
-            self._slots.end(permit)
+            if self._slots is not None:
+                self._slots.end(permit)
             queue.in_flight -= 1
             queue.idle_since = now
             if queue.first_request is permit:
@@ -234,7 +235,7 @@ class Scheduler:
     def mark_loaded(self, permit: Permit, now: float) -> None:
         """Records that the first event of a reply has arrived, which shows that the model is loaded."""
         permit.is_first_request = False
-        if permit in self.in_flight:
+        if self._slots is not None and permit in self.in_flight:
             self._slots.answer(permit)
         if permit.run is not None:
             self._runs.answer(permit.run)
@@ -366,7 +367,8 @@ class Scheduler:
 
     def _slot_kept_until(self, level: float) -> float:
         """Returns until when the slot is kept that the server would give to a new conversation."""
-        return self._runs.keeps_slot_until(self._slots.next_displaced(), level)
+        displaced = None if self._slots is None else self._slots.next_displaced()
+        return self._runs.keeps_slot_until(displaced, level)
 
     def _stop_waiting_for_runs(self, permit: Permit) -> None:
         """Records that a waiting request need not wait any longer until its run may begin."""
@@ -380,11 +382,16 @@ class Scheduler:
     def _grant(self, permit: Permit, queue: ModelQueue, now: float) -> None:
         permit.state, permit.admitted_at, permit.last_read_at = "in flight", now, now
         self.in_flight[permit] = None
-        self._slots.begin(permit)
         queue.in_flight += 1
         if not queue.is_loaded:
             queue.first_request = permit
             permit.is_first_request = True
+        if self._slots is not None:
+            self._slots.begin(permit)
+        elif permit.run is not None:
+            self._slots = SlotUse(self.limits.max_concurrency)
+            for each in self.in_flight:
+                self._slots.begin(each)
         if permit.run is None:
             self._runs.add_single(permit.priority)
             return

@@ -8,7 +8,7 @@ the oldest of these. This holds exactly if nobody else uses the server, and if e
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import TypeAlias
 
 from lmbridge._scheduled_run import ScheduledRun
@@ -30,7 +30,7 @@ class SlotUse:
         # The number of requests that are in the slot of each conversation that has any.
         self._busy: Counter[Conversation] = Counter()
         # The other conversations in the slots, in the order in which they were last used.
-        self._idle: dict[Conversation, None] = {}
+        self._idle: OrderedDict[Conversation, None] = OrderedDict()
 
     def begin(self, permit: Permit) -> None:
         """Records that a request was sent.
@@ -39,15 +39,15 @@ class SlotUse:
         overtake each other on their way, so a new conversation that is sent a moment later may still get this slot.
         """
         conversation = permit.run or permit
-        permit.is_in_slot = conversation not in self._idle
-        if permit.is_in_slot:
+        permit.is_on_the_way = conversation in self._idle
+        if not permit.is_on_the_way:
             self._busy[conversation] += 1
             self._displace()
 
     def answer(self, permit: Permit) -> None:
         """Records that the first event of a reply has arrived."""
-        if not permit.is_in_slot:
-            permit.is_in_slot = True
+        if permit.is_on_the_way:
+            permit.is_on_the_way = False
             conversation = permit.run or permit
             self._idle.pop(conversation, None)
             self._busy[conversation] += 1
@@ -56,14 +56,14 @@ class SlotUse:
     def end(self, permit: Permit) -> None:
         """Records that a request has ended."""
         conversation = permit.run or permit
-        if permit.is_in_slot:
-            permit.is_in_slot = False
+        if not permit.is_on_the_way:
             self._busy[conversation] -= 1
             if not self._busy[conversation]:
                 del self._busy[conversation]
+        permit.is_on_the_way = False
         if conversation not in self._busy:
-            self._idle.pop(conversation, None)
             self._idle[conversation] = None
+            self._idle.move_to_end(conversation)
             self._displace()
 
     def next_displaced(self) -> Conversation | None:
@@ -73,4 +73,4 @@ class SlotUse:
 
     def _displace(self) -> None:
         while self._idle and len(self._busy) + len(self._idle) > self._slots:
-            del self._idle[next(iter(self._idle))]
+            self._idle.popitem(last=False)

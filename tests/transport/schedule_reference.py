@@ -86,17 +86,17 @@ class ReferenceSchedule:
         self.patience: dict[ScheduledRun, float] = {}
         # Until when the slot of a run is kept whose latest request has not been answered.
         self.unanswered: dict[ScheduledRun, float] = {}
-        # The number of requests that had ended when the limits changed, which is when all slots are forgotten.
-        self.over_before_limits: int = 0
+        # Whether a run has had a request since the limits changed. Until then, nobody knows the slots.
+        self.knows_slots = False
+        # The number of requests that had ended when the slots became known.
+        self.over_before: int = 0
 
     # Events
 
     def set_limits(self, limits: Limits) -> None:
         was_limited = self.limits.max_loaded_models is not None
         self.limits = limits
-        self.over_before_limits = len(self.over)
-        for request in self.in_flight:
-            request.takes_slot = True
+        self.knows_slots = False
         self.batch, self.draining, self.idle_since = [], [], {}
         for request in self.arrived:
             request.overtaken_by = []
@@ -167,6 +167,10 @@ class ReferenceSchedule:
                 if each.model not in self.active:
                     each.overtaken_by.append((now, request.model))
         self._leave_queue(request)
+        if request.run is not None and not self.knows_slots:
+            self.knows_slots, self.over_before = True, len(self.over)
+            for each in self.in_flight:
+                each.takes_slot = True
         request.takes_slot = (request.run or request) not in self._idle_in_slots()
         self.in_flight.append(request)
         request.admitted, request.epochs_before = now, len(self.epochs)
@@ -225,7 +229,7 @@ class ReferenceSchedule:
 
     def _displaced(self) -> ScheduledRun | ReferenceRequest | None:
         """What the slot was used for that was used least recently, or None if there is an unused one."""
-        idle = self._idle_in_slots()
+        idle = self._idle_in_slots() if self.knows_slots else []
         is_full = len(self._busy_in_slots()) + len(idle) >= self.limits.max_concurrency
         return idle[-1] if is_full and idle else None
 
@@ -235,7 +239,7 @@ class ReferenceSchedule:
 
     def _idle_in_slots(self) -> list[ScheduledRun | ReferenceRequest]:
         """What the other slots were used for, the latest first. A request that was never admitted has used none."""
-        over = [each for each in self.over[self.over_before_limits :] if not math.isnan(each.admitted)]
+        over = [each for each in self.over[self.over_before :] if not math.isnan(each.admitted)]
         busy = self._busy_in_slots()
         used = dict.fromkeys(each.run or each for each in reversed(over))
         return [each for each in used if each not in busy][: max(0, self.limits.max_concurrency - len(busy))]

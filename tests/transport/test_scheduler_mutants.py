@@ -274,21 +274,21 @@ MUTANTS = {
     "a slot is taken although there is an unused one": (" if is_full else None", ""),
     "conversations stay although their slots were taken": ("while self._idle and len(self._busy) +", "while False and"),
     "a slot is busy as soon as a request is sent": (
-        "permit.is_in_slot = conversation not in self._idle\n",
-        "permit.is_in_slot = True\n        self._idle.pop(conversation, None)\n",
+        "permit.is_on_the_way = conversation in self._idle\n",
+        "permit.is_on_the_way = False\n        self._idle.pop(conversation, None)\n",
     ),
     "a slot is idle although its request was answered": (
-        "permit.is_in_slot = True\n            conversation = permit.run or permit\n            self._idle.pop(",
+        "permit.is_on_the_way = False\n            conversation = permit.run or permit\n            self._idle.pop(",
         "return\n            self._idle.pop(",
     ),
     "a request that has ended keeps its slot busy": ("self._slots.end(permit)", "pass"),
     "single requests use no slots": (
         "self._slots.end(permit)",
-        "if permit.run is not None:\n                self._slots.end(permit)",
+        "if permit.run is not None:\n                    self._slots.end(permit)",
     ),
-    "new limits forget which slots are busy": (
-        "self._models.take_over(permit)\n            self._slots.begin(permit)",
-        "self._models.take_over(permit)",
+    "requests before the first run use no slots": (
+        "for each in self.in_flight:\n                self._slots",
+        "for each in [permit]:\n                self._slots",
     ),
     # First requests
     "first requests do not go alone": (
