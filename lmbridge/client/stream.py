@@ -435,12 +435,9 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
 
     async def _read_to_end(self) -> _Reply_co:
         if not self._has_ended:
-            try:
+            async with self:
                 async for _ in self:
                     pass
-            except BaseException:
-                await self.aclose()
-                raise
         return await self._accumulator.reply_in_slices()
 
     # Ending the stream

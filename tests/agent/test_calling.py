@@ -8,6 +8,7 @@ import datetime as dt
 import enum
 import functools
 import gc
+import inspect
 import logging
 import subprocess
 import sys
@@ -496,7 +497,8 @@ async def test_a_tool_that_is_cancelled_before_its_first_step_ends_the_call() ->
     asyncio.get_running_loop().call_soon(cancel_tool)
     outcome = await called
     assert (outcome.text, outcome.is_error, begun) == ("it was cancelled from within", True, [])
-    gc.collect()
+    (coroutine,) = (each for each in gc.get_objects() if inspect.iscoroutine(each) and each.cr_code is tool.__code__)
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
 
 
 @pytest.mark.parametrize("ending", ["value", "error", "cancel"])

@@ -69,6 +69,48 @@ async def test_runs_finish_one_after_the_other(
 
 
 @pytest.mark.usefixtures("patient")
+async def test_a_run_begins_as_soon_as_the_run_whose_slot_it_would_take_is_being_answered(
+    scripted_server: ScriptedServer,
+) -> None:
+    ends, tool_ends, reply_ends = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def wait() -> str:
+        """Waits."""
+        await tool_ends.wait()
+        return "ready"
+
+    async def reply(exchange: Any) -> None:
+        task = task_of(exchange.request.json)
+        if task == "ending":
+            await ends.wait()
+        elif task == "calling" and exchange.request.json["messages"][-1]["role"] != "tool":
+            await calls(asks("wait"))(exchange)
+            return
+        elif task == "calling":
+            await exchange.chunk({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "It "}}]})
+            await reply_ends.wait()
+        await answer("Done.")(exchange)
+
+    scripted_server.default = reply
+    async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=2)) as client:
+        agent = Agent(client, tools=[wait])
+        ending, calling = agent.start("ending"), agent.start("calling")
+        await scripted_server.wait_until(lambda: len(generations(scripted_server)) == 2)
+        while client.stats().in_flight > 1:
+            await asyncio.sleep(0)
+        ends.set()
+        await ending.result()
+        new = agent.start("new")
+        while not client.stats().queued:
+            await asyncio.sleep(0)
+        tool_ends.set()
+        await scripted_server.wait_until(lambda: len(generations(scripted_server)) == 4)
+        assert tasks_in_order(scripted_server)[2:] == ["calling", "new"]
+        reply_ends.set()
+        await asyncio.gather(calling.result(), new.result())
+
+
+@pytest.mark.usefixtures("patient")
 async def test_a_run_that_a_tool_starts_has_the_place_of_the_run_that_called_the_tool(
     scripted_server: ScriptedServer,
 ) -> None:
