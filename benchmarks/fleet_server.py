@@ -90,8 +90,10 @@ class _Front:
             "messages": [_plain(message) for message in messages],
             "max_tokens": _TOKENS,
             "stream": True,
+            "stream_options": {"include_usage": True},
             "temperature": 0,
         }
+        usage = None
         async with self._http.post(f"{self._server.api_base}/chat/completions", json=body) as response:
             async for line in response.content:
                 if line.startswith(b"data: {"):
@@ -100,13 +102,14 @@ class _Front:
                     if exchange.request.json.get("stream") and not exchange.started:
                         await exchange.chunk({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
                     self.evaluated_tokens += chunk.get("timings", {}).get("prompt_n", 0)
+                    usage = chunk.get("usage") or usage
         called = sum(message["role"] == "tool" for message in messages)
         if called < self._rounds + _task_number(messages) % 2 - 1:
             function = {"name": TOOL, "arguments": json.dumps({"number": called})}
             call = {"id": f"call_{called}", "type": "function", "function": function}
-            await answer("", tool_calls=[call])(exchange)
+            await answer("", tool_calls=[call], usage=usage)(exchange)
         else:
-            await answer("Done.")(exchange)
+            await answer("Done.", usage=usage)(exchange)
 
 
 def _task_number(messages: Sequence[Mapping[str, Any]]) -> int:

@@ -147,11 +147,14 @@ class Limits:
     """The most runs of agents that may have begun and not ended. With few such runs, the server still has their
     conversations in its cache. The first request of a further run waits until one of these runs ends, or is idle for
     too long because its tools are slow: it may send no request for as long as the server took to begin its answer to
-    the first one, but for at most 3 seconds. The request also waits while the server would put it into the slot of one
-    of these runs, which is the slot that was used least recently. It does not wait for runs of a lower priority, nor
-    while a request for another model is overdue. Permits may stay free in the meantime.
-    "auto", the default, stands for the value of `max_concurrency` with `order="run"`, and for None with
-    `order="request"`. With None, a run begins whenever a permit is free."""
+    the first one, but for at most 3 seconds. While most of the latest tools have taken longer than that, runs do not
+    count while their tools are running. The request also waits while the server would put it into the slot of one of
+    these runs, which is the slot that was used least recently, unless the server remembers conversations without a
+    slot. It does not wait for runs of a lower priority, nor while a request for another model is overdue. Permits may
+    stay free in the meantime.
+    "auto", the default, stands for the value of `max_concurrency` with `order="run"`, until a reply shows that the
+    server remembers conversations without a slot; from then on, and with `order="request"`, it stands for None. With
+    None, a run begins whenever a permit is free."""
 
     @property
     def begun_runs(self) -> int | None:

@@ -129,6 +129,13 @@ class Admission:
         self.scheduler.mark_loaded(permit, self._loop.time())
         self._admit()
 
+    def note_cached_tokens(self, permit: Permit, cached: int | None, prompt: int) -> None:
+        """Records how many tokens of a prompt came from a cache, if the server says it, before the permit is returned.
+
+        The order of runs depends on it; see `SlotUse`.
+        """
+        self.scheduler.note_cached_tokens(permit, cached, prompt)
+
     def mark_unloaded(self, model: str | None) -> None:
         """Records that the server has unloaded a model, so the next request for it goes alone."""
         self.scheduler.mark_unloaded(model)

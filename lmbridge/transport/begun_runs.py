@@ -8,7 +8,8 @@ is: the time until the server began to answer the first request of the run. A ru
 is not counted any more. So a slot is never kept idle for longer than processing the conversation would take, and with a
 server that answers at once, no slot is kept idle at all. The alternatives were a fixed number of seconds, which either
 wastes a fast server or is too short for a slow one, and no limit, where every round of every run may process its
-conversation anew.
+conversation anew. Tools that mostly take longer would make a slot wait in vain each time. Therefore no slot is kept
+while most of the latest tool calls have taken longer than that; how long they take is still observed.
 
 Why the next run may have to wait although a run has ended: a server gives the new conversation the slot that was used
 least recently (`lmbridge.transport.slot_use`). Right after a run has ended, that is not its own slot, but the slot of
@@ -22,13 +23,15 @@ from __future__ import annotations
 import heapq
 import math
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from typing import Final
 
 from lmbridge._scheduled_run import ScheduledRun, next_order_number
 
 RUN_PATIENCE: Final = 3.0
 """The most seconds for which a run that has begun counts without having a request."""
+_OBSERVED_TOOLS: Final = 8
+"""The number of the latest tool calls that decide whether runs count while their tools are running."""
 
 
 class BegunRuns:
@@ -36,7 +39,8 @@ class BegunRuns:
 
     A run begins when its first request is admitted. It counts until it ends, or until it has had no request for as long
     as the server took to begin the answer to its first one, but at most `RUN_PATIENCE` seconds. In the latter case, it
-    counts again from its next request on. A request that belongs to no run counts while it is in flight.
+    counts again from its next request on. While most of the latest tool calls, of all runs, have taken longer than that,
+    a run counts only while it has a request. A request that belongs to no run counts while it is in flight.
 
     Args:
         limit: The highest number of runs that count, or None for no limit.
@@ -58,6 +62,10 @@ class BegunRuns:
         self._patience: weakref.WeakKeyDictionary[ScheduledRun, float] = weakref.WeakKeyDictionary()
         # Until when the slot of each run is kept whose latest request has not been answered yet.
         self._unanswered: dict[ScheduledRun, float] = {}
+        # Since when the tools of each run have been running, and whether each of the latest calls ended soon enough.
+        # At first, all tools are assumed to be fast.
+        self._calling_since: weakref.WeakKeyDictionary[ScheduledRun, float] = weakref.WeakKeyDictionary()
+        self._ended_soon: deque[bool] = deque([True] * _OBSERVED_TOOLS, maxlen=_OBSERVED_TOOLS)
         # The number of requests of each run that wait or are in flight.
         self._requests: Counter[ScheduledRun] = Counter()
 
@@ -85,6 +93,10 @@ class BegunRuns:
     def add_request(self, run: ScheduledRun, priority: int, now: float) -> None:
         """Records that a request of a run has arrived. A run that has begun counts again."""
         self.drop_idle(now)
+        calling_since, patience = self._calling_since.pop(run, None), self._patience.get(run)
+        # Without patience, the run would not count even if its tools took no time.
+        if calling_since is not None and patience:
+            self._ended_soon.append(now < calling_since + patience)
         self._requests[run] += 1
         self._idle.pop(run, None)
         if run in self._patience:
@@ -96,8 +108,10 @@ class BegunRuns:
         if not self._requests[run]:
             del self._requests[run]
             self._unanswered.pop(run, None)
+            self._calling_since[run] = now
             if run in self._counted:
-                until = self._idle[run] = now + self._patience[run]
+                tools_are_slow = 2 * sum(self._ended_soon) < _OBSERVED_TOOLS
+                until = self._idle[run] = now + (0.0 if tools_are_slow else self._patience[run])
                 heapq.heappush(self._next_idle, (until, next_order_number(), run))
 
     def begin(self, run: ScheduledRun, priority: int, now: float) -> bool:
@@ -119,6 +133,7 @@ class BegunRuns:
 
     def pause(self, run: ScheduledRun) -> None:
         """Stops counting a run that waits for something other than its tools, unless it has a request."""
+        self._calling_since.pop(run, None)
         if self._idle.pop(run, None) is not None:
             self._remove(run)
 

@@ -366,6 +366,10 @@ class Call:
             outcome: The status of the reply. If the call ended in another way, the reason, such as the class of an
                 error.
         """
+        if self.permit is not None and self.permit.was_displaced and isinstance(outcome, int) and outcome < 400:
+            usage = self.read_usage() if self.read_usage is not None else None
+            cached, prompt = (None, 0) if usage is None else (usage.cached, usage.prompt)
+            self._admission.note_cached_tokens(self.permit, cached, prompt)
         self.release()
         self.log(outcome)
 

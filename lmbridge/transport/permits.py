@@ -61,6 +61,9 @@ class Permit:
     is_on_the_way: bool = False
     """Whether the server may not have received the request yet, although it has the conversation in a slot (see
     `SlotUse.begin`)."""
+    was_displaced: bool = False
+    """Whether the conversation had lost its slot when the request was sent. Then the reply shows whether the server
+    still remembers the conversation."""
     future: asyncio.Future[None] | None = None
     """The future that the waiting task awaits."""
     queue: ModelQueue | None = None

@@ -31,10 +31,15 @@ The rules in full:
   request that belongs to no run counts as a run with one request. With `order="request"`, runs do not count.
 - A run *begins* when its first request is admitted. While as many runs as `begun_runs` have begun, the first request of
   another run waits until one of them ends, or has had no request for as long as the server took to begin its answer to
-  the first one, because its tools take longer. It also waits while the server would put it into the slot of a begun run
-  whose tool is running, or whose next request is on the way (`lmbridge.transport.begun_runs` has the reasons). Begun
-  runs whose priority is lower than the level of the request do not count. While a request is overdue (see below), no
-  request waits for runs, because the drain would have to wait for them, too.
+  the first one, because its tools take longer. While the latest tools have mostly taken longer, runs whose tools are
+  running do not count. The request also waits while the server would put it into the slot of a begun run whose tool is
+  running, or whose next request is on the way (`lmbridge.transport.begun_runs` has the reasons). Begun runs whose
+  priority is lower than the level of the request do not count. While a request is overdue (see below), no request waits
+  for runs, because the drain would have to wait for them, too.
+- Slots are kept only for servers that forget a conversation which has lost its slot. As long as that is not known, one
+  run at a time may lose its slot, and its next reply decides (`lmbridge.transport.slot_use` has the reasons). While the
+  server is known to remember, no request waits for the slot of another run, and with `max_begun_runs="auto"` there is
+  no limit on begun runs.
 - With `max_loaded_models`, at most that many models are *active*, and only requests for active models are in flight. A
   model becomes active if there is room for it, or by taking the slot of a model that has nothing in flight and no
   request that may go.
@@ -227,6 +232,8 @@ class Scheduler:
     def end_run(self, run: ScheduledRun) -> None:
         """Records that a run has ended, so that the first request of another run may be admitted."""
         self._runs.end(run)
+        if self._slots is not None:
+            self._slots.forget_run(run)
 
     def pause_run(self, run: ScheduledRun) -> None:
         """Records that a run waits for something other than its tools, so that another run may begin in its place."""
@@ -247,6 +254,26 @@ class Scheduler:
             queue.is_loaded, queue.first_request = True, None
             seconds = now - permit.admitted_at
             logger.info("model %r is loaded: it answered %.1f s after its first request was sent", queue.model, seconds)
+
+    def note_cached_tokens(self, permit: Permit, cached: int | None, prompt: int) -> None:
+        """Records how many tokens of a request's prompt came from a cache of the server, before the request leaves.
+
+        Args:
+            permit: The permit of the request, which has had its whole reply.
+            cached: The number of these tokens, or None if the server does not say.
+            prompt: The number of tokens in the prompt.
+        """
+        if self._slots is not None:
+            before = self._slots.remembers
+            self._slots.note_cached_tokens(permit, cached, prompt)
+            if self._slots.remembers != before:
+                logger.info(
+                    "%s of %d tokens came from the server's cache although the conversation had lost its slot: slots are %s"
+                    " while tools are running",
+                    "an unknown number" if cached is None else cached,
+                    prompt,
+                    "not kept" if self._slots.remembers else "kept",
+                )
 
     def mark_unloaded(self, model: str | None) -> None:
         """Records that the server has unloaded a model, so the next request for it goes alone."""
@@ -363,12 +390,15 @@ class Scheduler:
 
     def _may_begin(self, level: float, now: float) -> bool:
         """Returns whether a request of this level may be the first one of a run, or one that belongs to no run."""
+        if self.limits.max_begun_runs == "auto" and self._slots is not None and self._slots.remembers:
+            return True
         return self._runs.have_room(level) and now >= self._slot_kept_until(level)
 
     def _slot_kept_until(self, level: float) -> float:
         """Returns until when the slot is kept that the server would give to a new conversation."""
-        displaced = None if self._slots is None else self._slots.next_displaced()
-        return self._runs.keeps_slot_until(displaced, level)
+        if self._slots is None or not self._slots.is_worth_keeping:
+            return -math.inf
+        return self._runs.keeps_slot_until(self._slots.next_displaced(), level)
 
     def _stop_waiting_for_runs(self, permit: Permit) -> None:
         """Records that a waiting request need not wait any longer until its run may begin."""

@@ -12,6 +12,7 @@ from lmbridge import Agent, Limits, LLMClient, LLMValidationError
 from lmbridge._scheduled_run import ScheduledRun
 from lmbridge.testing import ScriptedServer, answer
 from lmbridge.transport.begun_runs import BegunRuns
+from lmbridge.transport.slot_use import SlotUse
 from tests.agent.support import asks, calls, generations
 
 
@@ -68,7 +69,13 @@ async def test_runs_finish_one_after_the_other(
         assert tasks_in_order(scripted_server)[:4] == ["0", "1", "2", "3"]
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every server count as one that is known to forget the conversations that have lost their slot."""
+    monkeypatch.setattr(SlotUse, "is_worth_keeping", True)
+
+
+@pytest.mark.usefixtures("patient", "forgetful")
 async def test_a_run_begins_as_soon_as_the_run_whose_slot_it_would_take_is_being_answered(
     scripted_server: ScriptedServer,
 ) -> None:
@@ -108,6 +115,61 @@ async def test_a_run_begins_as_soon_as_the_run_whose_slot_it_would_take_is_being
         assert tasks_in_order(scripted_server)[2:] == ["calling", "new"]
         reply_ends.set()
         await asyncio.gather(calling.result(), new.result())
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize(("cached_tokens", "next_task"), [(90, "second"), (10, "calling"), (None, "calling")])
+async def test_slots_are_kept_unless_a_reply_shows_that_the_server_remembers_what_has_lost_its_slot(
+    scripted_server: ScriptedServer, cached_tokens: int | None, next_task: str
+) -> None:
+    ends = asyncio.Event()
+    gates = {(task, number): asyncio.Event() for task in ("calling", "first", "second") for number in range(2)}
+
+    async def wait(task: str, number: int) -> str:
+        """Waits."""
+        await gates[task, number].wait()
+        return f"ready {number}"
+
+    async def reply(exchange: Any) -> None:
+        task = task_of(exchange.request.json)
+        rounds = sum(message["role"] == "tool" for message in exchange.request.json["messages"])
+        if task == "ending":
+            await ends.wait()
+        if task == "ending" or rounds == 2:
+            await answer("Done.")(exchange)
+            return
+        details = {} if cached_tokens is None else {"prompt_tokens_details": {"cached_tokens": cached_tokens}}
+        usage = {"prompt_tokens": 100, "completion_tokens": 1, **details}
+        await calls(asks("wait", task=task, number=rounds), usage=usage)(exchange)
+
+    async def wait_for_tools(generated: int, in_flight: int) -> None:
+        await scripted_server.wait_until(lambda: len(generations(scripted_server)) == generated)
+        while client.stats().in_flight > in_flight:
+            await asyncio.sleep(0)
+
+    scripted_server.default = reply
+    async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=2)) as client:
+        agent = Agent(client, tools=[wait])
+        runs = [agent.start("ending"), agent.start("calling")]
+        await wait_for_tools(generated=2, in_flight=1)
+        ends.set()
+        await runs[0].result()
+        # Nothing is known about the server, so this run may take the slot of the one whose tool is running.
+        runs.append(agent.start("first"))
+        await wait_for_tools(generated=3, in_flight=0)
+        # The next reply to that run shows what the server remembers.
+        gates["calling", 0].set()
+        await wait_for_tools(generated=4, in_flight=0)
+        runs.append(agent.start("second"))
+        if next_task != "second":
+            while not client.stats().queued:
+                await asyncio.sleep(0)
+            gates["calling", 1].set()
+        await scripted_server.wait_until(lambda: len(generations(scripted_server)) >= 5)
+        assert tasks_in_order(scripted_server)[4] == next_task
+        for gate in gates.values():
+            gate.set()
+        await asyncio.gather(*(run.result() for run in runs))
 
 
 @pytest.mark.usefixtures("patient")

@@ -16,7 +16,7 @@ from tests.reliability.jumping_clock import JumpingLoop
 from tests.reliability.public_coroutines import asynchronous_members
 from tests.reliability.replay_server import ReplayServer
 from tests.reliability.steps import FRAMINGS, Framing, Step
-from tests.reliability.strict_reader import NotStrictError, check_response, read_response
+from tests.reliability.strict_reader import NotStrictError, StrictResponse, check_response, read_response
 
 
 def outcomes_of(group: Group) -> dict[str, int]:
@@ -41,6 +41,14 @@ def test_a_fault_gives_the_whole_value_or_a_named_error(kind: FaultKind, framing
 def test_a_fault_at_many_bytes_gives_the_whole_value_or_a_named_error(kind: FaultKind) -> None:
     for framing in FRAMINGS:
         outcomes_of(Group(tuple(recorded_calls()), framing, kind, step=53))
+
+
+async def test_a_damaged_last_status_is_asked_for_once_more() -> None:
+    """A client that does not know a status goes on asking, and gets the status without the fault."""
+    step = recorded_calls()["LM Studio: download"].steps[2]
+    damaged = StrictResponse(200, step.content_type, step.body.replace(b"completed", b"complfted"))
+    value = await clean_value("LM Studio: download", 2, damaged)
+    assert [each["status"] for each in value] == ["downloading", "downloading", "complfted", "completed"]
 
 
 def faulted_steps() -> list[tuple[str, Step]]:

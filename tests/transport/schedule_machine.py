@@ -101,6 +101,11 @@ class SchedulerHarness:
         self.scheduler.mark_loaded(self.permits[request], self.now)
         self._settle()
 
+    def note_cached_tokens(self, request: ReferenceRequest, cached: int | None, prompt: int) -> None:
+        """The whole reply to a request has arrived."""
+        self.reference.note_cached_tokens(request, cached, prompt)
+        self.scheduler.note_cached_tokens(self.permits[request], cached, prompt)
+
     def mark_unloaded(self, model: str | None) -> None:
         self.reference.mark_unloaded(model)
         self.scheduler.mark_unloaded(model)
@@ -132,6 +137,18 @@ class SchedulerHarness:
         assert sum(scheduler.swaps.values()) == reference.swaps
         assert scheduler._models.batch_members == len(reference.batch)
         assert scheduler._runs._unanswered == reference.unanswered, "it is wrong until when slots are kept"
+        ended_soon = ([True] * 8 + reference.ended_soon)[-8:]
+        assert list(scheduler._runs._ended_soon) == ended_soon, "it is wrong how long tools take"
+        calling = {run: until for run, until in scheduler._runs._idle.items() if until > self.now}
+        assert calling == reference.calling_until(self.now), "it is wrong which runs count while their tools are running"
+        if scheduler._slots is not None:
+            displaced = scheduler._slots.next_displaced()
+            next_displaced = self.requests[displaced] if isinstance(displaced, Permit) else displaced
+            assert next_displaced == reference.next_displaced(), "it is wrong which slot is taken next"
+            assert set(scheduler._slots._displaced) == reference.displaced, (
+                "it is wrong which runs have lost their slot"
+            )
+            assert scheduler._slots.remembers == reference.remembers, "it is wrong what the server remembers"
         if reference.has_model_limit:
             assert [queue.model for queue in scheduler._models.active] == reference.active
             assert [queue.model for queue in scheduler._models.active if queue.is_surplus] == reference.surplus
@@ -249,7 +266,18 @@ class AnyEvents:
             self.harness.wait((0.0, 0.7, 3.0, 10.0)[number // 4 % 4])
             if request in self.reference.in_flight:
                 self.harness.answer(request)
+                self.harness.note_cached_tokens(request, (None, 0, 0, 49, 50, 100)[number // 16], 100)
                 self.harness.end(request)
+
+    def a_run_calls_several_tools(self, number: int) -> None:
+        for _ in range(1 + number // 16):
+            request = self.harness.arrive("a", run=self.runs[number % 4])
+            self.harness.wait(0.5)
+            if request not in self.reference.in_flight:
+                return
+            self.harness.answer(request)
+            self.harness.end(request)
+            self.harness.wait((0.1, 0.5, 0.6, 4.0)[number // 4 % 4])
 
     def one_is_answered(self, number: int) -> None:
         if request := _choose(self.reference.in_flight, number):
@@ -315,7 +343,13 @@ def _choose(requests: list[ReferenceRequest], number: int) -> ReferenceRequest |
 
 
 EVENTS = [name for name in vars(AnyEvents) if not name.startswith("_") and name != "happen"]
-RUN_EVENTS = {"a_run_asks", "a_run_ends_and_another_begins", "a_run_pauses", "a_begun_run_is_answered_and_calls_a_tool"}
+RUN_EVENTS = {
+    "a_run_asks",
+    "a_run_ends_and_another_begins",
+    "a_run_pauses",
+    "a_begun_run_is_answered_and_calls_a_tool",
+    "a_run_calls_several_tools",
+}
 SLOT_EVENTS = (*sorted(RUN_EVENTS), "one_is_answered", "one_ends", "time_passes", "one_becomes_overdue")
 """The events after which a slot may be kept for a run."""
 LIMIT_EVENTS = {"the_limits_change", "the_model_limit_is_lowered_below_what_is_in_flight"}
@@ -351,7 +385,7 @@ def random_walk(seed: int, scheduler_class: type[Scheduler], steps: int = 60) ->
     left_out = (set() if seed % 4 == 0 else LIMIT_EVENTS) | (RUN_EVENTS if seed % 3 == 0 else set())
     names = [name for name in EVENTS if name not in left_out]
     if seed % 5 == 0:
-        limits, names = Limits(max_concurrency=2 + seed % 2), [*SLOT_EVENTS]
+        limits, names = Limits(max_concurrency=2 + seed % 2, max_begun_runs=("auto", 2)[seed // 10 % 2]), [*SLOT_EVENTS]
     events = AnyEvents(limits, scheduler_class)
     for _ in range(steps):
         events.happen(rng.choice(names), rng.randrange(96))

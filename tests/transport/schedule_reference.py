@@ -29,6 +29,8 @@ class ReferenceRequest:
     is_answered: bool = False
     takes_slot: bool = False
     """Whether its conversation was in no slot when it was admitted."""
+    was_displaced: bool = False
+    """Whether its run had lost a slot before, and had no whole reply since."""
     begins_run: bool = False
     """Whether it was admitted as the first one of its run."""
     number: int = attrs.field(factory=next_order_number)
@@ -82,6 +84,11 @@ class ReferenceSchedule:
         # The runs that have begun, with the priority of the request by which they began to count.
         self.begun: dict[ScheduledRun, int] = {}
         self.run_idle_since: dict[ScheduledRun, float] = {}
+        # Since when the tools of each run have been running, and whether each call has ended before its patience ran out.
+        self.calling_since: dict[ScheduledRun, float] = {}
+        self.ended_soon: list[bool] = []
+        # The runs that do not count while their tools are running, because those of others were slow.
+        self.uncounted: set[ScheduledRun] = set()
         # How long the first answer of each run took.
         self.patience: dict[ScheduledRun, float] = {}
         # Until when the slot of a run is kept whose latest request has not been answered.
@@ -90,13 +97,21 @@ class ReferenceSchedule:
         self.knows_slots = False
         # The number of requests that had ended when the slots became known.
         self.over_before: int = 0
+        # What was in the slots after the latest event, and the runs that have lost a slot and had no whole reply since.
+        self.in_slots: set[ScheduledRun | ReferenceRequest] = set()
+        self.displaced: set[ScheduledRun] = set()
+        # Whether the server still knew a run that had lost its slot, or None if nobody has seen that.
+        self.remembers: bool | None = None
 
     # Events
 
     def set_limits(self, limits: Limits) -> None:
         was_limited = self.limits.max_loaded_models is not None
         self.limits = limits
-        self.knows_slots = False
+        self.knows_slots, self.remembers = False, None
+        self.in_slots, self.displaced = set(), set()
+        for request in self.in_flight:
+            request.was_displaced = False
         self.batch, self.draining, self.idle_since = [], [], {}
         for request in self.arrived:
             request.overtaken_by = []
@@ -114,12 +129,17 @@ class ReferenceSchedule:
         run = request.run
         if run is not None and run in self.begun and not self._counts(run, request.arrived):
             self.begun[run] = request.priority
+        if run is not None and run in self.calling_since:
+            since, patience = self.calling_since.pop(run), self.patience.get(run, 0.0)
+            if patience > 0:
+                self.ended_soon.append(request.arrived < since + patience)
         request.is_nested = any(e.owner is not None and e.owner == request.owner for e in self.in_flight)
         self.arrived.append(request)
         self.waiting.append(request)
 
     def end_run(self, run: ScheduledRun) -> None:
         run.end()
+        self.displaced.discard(run)
 
     def end(self, request: ReferenceRequest, now: float) -> None:
         """A request has ended, or no longer waits."""
@@ -134,11 +154,29 @@ class ReferenceSchedule:
         if request.run is not None and not self._requests_of(request.run):
             self.run_idle_since[request.run] = now
             self.unanswered.pop(request.run, None)
+            if request.run in self.begun:
+                self.calling_since[request.run] = now
+            (self.uncounted.add if self.ended_soon[-8:].count(False) > 4 else self.uncounted.discard)(request.run)
+        if request.was_displaced and request.run is not None:
+            self.displaced.discard(request.run)
+        self._find_displaced()
+
+    def note_cached_tokens(self, request: ReferenceRequest, cached: int | None, prompt: int) -> None:
+        """The whole reply to a request has arrived."""
+        if request.was_displaced:
+            self.remembers = cached is not None and cached >= prompt / 2
+
+    def _find_displaced(self) -> None:
+        if self.knows_slots:
+            before, self.in_slots = self.in_slots, self._busy_in_slots() | set(self._idle_in_slots())
+            gone = before - self.in_slots
+            self.displaced |= {each for each in gone if isinstance(each, ScheduledRun) and not each.is_over}
 
     def pause_run(self, run: ScheduledRun) -> None:
         """A run waits for something other than its tools."""
         if run in self.begun and not self._requests_of(run):
             self.run_idle_since[run] = -math.inf
+        self.calling_since.pop(run, None)
 
     def answer(self, request: ReferenceRequest, now: float) -> None:
         """The first event of a request's reply has arrived."""
@@ -150,6 +188,7 @@ class ReferenceSchedule:
         if self.first_requests.get(request.model) is request:
             del self.first_requests[request.model]
             self.loaded.add(request.model)
+        self._find_displaced()
 
     def mark_unloaded(self, model: str | None) -> None:
         self.loaded.discard(model)
@@ -172,7 +211,9 @@ class ReferenceSchedule:
             for each in self.in_flight:
                 each.takes_slot = True
         request.takes_slot = (request.run or request) not in self._idle_in_slots()
+        request.was_displaced = request.run in self.displaced
         self.in_flight.append(request)
+        self._find_displaced()
         request.admitted, request.epochs_before = now, len(self.epochs)
         if request.run is not None:
             self.unanswered[request.run] = now + self.patience.get(request.run, 0.0)
@@ -217,17 +258,21 @@ class ReferenceSchedule:
             return False
         if any(self._is_overdue(each, now) for each in self.waiting):
             return False
+        if self.remembers and self.limits.max_begun_runs == "auto":
+            return False
         level = self._level(request, now)
         runs = [run for run, priority in self.begun.items() if priority >= level]
         others = [each for each in self.in_flight if each.run is None and each.priority >= level]
         if len([run for run in runs if self._counts(run, now)]) + len(others) >= limit:
             return True
-        run = self._displaced()
+        if self.remembers or (self.remembers is None and not self.displaced):
+            return False
+        run = self.next_displaced()
         if not isinstance(run, ScheduledRun) or run not in runs or not self._counts(run, now):
             return False
         return not self._requests_of(run) or now < self.unanswered.get(run, -math.inf)
 
-    def _displaced(self) -> ScheduledRun | ReferenceRequest | None:
+    def next_displaced(self) -> ScheduledRun | ReferenceRequest | None:
         """What the slot was used for that was used least recently, or None if there is an unused one."""
         idle = self._idle_in_slots() if self.knows_slots else []
         is_full = len(self._busy_in_slots()) + len(idle) >= self.limits.max_concurrency
@@ -244,10 +289,17 @@ class ReferenceSchedule:
         used = dict.fromkeys(each.run or each for each in reversed(over))
         return [each for each in used if each not in busy][: max(0, self.limits.max_concurrency - len(busy))]
 
+    def calling_until(self, now: float) -> dict[ScheduledRun, float]:
+        """The runs that count while their tools are running, and until when."""
+        calling = [run for run in self.begun if not self._requests_of(run) and self._counts(run, now)]
+        return {run: self.run_idle_since[run] + self.patience.get(run, 0.0) for run in calling}
+
     def _counts(self, run: ScheduledRun, now: float) -> bool:
         if run.is_over:
             return False
-        return bool(self._requests_of(run)) or now < self.run_idle_since[run] + self.patience.get(run, 0.0)
+        if self._requests_of(run):
+            return True
+        return run not in self.uncounted and now < self.run_idle_since[run] + self.patience.get(run, 0.0)
 
     def _requests_of(self, run: ScheduledRun) -> list[ReferenceRequest]:
         return [each for each in self.waiting + self.in_flight if each.run is run]

@@ -86,10 +86,15 @@ class SimulatedServer:
                 self.readings += not is_cached
                 answered = self._harness.now + (0.0 if is_cached else READING)
                 self._at(answered, partial(self._harness.answer, request))
-                self._at(answered + GENERATING, partial(self._end, request, run))
+                self._at(answered + self._generating(run), partial(self._end, request, run, is_cached))
 
-    def _end(self, request: ReferenceRequest, run: ScheduledRun) -> None:
+    def _generating(self, run: ScheduledRun) -> float:
+        """The seconds for an answer. Not all are equally long, so that the runs do not stay in step."""
+        return GENERATING * (0.6 + 0.2 * ((7 * self._runs.index(run) + 3 * self._rounds[run]) % 5))
+
+    def _end(self, request: ReferenceRequest, run: ScheduledRun, is_cached: bool) -> None:
         self._free.append(self._slots.pop(request))
+        self._harness.note_cached_tokens(request, 800 if is_cached else 0, 800)
         self._harness.end(request)
         self._rounds[run] += 1
         if self._rounds[run] < ROUNDS:
@@ -122,22 +127,25 @@ def test_runs_end_one_after_the_other_instead_of_all_at_the_end(forgets: bool) -
 
 
 @pytest.mark.parametrize("tool", [0.2, 1.0])
-def test_no_conversation_is_read_twice_if_tools_take_less_time_than_reading(tool: float) -> None:
-    """A new run would displace another one whose tool is running, if it began as soon as a run has ended."""
-    assert simulate("run", tool, forgets=True).readings == RUNS
+def test_hardly_any_conversation_is_read_twice_if_tools_take_less_time_than_reading(tool: float) -> None:
+    """A new run would displace another one whose tool is running, if it began as soon as a run has ended.
+
+    That is done once or twice, to find out whether the server remembers the other one.
+    """
+    assert simulate("run", tool, forgets=True).readings <= RUNS + 2
 
 
-@pytest.mark.parametrize(("tool", "forgets"), [(0.0, False), (0.2, True), (1.0, True)])
-def test_the_last_run_ends_no_later_if_tools_take_less_time_than_reading_conversations_again(
-    tool: float, forgets: bool
-) -> None:
+@pytest.mark.parametrize("tool", [0.0, 0.2, 1.0])
+def test_the_last_run_ends_earlier_if_the_server_forgets_and_tools_take_less_time_than_reading(tool: float) -> None:
+    by_run, by_request = (simulate(order, tool, forgets=True) for order in ("run", "request"))
+    assert by_run.seconds[-1] < 0.9 * by_request.seconds[-1]
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+@pytest.mark.parametrize("tool", [0.0, 0.2, 1.0, 2.0, 10.0])
+def test_the_last_run_never_ends_later_by_more_than_it_takes_on_its_own(tool: float, forgets: bool) -> None:
+    """While the last runs call their tools, there is no other run left that could use their slots."""
     by_run, by_request = (simulate(order, tool, forgets=forgets) for order in ("run", "request"))
-    assert by_run.seconds[-1] <= by_request.seconds[-1]
-
-
-@pytest.mark.parametrize(("tool", "forgets"), [(0.2, False), (10.0, False), (10.0, True)])
-def test_otherwise_the_last_run_ends_later_by_no_more_than_slots_are_kept_for_tools(tool: float, forgets: bool) -> None:
-    """A place is kept for as long as the first answer took to begin. docs/concurrency.md says what that costs."""
-    by_run, by_request = (simulate(order, tool, forgets=forgets) for order in ("run", "request"))
-    kept = min(1.4 * tool, READING) * (ROUNDS - 1) * RUNS / SLOTS
-    assert by_request.seconds[-1] < by_run.seconds[-1] <= by_request.seconds[-1] + kept + 1e-6
+    on_its_own = READING + 1.4 * (ROUNDS * GENERATING + (ROUNDS - 1) * tool)
+    assert by_run.seconds[-1] <= by_request.seconds[-1] + on_its_own
+    assert sum(by_run.seconds) < 0.8 * sum(by_request.seconds)

@@ -988,12 +988,30 @@ TestAnyEvents.settings = settings(deadline=None, max_examples=60, stateful_step_
 # The slots of the server
 
 
-def harness_with_a_free_slot(tool: float) -> tuple[SchedulerHarness, ScheduledRun]:
+def harness_that_has_seen(cached: int | None, max_begun_runs: int | Literal["auto"] = "auto") -> SchedulerHarness:
+    """Two slots, and the reply to a run that had lost its own had this many of 100 tokens in the cache of the server."""
+    harness = SchedulerHarness(Limits(max_concurrency=2, max_begun_runs=max_begun_runs), start=0.0)
+    displaced = ScheduledRun()
+    harness.end(harness.arrive("m", run=displaced))
+    harness.end(harness.arrive("m"))
+    harness.end(harness.arrive("m"))
+    request = harness.arrive("m", run=displaced)
+    harness.note_cached_tokens(request, cached, 100)
+    harness.end(request)
+    harness.end_run(displaced)
+    harness.check()
+    return harness
+
+
+def harness_with_a_free_slot(
+    tool: float, harness: SchedulerHarness | None = None
+) -> tuple[SchedulerHarness, ScheduledRun]:
     """Two slots: one run has ended a moment ago, and the tool of another one has been running for longer than that.
 
-    The first answer of each run took a second, so a slot is kept for that long.
+    The first answer of each run took a second, so a slot is kept for that long. By default the server is known to
+    forget the conversations that have lost their slot.
     """
-    harness = SchedulerHarness(Limits(max_concurrency=2), start=0.0)
+    harness = harness or harness_that_has_seen(cached=0)
     ending, calling = ScheduledRun(), ScheduledRun()
     requests = [harness.arrive("m", run=run) for run in (ending, calling)]
     harness.wait(1.0)
@@ -1033,7 +1051,7 @@ def test_a_run_begins_when_a_slot_has_been_kept_for_as_long_as_reading_takes(ask
 def test_a_run_begins_at_once_in_a_slot_that_was_used_less_recently() -> None:
     harness, _ = harness_with_a_free_slot(tool=0.0)
     assert harness.arrive("m", run=ScheduledRun()) in harness.reference.waiting
-    harness = SchedulerHarness(Limits(max_concurrency=2), start=0.0)
+    harness = harness_that_has_seen(cached=0)
     harness.end(harness.arrive("m", run=ScheduledRun()))
     calling = harness.arrive("m", run=ScheduledRun())
     harness.wait(1.0)
@@ -1045,4 +1063,68 @@ def test_a_run_begins_at_once_in_a_slot_that_was_used_less_recently() -> None:
 def test_an_urgent_run_does_not_wait_for_the_slot_of_another() -> None:
     harness, _ = harness_with_a_free_slot(tool=0.5)
     assert harness.arrive("m", run=ScheduledRun(), priority=1) in harness.reference.in_flight
+    harness.check()
+
+
+@pytest.mark.parametrize("cached", [None, 0, 49])
+def test_a_server_that_forgets_a_run_keeps_slots_for_the_others(cached: int | None) -> None:
+    harness, _ = harness_with_a_free_slot(tool=0.5, harness=harness_that_has_seen(cached))
+    assert harness.arrive("m", run=ScheduledRun()) in harness.reference.waiting
+
+
+@pytest.mark.parametrize("cached", [50, 100])
+def test_a_server_that_remembers_a_run_keeps_no_slot(cached: int) -> None:
+    harness = harness_that_has_seen(cached)
+    calling = [ScheduledRun() for _ in range(2)]
+    requests = [harness.arrive("m", run=run) for run in calling]
+    harness.wait(1.0)
+    for request in requests:
+        harness.answer(request)
+        harness.end(request)
+    # The tools of both are running. As many runs have begun as there are slots.
+    assert harness.arrive("m", run=ScheduledRun()) in harness.reference.in_flight
+    harness.check()
+
+
+def test_the_latest_reply_decides_whether_the_server_remembers() -> None:
+    harness = harness_that_has_seen(100)
+    runs = [ScheduledRun() for _ in range(3)]
+    for run in runs:
+        harness.end(harness.arrive("m", run=run))
+    # The first of them has lost its slot, and the others are in the slots.
+    request = harness.arrive("m", run=runs[0])
+    harness.note_cached_tokens(request, 0, 100)
+    harness.end(request)
+    request = harness.arrive("m", run=runs[0])
+    harness.note_cached_tokens(request, 100, 100)
+    assert harness.reference.remembers is False
+    harness.check()
+
+
+def test_a_limit_on_begun_runs_that_the_user_has_set_counts_even_if_the_server_remembers() -> None:
+    harness = harness_that_has_seen(cached=100, max_begun_runs=1)
+    request = harness.arrive("m", run=ScheduledRun())
+    harness.wait(1.0)
+    harness.answer(request)
+    harness.end(request)
+    assert harness.arrive("m", run=ScheduledRun()) in harness.reference.waiting
+    harness.check()
+
+
+def test_one_run_at_a_time_may_lose_its_slot_to_find_out_whether_the_server_remembers() -> None:
+    unknown = SchedulerHarness(Limits(max_concurrency=2, max_begun_runs=3), start=0.0)
+    harness, calling = harness_with_a_free_slot(tool=0.5, harness=unknown)
+    second = ScheduledRun()
+    request = harness.arrive("m", run=second)
+    assert harness.reference.displaced == {calling}
+    harness.wait(1.0)
+    harness.answer(request)
+    harness.end(request)
+    harness.end(harness.arrive("m"))
+    # A third run would displace the second one, while nobody has seen yet what became of the first one.
+    third = harness.arrive("m", run=ScheduledRun())
+    assert third in harness.reference.waiting
+    harness.end_run(calling)
+    assert third in harness.reference.in_flight
+    assert harness.reference.displaced == {second}
     harness.check()

@@ -211,7 +211,7 @@ MUTANTS = {
         "if True:\n            self",
     ),
     "a run that calls a tool does not count": (
-        "until = self._idle[run] = now + self._patience[run]",
+        "until = self._idle[run] = now + (0.0 if tools_are_slow else self._patience[run])",
         "until = self._idle[run] = now",
     ),
     "an idle run counts a moment too long": (
@@ -247,6 +247,28 @@ MUTANTS = {
         "",
     ),
     "runs that have begun are not counted": ("self.total += 1", "pass"),
+    # How long tools take
+    "runs count although the latest tools were slow": (
+        "(0.0 if tools_are_slow else self._patience[run])",
+        "self._patience[run]",
+    ),
+    "half of the latest tools decide against the others": (
+        "2 * sum(self._ended_soon) < _OBSERVED_TOOLS",
+        "2 * sum(self._ended_soon) <= _OBSERVED_TOOLS",
+    ),
+    "all earlier tools count, not only the latest ones": (
+        "deque([True] * _OBSERVED_TOOLS, maxlen=_OBSERVED_TOOLS)",
+        "deque([True] * _OBSERVED_TOOLS)",
+    ),
+    "a tool that took as long as reading counts as fast": (
+        "self._ended_soon.append(now < calling_since + patience)",
+        "self._ended_soon.append(now <= calling_since + patience)",
+    ),
+    "tools of runs without patience count": (
+        "if calling_since is not None and patience:",
+        "if calling_since is not None:",
+    ),
+    "a pause counts as a tool": ("self._calling_since.pop(run, None)\n        if self._idle", "if self._idle"),
     # The slots of the server
     "a run displaces others whose tools are running": (
         "return self._runs.have_room(level) and now >= self._slot_kept_until(level)",
@@ -292,6 +314,51 @@ MUTANTS = {
     "requests before the first run use no slots": (
         "for each in self.in_flight:\n                self._slots",
         "for each in [permit]:\n                self._slots",
+    ),
+    # What the server remembers
+    "a slot is kept although the server remembers": (
+        "bool(self._displaced) if self.remembers is None else not self.remembers",
+        "bool(self._displaced) or self.remembers is not None",
+    ),
+    "a slot is not kept although the server forgets": (
+        "bool(self._displaced) if self.remembers is None else not self.remembers",
+        "bool(self._displaced) and self.remembers is None",
+    ),
+    "slots are kept as long as nothing is known": (
+        "bool(self._displaced) if self.remembers is None else not self.remembers",
+        "not self.remembers",
+    ),
+    "any number of runs is displaced to learn about the server": (
+        "bool(self._displaced) if self.remembers is None else not self.remembers",
+        "self.remembers is False",
+    ),
+    "runs wait although the server remembers": (
+        'if self.limits.max_begun_runs == "auto" and self._slots is not None and self._slots.remembers:',
+        "if False:",
+    ),
+    "a limit of the user is ignored if the server remembers": (
+        'if self.limits.max_begun_runs == "auto" and self._slots',
+        "if self._slots",
+    ),
+    "any reply shows what the server remembers": (
+        "if permit.was_displaced:\n            self.remembers",
+        "if True:\n            self.remembers",
+    ),
+    "half of a prompt is not enough": ("2 * cached >= prompt", "2 * cached > prompt"),
+    "an unknown number of tokens counts as remembered": (
+        "cached is not None and 2 * cached",
+        "cached is None or 2 * cached",
+    ),
+    "a run whose request has ended is still displaced": (
+        "if permit.was_displaced and permit.run is not None:\n            self._displaced.discard",
+        "if False:\n            self._displaced.discard",
+    ),
+    "a run that has ended is still displaced": ("self._slots.forget_run(run)", "pass"),
+    "a run that is over is displaced": (" and not conversation.is_over", ""),
+    "nobody is displaced": ("self._displaced.add(conversation)", "pass"),
+    "no request is known to have been displaced": (
+        "permit.was_displaced = permit.run is not None and permit.run in self._displaced",
+        "permit.was_displaced = False",
     ),
     # First requests
     "first requests do not go alone": (

@@ -76,3 +76,51 @@ def test_more_requests_than_slots_leave_the_conversations_that_were_used_last() 
     for each in permits:
         slots.end(each)
     assert slots.next_displaced() is c
+
+
+def displaced(slots: SlotUse) -> ScheduledRun:
+    """Returns a run whose slot has been taken by others."""
+    run = ScheduledRun()
+    used(slots, run, ScheduledRun(), ScheduledRun())
+    return run
+
+
+def test_a_reply_after_a_slot_was_lost_shows_whether_the_server_remembers() -> None:
+    slots = SlotUse(2)
+    permit = began(slots, displaced(slots))
+    assert permit.was_displaced
+    slots.note_cached_tokens(permit, 50, 100)
+    assert slots.remembers is True
+    assert not slots.is_worth_keeping
+    slots.note_cached_tokens(permit, 49, 100)
+    assert slots.remembers is False
+    assert slots.is_worth_keeping
+
+
+def test_other_replies_do_not_show_whether_the_server_remembers() -> None:
+    slots = SlotUse(2)
+    run = ScheduledRun()
+    first = began(slots, run)
+    slots.note_cached_tokens(first, 0, 100)
+    slots.end(first)
+    slots.note_cached_tokens(began(slots, run), 100, 100)
+    assert slots.remembers is None
+
+
+def test_one_run_at_a_time_is_displaced_to_find_out_whether_the_server_remembers() -> None:
+    slots = SlotUse(2)
+    assert not slots.is_worth_keeping
+    run = displaced(slots)
+    assert slots.is_worth_keeping
+    permit = began(slots, run)
+    assert slots.is_worth_keeping
+    # It failed, so it has shown nothing, and the next one may be displaced.
+    slots.end(permit)
+    assert not slots.is_worth_keeping
+
+
+def test_a_displaced_run_that_ends_shows_nothing() -> None:
+    slots = SlotUse(2)
+    run = displaced(slots)
+    slots.forget_run(run)
+    assert not slots.is_worth_keeping
