@@ -385,7 +385,7 @@ def random_walk(seed: int, scheduler_class: type[Scheduler], steps: int = 60) ->
     left_out = (set() if seed % 4 == 0 else LIMIT_EVENTS) | (RUN_EVENTS if seed % 3 == 0 else set())
     names = [name for name in EVENTS if name not in left_out]
     if seed % 5 == 0:
-        limits, names = Limits(max_concurrency=2 + seed % 2, max_begun_runs=("auto", 2)[seed // 10 % 2]), [*SLOT_EVENTS]
+        limits, names = Limits(max_concurrency=2 + seed % 2, max_begun_runs=("auto", 4)[seed // 10 % 2]), [*SLOT_EVENTS]
     events = AnyEvents(limits, scheduler_class)
     for _ in range(steps):
         events.happen(rng.choice(names), rng.randrange(96))
