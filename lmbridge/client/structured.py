@@ -8,6 +8,7 @@ field.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -21,12 +22,15 @@ from lmbridge.client.chat_stream import ChatStream
 from lmbridge.client.collecting import collect
 from lmbridge.client.embedded_json import find_only_value, is_json
 from lmbridge.client.reasoning import split_reasoning
+from lmbridge.client.repetition import ends_in_repetition
 from lmbridge.client.schemas import simplify_answer_schema
 from lmbridge.client.stand_ins import cached_for_type
 from lmbridge.client.typed_json import TypedJson
 from lmbridge.client.value_faults import describe_fault
 from lmbridge.errors import LLMValidationError
 from lmbridge.types import ChatCompletion
+
+logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 T = TypeVar("T")
 
@@ -36,6 +40,11 @@ _WRAPPER_FIELD: Final = "answer"
 _TYPES_HINT: Final = (
     "give a dataclass, a pydantic model, an attrs class, a TypedDict or a msgspec.Struct, or a list or a union of these"
 )
+_FREQUENCY_PENALTY: Final = 1.0
+"""The penalty for tokens that were used before, with which a model is asked again that has repeated itself.
+
+Of six answers of SmolLM2-135M that were cut off in this way, it made five valid, 0.6 made four valid, and 0.3 three.
+"""
 _QUOTED_CHARACTERS: Final = 8_000
 """The number of characters of a wrong answer that are sent back to the model."""
 
@@ -121,7 +130,10 @@ async def parse(
     *,
     url: str,
 ) -> Any:
-    """Asks for an instance of a type. A wrong answer is sent back once, with a description of the mistake.
+    """Asks for an instance of a type.
+
+    A wrong answer is sent back once, with a description of the mistake. If the model repeated itself until its answer
+    was cut off, it is asked once more with a `frequency_penalty`, unless the caller has set one.
 
     Args:
         ask: The client's `chat_completion`.
@@ -131,7 +143,7 @@ async def parse(
         url: The URL of the server, for errors.
 
     Raises:
-        LLMValidationError: An argument is not valid, or the second answer was wrong as well.
+        LLMValidationError: An argument is not valid, or the last answer was wrong as well.
         LLMError: A request failed.
     """
     if reserved := [name for name in _RESERVED_PARAMETERS if name in params]:
@@ -143,15 +155,25 @@ async def parse(
     # The requests are streamed, because many servers notice a cancelled request only at their next write.
     ask_streamed = partial(ask, stream=True, response_format=answer_format.response_format, **params)
     context = {"operation": "structured answer", "url": url}
-    reply = await collect(await ask_streamed(messages))
-    try:
-        return _decode_answer(reply, answer_format, {**context, "attempts": 1})
-    except LLMValidationError as error:
-        if "path" not in error.context:
-            raise
-        messages = [*messages, *_correction(error)]
-    reply = await collect(await ask_streamed(messages))
-    return _decode_answer(reply, answer_format, {**context, "attempts": 2})
+    is_corrected = False
+    penalty: dict[str, float] = {}
+    attempts = 0
+    while True:
+        attempts += 1
+        reply = await collect(await ask_streamed(messages, **penalty))
+        try:
+            return _decode_answer(reply, answer_format, {**context, "attempts": attempts})
+        except LLMValidationError as error:
+            if "path" in error.context and not is_corrected:
+                is_corrected = True
+                messages = [*messages, *_correction(error)]
+            elif _repeats_itself(reply) and not penalty and "frequency_penalty" not in params:
+                penalty = {"frequency_penalty": _FREQUENCY_PENALTY}
+                logger.info(
+                    "the model repeated itself until its answer was cut off; it is asked again with %s", penalty
+                )
+            else:
+                raise
 
 
 # Reading the answer
@@ -170,7 +192,10 @@ def _decode_answer(reply: ChatCompletion, answer_format: AnswerFormat[T], contex
         return answer_format.decode(text, is_cut=is_cut)
     except InvalidAnswerError as exc:
         context = {**context, "model": reply.get("model")}
-        if is_cut:
+        if is_cut and _repeats_itself(reply):
+            message = "the model repeated itself until its answer was cut off"
+            hint = "set frequency_penalty or temperature to other values, or ask a larger model"
+        elif is_cut:
             message, hint = "the answer was cut off", "raise max_tokens, or load the model with a longer context"
         elif not text:
             message, hint = _explain_empty_answer(reply)
@@ -179,6 +204,14 @@ def _decode_answer(reply: ChatCompletion, answer_format: AnswerFormat[T], contex
             message = f"the answer is not a valid {answer_format.name}: {exc}"
             hint = "its text is in .body; say in the prompt what the fields are, or ask a larger model"
         raise LLMValidationError(message, exc, hint=hint, context=context, body=text, partial=reply) from exc
+
+
+def _repeats_itself(reply: ChatCompletion) -> bool:
+    """Returns whether a reply was cut off while the model wrote the same words over and over again."""
+    choice = reply["choices"][0]
+    if choice.get("finish_reason") != "length":
+        return False
+    return ends_in_repetition(choice["message"].get("content") or split_reasoning(reply).reasoning)
 
 
 def _answer_text(reply: ChatCompletion) -> str:

@@ -990,8 +990,9 @@ class LLMClient(Owner):
     ) -> Any:
         """Asks for an answer of a certain type. The request contains its JSON schema, and the answer is validated.
 
-        An answer that is not valid is sent back to the model once, together with a description of the mistake. The
-        request is streamed, so that the server stops generating if the call is cancelled.
+        An answer that is not valid is sent back to the model once, together with a description of the mistake. A model
+        that repeated itself until its answer was cut off is asked once more, with a `frequency_penalty`, unless you set
+        one. The requests are streamed, so that the server stops generating if the call is cancelled.
 
         Args:
             messages: The chat so far: dicts with `role` and `content`. Describe the fields of the type in a message,

@@ -459,6 +459,53 @@ async def test_the_model_is_not_asked_again_if_there_is_nothing_to_correct(
     assert len(scripted_server.requests) == 1
 
 
+LOOP = '{"x": "' + "la la " * 50
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        answer(LOOP, finish_reason="length"),
+        answer("", reasoning="I wait. " * 40, finish_reason="length"),
+        answer("<think>" + "I wait. " * 40, finish_reason="length"),
+    ],
+)
+async def test_a_model_that_repeats_itself_is_asked_once_more_with_a_penalty(
+    scripted_server: ScriptedServer, client: LLMClient, behaviour: Any
+) -> None:
+    scripted_server.script(behaviour, answer('{"x": 1, "y": 2}'))
+    assert await client.parse(MESSAGES, Point, temperature=0) == Point(1, 2)
+    first, second = (request.json for request in scripted_server.requests)
+    assert second == {**first, "frequency_penalty": 1.0}
+
+
+async def test_a_model_that_repeats_itself_again_is_not_asked_a_third_time(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.default = answer(LOOP, finish_reason="length")
+    with pytest.raises(LLMValidationError, match="the model repeated itself until its answer was cut off") as caught:
+        await client.parse(MESSAGES, Point)
+    assert caught.value.body == LOOP.strip()
+    assert caught.value.context["attempts"] == len(scripted_server.requests) == 2
+
+
+async def test_a_penalty_of_the_caller_is_not_replaced(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.default = answer(LOOP, finish_reason="length")
+    with pytest.raises(LLMValidationError, match="repeated itself"):
+        await client.parse(MESSAGES, Point, frequency_penalty=0.2)
+    assert [request.json["frequency_penalty"] for request in scripted_server.requests] == [0.2]
+
+
+async def test_an_answer_may_be_both_corrected_and_asked_for_with_a_penalty(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(answer('{"x": "a"}'), answer(LOOP, finish_reason="length"), answer('{"x": 1, "y": 2}'))
+    assert await client.parse(MESSAGES, Point) == Point(1, 2)
+    _, second, third = (request.json for request in scripted_server.requests)
+    assert third == {**second, "frequency_penalty": 1.0}
+    assert len(third["messages"]) == len(MESSAGES) + 2
+
+
 # Cancellation
 
 

@@ -1,0 +1,26 @@
+"""Recognizes a text whose end repeats itself.
+
+Small models fall into a loop, in which they write the same words until the token limit, above all with a temperature of
+0 and with a grammar, which forbids them to end where they would have. Servers call that a normal end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+_LONGEST_PERIOD: Final = 250
+"""The number of characters up to which a part that is repeated is looked for."""
+_FEWEST_TIMES: Final = 4
+_FEWEST_CHARACTERS: Final = 200
+"""The number of characters that the repetitions have together, so that a row of zeros in a table does not count."""
+
+
+def ends_in_repetition(text: str) -> bool:
+    """Returns whether the end of a text is the same part over and over again."""
+    for period in range(1, _LONGEST_PERIOD + 1):
+        times = max(_FEWEST_TIMES, math.ceil(_FEWEST_CHARACTERS / period))
+        end = text[-times * period :]
+        if len(end) == times * period and end == end[-period:] * times:
+            return True
+    return False
