@@ -28,16 +28,16 @@ _unfinished: Final[set[asyncio.Future[Any]]] = set()
 """Cancelled tasks that are still running, kept alive because asyncio holds only weak references to tasks."""
 
 
-MANY: Final = 100
+ITEMS_PER_STEP: Final = 100
 """The number of items after which a task that works through a list of them lets other tasks run."""
 
 
-LARGE: Final = 100_000
+SIZE_PER_STEP: Final = 100_000
 """The number of characters or bytes that a task processes, in about a millisecond, before it lets other tasks run."""
 
 
 async def pause_after(size: int) -> None:
-    """Lets other tasks run after a step that has processed more than `LARGE` characters or bytes.
+    """Lets other tasks run after a step that has processed more than `SIZE_PER_STEP` characters or bytes.
 
     A step that consists of one call of C code, such as decoding JSON, cannot be divided. Running it in a thread would
     hold up the event loop for just as long, because such code keeps the global interpreter lock. But a reply of 10 MB
@@ -46,7 +46,7 @@ async def pause_after(size: int) -> None:
     Args:
         size: The number of characters or bytes that the step has processed.
     """
-    if size > LARGE:
+    if size > SIZE_PER_STEP:
         await asyncio.sleep(0)
 
 
@@ -61,12 +61,12 @@ async def list_in_slices(items: Iterable[_T]) -> list[_T]:
     are dropped.
     """
     iterator = iter(items)
-    listed = list(islice(iterator, MANY))
+    listed = list(islice(iterator, ITEMS_PER_STEP))
     added = len(listed)
-    while added == MANY:
+    while added == ITEMS_PER_STEP:
         await asyncio.sleep(0)
         before = len(listed)
-        listed += islice(iterator, MANY)
+        listed += islice(iterator, ITEMS_PER_STEP)
         added = len(listed) - before
     return listed
 

@@ -26,7 +26,7 @@ def divide_into_short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     replaced = 0
     for name, module in list(sys.modules.items()):
         if name.startswith("lmbridge."):
-            for constant, value in (("MANY", 10), ("LARGE", 10_000)):
+            for constant, value in (("ITEMS_PER_STEP", 10), ("SIZE_PER_STEP", 10_000)):
                 if hasattr(module, constant):
                     monkeypatch.setattr(module, constant, value)
                     replaced += 1

@@ -16,8 +16,8 @@ _RUNS: Final = 24
 _ROUNDS: Final = 4
 _WORDS: Final = 750
 _TOLERANCE: Final = 1.1
-"""The bar: at most this multiple of the tokens and of the mean end of the best other agents, and of the last end without
-an order of runs."""
+"""The bar: at most this multiple of the tokens and the mean end of the best other agents, and of the last end that
+lmbridge has without an order of runs."""
 
 Run = Mapping[str, Any]
 """A measurement: `ended`, the seconds after which each run had ended, and the `tokens` of prompts processed."""

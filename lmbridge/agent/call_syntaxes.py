@@ -254,7 +254,7 @@ _BARE_CALLS: Final = {
 """How calls without an opening begin: their first character, and the patterns of what follows it."""
 
 
-def _opening_pattern(openings: Iterable[str]) -> re.Pattern[str]:
+def _compile_openings(openings: Iterable[str]) -> re.Pattern[str]:
     """Returns the pattern that finds openings and bare calls.
 
     Each alternative begins with a different character, so that `re` can skip all positions without one of these.
@@ -267,11 +267,11 @@ def _opening_pattern(openings: Iterable[str]) -> re.Pattern[str]:
 
 
 SYNTAX_OF: Final = {each.opening: each for each in CALL_SYNTAXES}
-OPENING: Final = _opening_pattern(SYNTAX_OF)
+OPENING: Final = _compile_openings(SYNTAX_OF)
 """Matches everything with which a call can begin."""
 WORDS: Final = tuple(opening for opening in SYNTAX_OF if opening[0].isalpha())
 """The openings that begin with a letter. Nearly every text contains these letters, which makes a search slow."""
-OPENING_WITHOUT_WORDS: Final = _opening_pattern(opening for opening in SYNTAX_OF if opening not in WORDS)
+OPENING_WITHOUT_WORDS: Final = _compile_openings(opening for opening in SYNTAX_OF if opening not in WORDS)
 """Matches the same as `OPENING` in a text without any of `WORDS`, in a fifth of the time."""
 CLOSING: Final = re.compile(
     r"\s*(?:```(?!\w)|"

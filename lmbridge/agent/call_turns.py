@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import attrs
 import msgspec
 
-from lmbridge._tasks import MANY, list_in_slices, pause_after, run_together
+from lmbridge._tasks import ITEMS_PER_STEP, list_in_slices, pause_after, run_together
 from lmbridge.agent.calling import ToolOutcome
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.events import RunEvent, ToolCallFinished, ToolCallStarted
@@ -247,7 +247,7 @@ class TurnRunner:
         approve = self._settings.approve
         if approve is not None:
             for number, each in enumerate(planned, 1):
-                if number % MANY == 0:
+                if number % ITEMS_PER_STEP == 0:
                     await asyncio.sleep(0)
                 # A search does nothing that somebody could want to refuse.
                 if isinstance(each.read, ReadyCall) and each.read.call.tool is not self._toolset.finder:
@@ -309,7 +309,7 @@ class TurnRunner:
                     turn.answer(calls[place].id, record.text, record.images if is_first else ())
                     if self._channel.has_listener:
                         await self._channel.put(ToolCallFinished(records[place]))
-                    if len(records) % MANY == 0:
+                    if len(records) % ITEMS_PER_STEP == 0:
                         await asyncio.sleep(0)
 
         # A single call, as in most replies, does not need a separate task. The tasks share one iterator, so that
@@ -341,12 +341,12 @@ class TurnRunner:
         if planned.is_uncertain:
             record = _refused(planned, UNCERTAIN_RESULT)
         else:
-            record = await self._make_anew(planned, read, calls, turn)
+            record = await self._make_call(planned, read, calls, turn)
         if self._journal is not None:
             await self._journal.finish(planned.places[0], RecordedResult.of(record))
         return record
 
-    async def _make_anew(
+    async def _make_call(
         self, planned: _PlannedCall, read: ReadyCall, calls: Sequence[ToolCall], turn: Turn
     ) -> ToolRecord:
         if self._gate.is_closed:

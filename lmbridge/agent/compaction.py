@@ -138,7 +138,7 @@ class Compactor:
         summary = await self._summary_of(left_out) if has_notes and self._mode == "summarize" else ""
         self._summary = summary or self._summary
         messages = [message for group in (*left_out.before_task, *left_out.after_task) for message in group]
-        self._calls += [_describe_call(call) for group in left_out.after_task for call in _calls_of(group)]
+        self._calls += [_describe_call(call) for group in left_out.after_task for call in _calls_in_group(group)]
         size = history.size
         history.leave_out(before, after, note=self._note() if has_notes and after else "")
         await self._report_step("summarize" if summary else "drop", len(messages), size, summary)
@@ -198,7 +198,7 @@ def _size_of_groups(groups: Sequence[Sequence[Message]]) -> int:
     return sum(size_of(message) for group in groups for message in group)
 
 
-def _calls_of(group: Sequence[Message]) -> list[Any]:
+def _calls_in_group(group: Sequence[Message]) -> list[Any]:
     return [call["function"] for message in group for call in message.get("tool_calls", ())]
 
 

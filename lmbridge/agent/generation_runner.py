@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Final
 
 from lmbridge._checks import is_integer
-from lmbridge._tasks import MANY, end_task, list_in_slices, pause_after
+from lmbridge._tasks import ITEMS_PER_STEP, end_task, list_in_slices, pause_after
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.chat_client import ChunkStream
 from lmbridge.agent.constrained_retry import ConstrainedRetry
@@ -290,11 +290,11 @@ class GenerationRunner:
     async def _send_chunk(self, splitter: ReasoningSplitter, chunk: Mapping[str, Any]) -> None:
         """Sends the text of a chunk as events, and lets other tasks run after every 100 choices."""
         choices = chunk["choices"]
-        if len(choices) <= MANY:
+        if len(choices) <= ITEMS_PER_STEP:
             await self._send_deltas(splitter.feed(chunk))
             return
-        for begin in range(0, len(choices), MANY):
-            await self._send_deltas(splitter.feed({"choices": choices[begin : begin + MANY]}))
+        for begin in range(0, len(choices), ITEMS_PER_STEP):
+            await self._send_deltas(splitter.feed({"choices": choices[begin : begin + ITEMS_PER_STEP]}))
             await asyncio.sleep(0)
 
     async def _send_deltas(self, pieces: Sequence[Piece]) -> None:

@@ -25,7 +25,7 @@ import attrs
 import msgspec
 
 from lmbridge._checks import MAPPING_TYPES
-from lmbridge._tasks import MANY, list_in_slices
+from lmbridge._tasks import ITEMS_PER_STEP, list_in_slices
 from lmbridge.agent.conversation import (
     Message,
     call_signature,
@@ -223,7 +223,7 @@ class History:
         for number, message in enumerate(copied, 1):
             if calls := message.get("tool_calls"):
                 message["tool_calls"] = await list_in_slices(map(_copy_call, calls))
-            if number % MANY == 0:
+            if number % ITEMS_PER_STEP == 0:
                 await asyncio.sleep(0)
         return copied
 

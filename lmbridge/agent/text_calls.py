@@ -116,7 +116,7 @@ def read_text_calls(text: str, *, repairs: bool = True, may_be_cut: bool = False
     if not may_have_calls(text):
         return None
     text = without_template_tokens(text.strip())
-    first = _opening_pattern(text).search(text)
+    first = _opening_pattern_for(text).search(text)
     if first is None:
         return None
     if first.start() > 0:
@@ -128,7 +128,7 @@ def read_text_calls(text: str, *, repairs: bool = True, may_be_cut: bool = False
     except ValueError:
         # One of the calls is quoted or cannot be read. None is made, because the others may depend on this one.
         return None
-    return _calls_of(text, regions) if regions else None
+    return _calls_in_regions(text, regions) if regions else None
 
 
 def read_calls_in_reasoning(reasoning: str, *, repairs: bool = True, may_be_cut: bool = False) -> TextCalls | None:
@@ -153,7 +153,7 @@ def has_quoted_calls(text: str) -> bool:
         return True
     except ValueError:
         return False
-    return bool(regions) and _calls_of(text, regions) is None
+    return bool(regions) and _calls_in_regions(text, regions) is None
 
 
 class _QuotedCallError(ValueError):
@@ -168,7 +168,7 @@ def _regions_in(text: str, reader: CallReader) -> Iterator[Region]:
     """
     position, mistakes = 0, 0
     fences = _Fences(text)
-    pattern = _opening_pattern(text)
+    pattern = _opening_pattern_for(text)
     while (opening := pattern.search(text, position)) is not None:
         start = opening.start()
         is_bare = opening[0] not in SYNTAX_OF
@@ -192,7 +192,7 @@ def _regions_in(text: str, reader: CallReader) -> Iterator[Region]:
         fences.skip_to(position)
 
 
-def _opening_pattern(text: str) -> re.Pattern[str]:
+def _opening_pattern_for(text: str) -> re.Pattern[str]:
     return OPENING if any(word in text for word in WORDS) else OPENING_WITHOUT_WORDS
 
 
@@ -216,7 +216,7 @@ def _whole_fence(text: str, region: Region, fence: _Fence) -> Region:
     return region._replace(start=fence.start, end=max(fence.end, region.end), is_bare=True)
 
 
-def _calls_of(text: str, regions: Sequence[Region]) -> TextCalls | None:
+def _calls_in_regions(text: str, regions: Sequence[Region]) -> TextCalls | None:
     """Returns the calls of all regions, or None if the text around them shows that they are not meant to be made."""
     prose = [text[: regions[0].start]]
     prose += [text[one.end : other.start] for one, other in pairwise(regions)]

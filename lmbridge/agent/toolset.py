@@ -18,7 +18,7 @@ from typing import Any, Final
 import attrs
 
 from lmbridge._checks import invalid_argument
-from lmbridge._tasks import MANY
+from lmbridge._tasks import ITEMS_PER_STEP
 from lmbridge._text import shorten
 from lmbridge.agent.argument_json import is_nested_deeper
 from lmbridge.agent.call_arguments import (
@@ -220,7 +220,7 @@ class Toolset:
                 )
             except StepLimitError:
                 read.append(await asyncio.to_thread(self.read, call, **options))
-            if not number % MANY:
+            if not number % ITEMS_PER_STEP:
                 await asyncio.sleep(0)
         return read
 

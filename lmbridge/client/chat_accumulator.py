@@ -23,7 +23,7 @@ from collections.abc import Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
 
 from lmbridge._checks import MAPPING_TYPES
-from lmbridge._tasks import MANY, list_in_slices, run_at_once, run_in_slices
+from lmbridge._tasks import ITEMS_PER_STEP, list_in_slices, run_at_once, run_in_slices
 from lmbridge._text import has_lone_surrogates, join_surrogates, replace_lone_surrogates, shorten
 from lmbridge.client import failures
 from lmbridge.client.completion_shape import aborted_error, complete_chunk, error_in_choice, flatten_choice_in_slices
@@ -166,14 +166,14 @@ class ChatAccumulator:
             self._begin_chunk(completed)
             for number, part in enumerate(parts, 1):
                 self.has_delta |= yield from self._choice_of(part).add_in_slices(part)
-                if number % MANY == 0:
+                if number % ITEMS_PER_STEP == 0:
                     yield
         except (AttributeError, TypeError, ValueError, RecursionError) as exc:
             raise _unknown_shape_error(chunk, exc) from exc
         self._end_chunk(completed)
         for number, part in enumerate(parts, 1):
             _check_not_broken(part)
-            if number % MANY == 0:
+            if number % ITEMS_PER_STEP == 0:
                 yield
         return completed
 
@@ -186,15 +186,15 @@ class ChatAccumulator:
             return self._complete(sent)
         completed: list[dict[str, Any]] = []
         parts: list[dict[str, Any]] = []
-        for begin in range(0, len(choices), MANY):
-            some = choices[begin : begin + MANY]
+        for begin in range(0, len(choices), ITEMS_PER_STEP):
+            some = choices[begin : begin + ITEMS_PER_STEP]
             flat = list(some)
             for place, choice in enumerate(some):
                 flat[place] = yield from flatten_choice_in_slices(choice, self._FIELD)
             done = complete_chunk({"choices": flat}, self._FIELD)["choices"]
             completed += done
             parts += self._as_chat_choices(done, {"choices": some})
-            if len(some) == MANY:
+            if len(some) == ITEMS_PER_STEP:
                 yield
         return {**sent, "choices": completed}, parts
 
@@ -287,7 +287,7 @@ class ChatAccumulator:
         choices: list[dict[str, Any]] = []
         for number, (index, choice) in enumerate(sorted(self._choices.items()), 1):
             choices.append(choice.as_dict(index, await list_in_slices(choice.calls())))
-            if number % MANY == 0:
+            if number % ITEMS_PER_STEP == 0:
                 await asyncio.sleep(0)
         reply: ChatCompletion = self._reply(choices)
         return await run_in_slices(replace_surrogates_in_slices(reply)) if has_lone_surrogates(reply) else reply
@@ -416,10 +416,10 @@ class _ChoiceAccumulator:
         delta = part["delta"] or (yield from self._whole_message_in(part))
         rest = dict(delta)
         pieces = delta.get("tool_calls")
-        if isinstance(pieces, list) and len(pieces) > MANY:
+        if isinstance(pieces, list) and len(pieces) > ITEMS_PER_STEP:
             del rest["tool_calls"]
-            for begin in range(0, len(pieces), MANY):
-                self._add_calls(pieces[begin : begin + MANY])
+            for begin in range(0, len(pieces), ITEMS_PER_STEP):
+                self._add_calls(pieces[begin : begin + ITEMS_PER_STEP])
                 yield
         for key in _TEXT_FIELDS.intersection(rest):
             if isinstance(rest[key], list | Mapping):

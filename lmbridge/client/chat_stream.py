@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from lmbridge._tasks import LARGE
+from lmbridge._tasks import SIZE_PER_STEP
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.error_body import Redact, is_error_object
 from lmbridge.client.json_codec import decode_strictly
@@ -153,7 +153,7 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
                     chunk: Any = None
                     try:
                         # A named event, and None, raise a TypeError here.
-                        chunk = decode_strictly(event) if len(event) <= LARGE else None  # type: ignore[arg-type]
+                        chunk = decode_strictly(event) if len(event) <= SIZE_PER_STEP else None  # type: ignore[arg-type]
                         (choice,) = chunk["choices"]
                         continues = chunk["model"] == self._served_model and choice["delta"] and "error" not in chunk
                     except (KeyError, TypeError, ValueError, RecursionError):

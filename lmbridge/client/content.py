@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-from lmbridge._tasks import MANY, run_at_once
+from lmbridge._tasks import ITEMS_PER_STEP, run_at_once
 
 _REASONING_TYPES: Final = frozenset({"thinking", "reasoning", "reasoning_text", "redacted_thinking"})
 _TEXT_KEYS: Final = ("text", "thinking", "reasoning", "content", "summary")
@@ -44,7 +44,7 @@ def _sort_in_slices(content: object) -> Generator[None, None, SortedContent]:
     sorted_content: dict[str, list[Any]] = {field: [] for field in SortedContent._fields}
     for number, (field, piece) in enumerate(_pieces_of(content), 1):
         sorted_content[field].append(piece)
-        if number % MANY == 0:
+        if number % ITEMS_PER_STEP == 0:
             yield
     text, reasoning, refusal, others = sorted_content.values()
     return SortedContent("".join(text), "".join(reasoning), "".join(refusal), others)
@@ -78,7 +78,7 @@ def text_in_slices(part: object) -> Generator[None, None, str]:
     texts: list[str] = []
     for text in _texts_of(part):
         texts.append(text)
-        if len(texts) % MANY == 0:
+        if len(texts) % ITEMS_PER_STEP == 0:
             yield
     return "".join(texts)
 

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, Self
 
 import attrs
 
-from lmbridge._tasks import LARGE, pause_after
+from lmbridge._tasks import SIZE_PER_STEP, pause_after
 from lmbridge._text import excerpt, redacted_beginning
 from lmbridge.client import failures
 from lmbridge.client.call_options import CallSettings
@@ -376,7 +376,7 @@ class ServerApi:
                 the server has broken an answer off.
         """
         read = partial(_read_completion, reply, complete)
-        value, is_complete, fault = read() if len(reply.body) <= LARGE else await asyncio.to_thread(read)
+        value, is_complete, fault = read() if len(reply.body) <= SIZE_PER_STEP else await asyncio.to_thread(read)
         if value is None or is_error_object(value):
             raise await self._completed_error(reply, value if is_complete else None)
         if not is_complete:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar, cast
 
 from lmbridge._closable_stream import ClosableStream
-from lmbridge._tasks import LARGE, run_at_once
+from lmbridge._tasks import SIZE_PER_STEP, run_at_once
 from lmbridge.client import failures
 from lmbridge.client.accumulator import Accumulator
 from lmbridge.client.error_body import Redact, parse_error_body
@@ -533,7 +533,7 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
 
 def is_large(event: Event) -> bool:
     """Returns whether an event takes so long to read that other tasks have to run meanwhile."""
-    return len(event.data if isinstance(event, NamedEvent) else event) > LARGE
+    return len(event.data if isinstance(event, NamedEvent) else event) > SIZE_PER_STEP
 
 
 def _says_nothing(value: object) -> bool:

@@ -40,10 +40,10 @@ _WRAPPER_FIELD: Final = "answer"
 _TYPES_HINT: Final = (
     "give a dataclass, a pydantic model, an attrs class, a TypedDict or a msgspec.Struct, or a list or a union of these"
 )
-_FREQUENCY_PENALTY: Final = 1.0
+_FREQUENCY_PENALTY: Final = 0.6
 """The penalty for tokens that were used before, with which a model is asked again that has repeated itself.
 
-Of six answers of SmolLM2-135M that were cut off in this way, it made five valid, 0.6 made four valid, and 0.3 three.
+Of 13 answers of SmolLM2-135M that were cut off, most of them in a loop, it made 7 valid; 0.3 and 1.0 made 4 valid each.
 """
 _QUOTED_CHARACTERS: Final = 8_000
 """The number of characters of a wrong answer that are sent back to the model."""

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Mapping
 from itertools import count
 from typing import Any, Final, TypeAlias, TypeVar
 
-from lmbridge._tasks import MANY, run_at_once
+from lmbridge._tasks import ITEMS_PER_STEP, run_at_once
 from lmbridge._text import has_lone_surrogates, join_surrogates, replace_lone_surrogates
 
 Halves: TypeAlias = dict[tuple[Any, ...], str]
@@ -75,7 +75,7 @@ def replace_surrogates_in_slices(value: _T) -> Generator[None, None, _T]:
 
 
 def _replace_in(value: Any, number: Iterator[int], depth: int = 0) -> Generator[None, None, Any]:
-    if next(number) % MANY == 0:
+    if next(number) % ITEMS_PER_STEP == 0:
         yield
     if isinstance(value, str):
         return join_surrogates(value)
@@ -136,7 +136,7 @@ def _join_in_choice(
 
 
 def _join_in(value: Any, path: tuple[Any, ...], halves: Halves, number: Iterator[int]) -> Generator[None, None, Any]:
-    if next(number) % MANY == 0:
+    if next(number) % ITEMS_PER_STEP == 0:
         yield
     if isinstance(value, str):
         return _join(value, path, halves)

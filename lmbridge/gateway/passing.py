@@ -100,11 +100,11 @@ class PassingBody:
             part = await self._response.read()
             if not part:
                 if self._decompressor is not None:
-                    _decompressed(self._decompressor, b"")
+                    _decompressed_part(self._decompressor, b"")
                 rest, self._line = self._line, b""
                 return rest
             if self._decompressor is not None:
-                part = _decompressed(self._decompressor, part)
+                part = _decompressed_part(self._decompressor, part)
             if self._is_stream and self.is_readable:
                 if self._line:
                     part = self._line + part
@@ -198,7 +198,7 @@ def _decompressor(encoding: str | None) -> Decompressor | None:
         return None
 
 
-def _decompressed(decompressor: Decompressor, part: bytes) -> bytes:
+def _decompressed_part(decompressor: Decompressor, part: bytes) -> bytes:
     """Returns the decompressed bytes of a part. An empty part stands for the end of the body."""
     decompressor.feed(part)
     parts = []

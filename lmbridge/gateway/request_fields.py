@@ -44,7 +44,7 @@ def read_fields(body: bytes, content_encoding: str | None, max_bytes: int) -> Re
     """
     if not body:
         raise Problem(400, "the request has no body", code="invalid_json", hint="send a JSON object with a model")
-    text = _decompressed(body, content_encoding, max_bytes)
+    text = _decompressed_body(body, content_encoding, max_bytes)
     try:
         outline = msgspec.json.decode(text, type=_RequestOutline)
         model = None if outline.model is msgspec.UNSET else msgspec.json.decode(outline.model)
@@ -57,7 +57,7 @@ def read_fields(body: bytes, content_encoding: str | None, max_bytes: int) -> Re
     return RequestFields(model or None, stream is True)
 
 
-def _decompressed(body: bytes, content_encoding: str | None, max_bytes: int) -> bytes:
+def _decompressed_body(body: bytes, content_encoding: str | None, max_bytes: int) -> bytes:
     try:
         decompressor = decompressor_for(content_encoding)
         return body if decompressor is None else _read_all(decompressor, body, max_bytes)

@@ -74,7 +74,7 @@ class Observers:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._active!r}>"
 
-    def tell(self, event: ObservedEvent) -> None:
+    def notify(self, event: ObservedEvent) -> None:
         """Passes an event to each observer. An observer that raises an exception is switched off."""
         for observer in self._active:
             try:

@@ -55,7 +55,7 @@ class RequestWatch:
         self._id = next(_numbers)
         self._has_begun = self._has_ended = False
         self._queued_at = monotonic()
-        observers.tell(
+        observers.notify(
             RequestQueued(
                 at=self._queued_at,
                 request_id=self._id,
@@ -69,19 +69,19 @@ class RequestWatch:
     def admitted(self) -> None:
         """Notifies the observers that the request has its permit."""
         now = monotonic()
-        self._observers.tell(RequestAdmitted(at=now, request_id=self._id, waited=now - self._queued_at))
+        self._observers.notify(RequestAdmitted(at=now, request_id=self._id, waited=now - self._queued_at))
 
     def swapped(self, before: str | None, after: str | None) -> None:
         """Notifies the observers that the request makes the server swap models."""
-        self._observers.tell(ModelSwapped(at=monotonic(), request_id=self._id, before=before, after=after))
+        self._observers.notify(ModelSwapped(at=monotonic(), request_id=self._id, before=before, after=after))
 
     def attempt(self, number: int) -> None:
         """Notifies the observers that the request is being sent."""
-        self._observers.tell(AttemptBegun(at=monotonic(), request_id=self._id, number=number))
+        self._observers.notify(AttemptBegun(at=monotonic(), request_id=self._id, number=number))
 
     def retry(self, *, reason: str, wait: float, is_poll: bool) -> None:
         """Notifies the observers that the request will be sent again."""
-        self._observers.tell(
+        self._observers.notify(
             RetryPlanned(at=monotonic(), request_id=self._id, reason=reason, wait=wait, is_poll=is_poll)
         )
 
@@ -89,7 +89,7 @@ class RequestWatch:
         """Notifies the observers that the reply has begun. Calling this method again does nothing."""
         if not self._has_begun:
             self._has_begun = True
-            self._observers.tell(FirstEventArrived(at=monotonic(), request_id=self._id, is_stream=is_stream))
+            self._observers.notify(FirstEventArrived(at=monotonic(), request_id=self._id, is_stream=is_stream))
 
     def trace_context(self) -> dict[str, str]:
         """Returns the headers that observers add to the request."""
@@ -115,7 +115,7 @@ class RequestWatch:
             status, kind = None, _OUTCOMES.get(outcome, "error")
             error = outcome if kind == "error" else None
         prompt, completion, cached = tokens or (None, None, None)
-        self._observers.tell(
+        self._observers.notify(
             RequestEnded(
                 at=monotonic(),
                 request_id=self._id,
@@ -154,7 +154,7 @@ class CallWatch:
         protocol: str,
     ) -> None:
         """Notifies the observers that a request to an MCP server is being sent."""
-        self._observers.tell(
+        self._observers.notify(
             McpRequestSent(
                 at=monotonic(),
                 run_id=self._run_id,
@@ -185,22 +185,22 @@ class RunWatch:
     def begun(self, *, model: str | None, task: str) -> None:
         """Notifies the observers that the run has begun. The task of the run has to call this method."""
         observed_run.set(self.run_id)
-        self._observers.tell(
+        self._observers.notify(
             RunBegun(at=monotonic(), run_id=self.run_id, parent_run_id=self._parent, model=model, task=task)
         )
 
     def round_begun(self, number: int, model: str | None) -> None:
         """Notifies the observers that a round has begun."""
         self._round = number
-        self._observers.tell(RoundBegun(at=monotonic(), run_id=self.run_id, number=number, model=model))
+        self._observers.notify(RoundBegun(at=monotonic(), run_id=self.run_id, number=number, model=model))
 
     def model_load_progressed(self, model: str | None, fraction: float | None) -> None:
         """Notifies the observers that the run waits for its model to be loaded."""
-        self._observers.tell(ModelLoadProgressed(at=monotonic(), run_id=self.run_id, model=model, fraction=fraction))
+        self._observers.notify(ModelLoadProgressed(at=monotonic(), run_id=self.run_id, model=model, fraction=fraction))
 
     def prompt_progressed(self, *, processed: int, total: int, cached: int) -> None:
         """Notifies the observers that a part of the prompt has been processed."""
-        self._observers.tell(
+        self._observers.notify(
             PromptProgressed(at=monotonic(), run_id=self.run_id, processed=processed, total=total, cached=cached)
         )
 
@@ -208,14 +208,14 @@ class RunWatch:
         """Notifies the observers that the current round has ended, if there is one."""
         number, self._round = self._round, None
         if number is not None:
-            self._observers.tell(
+            self._observers.notify(
                 RoundEnded(at=monotonic(), run_id=self.run_id, number=number, text=text, is_complete=is_complete)
             )
 
     def call_begun(self, call_id: str, name: str, arguments: Mapping[str, Any]) -> None:
         """Notifies the observers that a tool is called. The task that calls the tool has to call this method."""
         observed_call.set(CallWatch(self._observers, self.run_id, call_id))
-        self._observers.tell(
+        self._observers.notify(
             ToolCallBegun(at=monotonic(), run_id=self.run_id, call_id=call_id, name=name, arguments=arguments)
         )
 
@@ -224,7 +224,7 @@ class RunWatch:
     ) -> None:
         """Notifies the observers that the call of a tool has ended."""
         observed_call.set(None)
-        self._observers.tell(
+        self._observers.notify(
             ToolCallEnded(at=monotonic(), run_id=self.run_id, call_id=call_id, name=name, outcome=outcome, text=text)
         )
 
@@ -233,7 +233,7 @@ class RunWatch:
     ) -> None:
         """Notifies the observers that the run has ended, and before that the round that was open."""
         self.round_ended("", is_complete=False)
-        self._observers.tell(
+        self._observers.notify(
             RunEnded(
                 at=monotonic(),
                 run_id=self.run_id,

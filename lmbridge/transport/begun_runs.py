@@ -39,8 +39,8 @@ class BegunRuns:
 
     A run begins when its first request is admitted. It counts until it ends, or until it has had no request for as long
     as the server took to begin the answer to its first one, but at most `RUN_PATIENCE` seconds. In the latter case, it
-    counts again from its next request on. While most of the latest tool calls, of all runs, have taken longer than that,
-    a run counts only while it has a request. A request that belongs to no run counts while it is in flight.
+    counts again from its next request on. While most of the latest tool calls, of any run, have taken longer, a run
+    counts only while it has a request. A request that belongs to no run counts while it is in flight.
 
     Args:
         limit: The highest number of runs that count, or None for no limit.

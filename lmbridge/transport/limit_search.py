@@ -24,7 +24,7 @@ from lmbridge.transport.admission import Admission
 if TYPE_CHECKING:
     from lmbridge.transport.transport import Transport
 
-PATIENCE: Final = 2.0
+SEARCH_PATIENCE: Final = 2.0
 """The most seconds that requests wait for the limits of a server if the user has not asked for this question."""
 
 
@@ -38,7 +38,7 @@ class LimitFinder:
     """The limits that are in force as long as the server has not answered."""
     only_when_needed: bool = False
     """Whether the server is asked only when a request would be in flight beside another one. Then requests wait for the
-    answer for no longer than `PATIENCE`, and a missing answer is not worth a warning."""
+    answer for no longer than `SEARCH_PATIENCE`, and a missing answer is not worth a warning."""
 
 
 class LimitSearch:
@@ -99,7 +99,7 @@ class LimitSearch:
     async def _wait_briefly(self, ask: Callable[[LimitFinder], Awaitable[bool]]) -> None:
         now = self._loop.time()
         if self._patient_until is None:
-            self._patient_until = now + PATIENCE
+            self._patient_until = now + SEARCH_PATIENCE
         if now < self._patient_until:
             try:
                 async with asyncio.timeout_at(self._patient_until):

@@ -268,8 +268,8 @@ class Scheduler:
             self._slots.note_cached_tokens(permit, cached, prompt)
             if self._slots.remembers != before:
                 logger.info(
-                    "%s of %d tokens came from the server's cache although the conversation had lost its slot: slots are %s"
-                    " while tools are running",
+                    "the server had %s of %d tokens of a conversation without a slot in its cache: from now on, slots"
+                    " are %s while tools are running",
                     "an unknown number" if cached is None else cached,
                     prompt,
                     "not kept" if self._slots.remembers else "kept",

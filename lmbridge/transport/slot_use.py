@@ -5,8 +5,8 @@ conversation that is in none gets the slot that was used least recently (`get_av
 So the slots contain the conversations that were used last, as many as there are slots, and the next new one displaces
 the oldest of these. This holds exactly if nobody else uses the server, and if each run has one conversation.
 
-Whether a displaced conversation has to be processed again depends on the server. Recent versions of llama.cpp keep it in
-memory (`--cache-ram`) until that is full, and other servers share one cache among all requests. No server says so in
+Whether a displaced conversation has to be processed again depends on the server. Recent versions of llama.cpp keep it
+in memory (`--cache-ram`) until that is full, and other servers share one cache among all requests. No server says so in
 advance. But the reply to the next request of the conversation says how many tokens came from a cache, so this is
 learned: one conversation may be displaced, and then its next reply decides. The alternatives were to keep each slot,
 which wastes the time of a server that forgets nothing, and to compare how long the answers take to begin, which depends

@@ -211,7 +211,7 @@ async def test_a_plain_server_keeps_the_defaults_whatever_it_answers(
 async def test_a_server_that_does_not_answer_delays_requests_only_for_a_moment(
     scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limit_search, "PATIENCE", 0.01)
+    monkeypatch.setattr(limit_search, "SEARCH_PATIENCE", 0.01)
     scripted_server.on_path("/v1/models", stall())
     async with LLMClient(scripted_server.api_base) as client:
         await ask_together(client)
@@ -223,7 +223,7 @@ async def test_a_server_that_does_not_answer_delays_requests_only_for_a_moment(
 async def test_an_answer_that_comes_late_is_put_in_force(
     scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limit_search, "PATIENCE", 0.01)
+    monkeypatch.setattr(limit_search, "SEARCH_PATIENCE", 0.01)
     gate = asyncio.Event()
     lmstudio(scripted_server, loaded=2)
     listed = scripted_server._by_path["/v1/models"]
@@ -302,7 +302,7 @@ async def test_forty_runs_with_two_models_are_whole_on_a_server_that_holds_one(
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     # On a busy machine, the answer may take longer than a user would wait.
-    monkeypatch.setattr(limit_search, "PATIENCE", 60)
+    monkeypatch.setattr(limit_search, "SEARCH_PATIENCE", 60)
 
     async def behave(exchange: Exchange) -> None:
         rounds = sum(message["role"] == "tool" for message in exchange.request.json["messages"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lmbridge import ChatStream, LLMClient, LLMError, LLMStreamError, TaskCancelledError, collect
-from lmbridge._tasks import LARGE
+from lmbridge._tasks import SIZE_PER_STEP
 from lmbridge.testing import MockResponse, MockTransport
 from lmbridge.testing.exchange import encode_event
 from tests.support import Steps, cancel_at_each_step, opened, piece
@@ -22,7 +22,7 @@ COUNT = 450
 
 def tool_calls(count: int = COUNT) -> list[dict[str, Any]]:
     """Returns calls with arguments that are long enough to make an event large."""
-    arguments = f'{{"a": "{"x" * (LARGE // COUNT)}"}}'
+    arguments = f'{{"a": "{"x" * (SIZE_PER_STEP // COUNT)}"}}'
     return [
         {"index": number, "id": f"call_{number}", "type": "function", "function": {"name": "f", "arguments": arguments}}
         for number in range(count)
@@ -156,7 +156,9 @@ async def test_an_error_in_a_large_event_ends_the_stream_once(chunk: dict[str, A
 
 
 async def test_a_large_event_that_the_end_of_the_body_cuts_off_is_no_chunk() -> None:
-    transport = MockTransport(lambda _: MockResponse(events=[b'data: {"choices": [' + b" " * LARGE], done=False))
+    transport = MockTransport(
+        lambda _: MockResponse(events=[b'data: {"choices": [' + b" " * SIZE_PER_STEP], done=False)
+    )
     async with LLMClient(model="test-model", transport=transport) as client:
         with pytest.raises(LLMStreamError, match="cut off"):
             await collect(await opened(client))

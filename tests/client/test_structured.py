@@ -476,7 +476,7 @@ async def test_a_model_that_repeats_itself_is_asked_once_more_with_a_penalty(
     scripted_server.script(behaviour, answer('{"x": 1, "y": 2}'))
     assert await client.parse(MESSAGES, Point, temperature=0) == Point(1, 2)
     first, second = (request.json for request in scripted_server.requests)
-    assert second == {**first, "frequency_penalty": 1.0}
+    assert second == {**first, "frequency_penalty": 0.6}
 
 
 async def test_a_model_that_repeats_itself_again_is_not_asked_a_third_time(
@@ -502,7 +502,7 @@ async def test_an_answer_may_be_both_corrected_and_asked_for_with_a_penalty(
     scripted_server.script(answer('{"x": "a"}'), answer(LOOP, finish_reason="length"), answer('{"x": 1, "y": 2}'))
     assert await client.parse(MESSAGES, Point) == Point(1, 2)
     _, second, third = (request.json for request in scripted_server.requests)
-    assert third == {**second, "frequency_penalty": 1.0}
+    assert third == {**second, "frequency_penalty": 0.6}
     assert len(third["messages"]) == len(MESSAGES) + 2
 
 

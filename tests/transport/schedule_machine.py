@@ -140,7 +140,9 @@ class SchedulerHarness:
         ended_soon = ([True] * 8 + reference.ended_soon)[-8:]
         assert list(scheduler._runs._ended_soon) == ended_soon, "it is wrong how long tools take"
         calling = {run: until for run, until in scheduler._runs._idle.items() if until > self.now}
-        assert calling == reference.calling_until(self.now), "it is wrong which runs count while their tools are running"
+        assert calling == reference.calling_until(self.now), (
+            "it is wrong which runs count while their tools are running"
+        )
         if scheduler._slots is not None:
             displaced = scheduler._slots.next_displaced()
             next_displaced = self.requests[displaced] if isinstance(displaced, Permit) else displaced

@@ -84,7 +84,7 @@ class ReferenceSchedule:
         # The runs that have begun, with the priority of the request by which they began to count.
         self.begun: dict[ScheduledRun, int] = {}
         self.run_idle_since: dict[ScheduledRun, float] = {}
-        # Since when the tools of each run have been running, and whether each call has ended before its patience ran out.
+        # Since when the tools of each run have been running, and whether each call ended before its patience ran out.
         self.calling_since: dict[ScheduledRun, float] = {}
         self.ended_soon: list[bool] = []
         # The runs that do not count while their tools are running, because those of others were slow.

@@ -989,7 +989,7 @@ TestAnyEvents.settings = settings(deadline=None, max_examples=60, stateful_step_
 
 
 def harness_that_has_seen(cached: int | None, max_begun_runs: int | Literal["auto"] = "auto") -> SchedulerHarness:
-    """Two slots, and the reply to a run that had lost its own had this many of 100 tokens in the cache of the server."""
+    """Two slots, and a reply to a run that had lost its own, with so many of 100 tokens from the server's cache."""
     harness = SchedulerHarness(Limits(max_concurrency=2, max_begun_runs=max_begun_runs), start=0.0)
     displaced = ScheduledRun()
     harness.end(harness.arrive("m", run=displaced))

@@ -22,7 +22,7 @@ from typing import Any, Final
 import attrs
 
 from lmbridge._jsonrpc_ids import is_answer, read_id
-from lmbridge._tasks import MANY, end_task
+from lmbridge._tasks import ITEMS_PER_STEP, end_task
 from lmbridge._text import shorten
 from lmbridge.mcp.sdk.normalize import normalize_handshake, read_answer
 from lmbridge.mcp.sdk.package import known_handshake_versions
@@ -250,7 +250,7 @@ class MessageExchange:
             for number, definition in enumerate(result["tools"], 1):
                 if has_name(definition):
                     definitions.append(_minimal_definition(definition))
-                if number % MANY == 0:
+                if number % ITEMS_PER_STEP == 0:
                     yield
             sdk_result = {**_cache_hints(result), "tools": definitions}
         elif method == "tools/call" and result.get("resultType", "complete") == "complete":

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 
 import attrs
 
-from lmbridge._tasks import MANY
+from lmbridge._tasks import ITEMS_PER_STEP
 from lmbridge._text import json_for_model, shorten
 
 _T = TypeVar("_T")
@@ -176,13 +176,13 @@ def _normalize_blocks(content: Any, notes: set[str]) -> Generator[None, None, li
     blocks: list[dict[str, Any]] = []
     for items in _slices(content if isinstance(content, list) else [content]):
         blocks += [_normalize_block(each, notes) for each in items if each is not None]
-        if len(items) == MANY:
+        if len(items) == ITEMS_PER_STEP:
             yield
     return blocks
 
 
 def _slices(items: list[_T]) -> Iterable[list[_T]]:
-    return (items[begin : begin + MANY] for begin in range(0, len(items), MANY))
+    return (items[begin : begin + ITEMS_PER_STEP] for begin in range(0, len(items), ITEMS_PER_STEP))
 
 
 def _are_all(fits: Callable[[_T], bool], items: list[_T]) -> Generator[None, None, bool]:
@@ -190,7 +190,7 @@ def _are_all(fits: Callable[[_T], bool], items: list[_T]) -> Generator[None, Non
     for some in _slices(items):
         if not all(map(fits, some)):
             return False
-        if len(some) == MANY:
+        if len(some) == ITEMS_PER_STEP:
             yield
     return True
 
@@ -245,7 +245,7 @@ def normalize_tool_page(result: Any, notes: set[str]) -> Generator[None, None, d
     page["tools"] = normalized = []
     for some in _slices(tools):
         normalized += [_normalize_tool(each, notes) for each in some]
-        if len(some) == MANY:
+        if len(some) == ITEMS_PER_STEP:
             yield
     cursor = page.get("nextCursor")
     if isinstance(cursor, int | float) and not isinstance(cursor, bool):

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import attrs
 
-from lmbridge._tasks import MANY, run_in_slices
+from lmbridge._tasks import ITEMS_PER_STEP, run_in_slices
 from lmbridge._text import shorten
 from lmbridge.agent.definition_budget import DefinitionBudget, definition_tokens
 from lmbridge.agent.tools import Tool, ToolContext
@@ -56,7 +56,7 @@ async def make_tools(
     """
     tools: dict[str, Tool] = {}
     for number, definition in enumerate(definitions, 1):
-        if number % MANY == 0:
+        if number % ITEMS_PER_STEP == 0:
             await asyncio.sleep(0)
         name = definition.get("name") if isinstance(definition, Mapping) else None
         if isinstance(name, str) and name and not server.spec.offers(name):

@@ -12,7 +12,7 @@ from collections.abc import Generator, Mapping
 from contextlib import suppress
 from typing import Any, Final, Self
 
-from lmbridge._tasks import MANY, run_at_once
+from lmbridge._tasks import ITEMS_PER_STEP, run_at_once
 from lmbridge._text import json_for_model
 from lmbridge.client.images import image_part
 from lmbridge.errors import LLMValidationError
@@ -97,7 +97,7 @@ def read_result(result: Mapping[str, Any]) -> Generator[None, None, McpText]:
             texts.append(_part_text(part))
             if len(images) < _MOST_TRIED_IMAGES and isinstance(data := _image_data(part), str):
                 images.append(data)
-        if number % MANY == 0:
+        if number % ITEMS_PER_STEP == 0:
             yield
     structured = result.get("structuredContent")
     text = McpText("\n".join(texts) if texts or structured is None else json_for_model(structured), result)

@@ -167,7 +167,7 @@ async def test_two_runs_that_share_a_lease_both_get_new_tools(
 async def test_new_tools_are_not_lost_if_a_caller_is_cancelled(
     make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(definitions, "MANY", 1)
+    monkeypatch.setattr(definitions, "ITEMS_PER_STEP", 1)
     hub = make_hub({"a": {"tools": ["echo"]}})
     lease = await hub.tools()
     (server,) = hub._servers.values()
@@ -193,7 +193,7 @@ async def test_new_tools_are_not_lost_if_a_caller_is_cancelled(
 
 
 async def test_two_callers_at_once_do_not_both_add_a_tool(make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(definitions, "MANY", 1)
+    monkeypatch.setattr(definitions, "ITEMS_PER_STEP", 1)
     hub = make_hub({"a": {"tools": ["echo"]}})
     lease = await hub.tools()
     (server,) = hub._servers.values()
