@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import os
@@ -86,6 +87,13 @@ def resident_kib() -> float:
     """Returns the memory of this process in KiB, on Linux."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1024
+
+
+def return_free_memory() -> None:
+    """Makes glibc return to the system what the program has freed, so that only what is in use counts."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

@@ -29,18 +29,21 @@ import attrs
 
 from lmbridge import Agent, DynamicAutonomousAgent, Limits, LLMClient, LLMError, LocalServer, Timeouts
 from lmbridge.gateway import Gateway
+from lmbridge.transport.session import KEEPALIVE_SECONDS
 from tests.agent.support import add
 from tests.mcp.support import scripted
 from tests.reliability import report
-from tests.reliability.leftovers import Holdings, complaints, holdings, resident_kib
+from tests.reliability.leftovers import Holdings, complaints, holdings, resident_kib, return_free_memory
 from tests.reliability.line_chart import draw_lines
 from tests.reliability.soak_server import MODELS
 from tests.support import MESSAGES
 
 CHART: Final = report.PAGE.parent / "soak.svg"
 _WORKERS: Final = 24
-_SAMPLE_SECONDS: Final = 15.0
+_SAMPLE_SECONDS: Final = 20.0
 """The seconds of traffic between two samples."""
+_IDLE_SECONDS: Final = 2 * KEEPALIVE_SECONDS + 1
+"""The seconds after which the last idle connection is closed: aiohttp looks for them every `KEEPALIVE_SECONDS`."""
 _KILL_SECONDS: Final = 5.0
 """The mean seconds between two kills."""
 _CANCEL_SHARE: Final = 0.3
@@ -251,9 +254,9 @@ class Soak:
             async with asyncio.timeout(150):
                 while self._working:
                     await self._is_idle.wait()
-            # Connections that are idle are kept for a few seconds.
-            await asyncio.sleep(5)
+            await asyncio.sleep(_IDLE_SECONDS)
             gc.collect()
+            return_free_memory()
             return Sample(minutes, resident_kib() / 1024, holdings())
         finally:
             self._may_work.set()
