@@ -11,6 +11,7 @@ Importing this package does not need the extra; starting the first server does.
 from lmbridge.mcp.config.files import McpConfig, ServerSpec, load_config
 from lmbridge.mcp.config.server_spec import ClientCredentials
 from lmbridge.mcp.dynamic import DynamicAutonomousAgent
+from lmbridge.mcp.servers.definitions import LeftOutTool
 from lmbridge.mcp.servers.elicitation import Elicitation, ElicitationAnswer
 from lmbridge.mcp.servers.events import (
     ElicitationCompleted,
@@ -34,6 +35,7 @@ __all__ = [
     "Elicitation",
     "ElicitationAnswer",
     "ElicitationCompleted",
+    "LeftOutTool",
     "McpConfig",
     "McpEvent",
     "McpHub",
