@@ -1,7 +1,7 @@
 """Recognizes a text whose end repeats itself.
 
-Small models fall into a loop, in which they write the same words until the token limit, above all with a temperature of
-0 and with a grammar, which forbids them to end where they would have. Servers call that a normal end.
+Small models fall into a loop: they write the same words until the token limit, above all with a temperature of 0, and
+with a grammar, because it does not let them stop in the middle of a string.
 """
 
 from __future__ import annotations

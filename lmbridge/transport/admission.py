@@ -129,12 +129,12 @@ class Admission:
         self.scheduler.mark_loaded(permit, self._loop.time())
         self._admit()
 
-    def note_cached_tokens(self, permit: Permit, cached: int | None, prompt: int) -> None:
-        """Records how many tokens of a prompt came from a cache, if the server says it, before the permit is returned.
+    def note_reply(self, permit: Permit, usage: tuple[int, int | None] | None, *, is_first_attempt: bool) -> None:
+        """Records how much of a prompt came from a cache of the server, as `Scheduler.note_reply` describes.
 
-        The order of runs depends on it; see `SlotUse`.
+        It has to be called before `release`, which admits the requests that may go because of it.
         """
-        self.scheduler.note_cached_tokens(permit, cached, prompt)
+        self.scheduler.note_reply(permit, usage, is_first_attempt=is_first_attempt)
 
     def mark_unloaded(self, model: str | None) -> None:
         """Records that the server has unloaded a model, so the next request for it goes alone."""

@@ -352,6 +352,19 @@ class Call:
         if self.permit is not None:
             self._admission.note_eviction(self.permit, is_certain=is_certain)
 
+    def note_streamed_reply(self) -> None:
+        """Reports the tokens of a stream that has ended to the schedule, which learns from those of runs.
+
+        Agents stream all that they generate. A plain reply is one that a tool has asked for.
+        """
+        if self.permit is not None and self.permit.run is not None:
+            usage = self.read_usage() if self.read_usage is not None else None
+            self._admission.note_reply(
+                self.permit,
+                None if usage is None else (usage.prompt, usage.cached),
+                is_first_attempt=self.attempts == 1,
+            )
+
     # The end
 
     def release(self) -> None:
@@ -366,10 +379,6 @@ class Call:
             outcome: The status of the reply. If the call ended in another way, the reason, such as the class of an
                 error.
         """
-        if self.permit is not None and self.permit.was_displaced and isinstance(outcome, int) and outcome < 400:
-            usage = self.read_usage() if self.read_usage is not None else None
-            cached, prompt = (None, 0) if usage is None else (usage.cached, usage.prompt)
-            self._admission.note_cached_tokens(self.permit, cached, prompt)
         self.release()
         self.log(outcome)
 

@@ -250,7 +250,10 @@ class EventStream:
         if self._loop is not None:
             self.ended = True
             self._loop = None
-            self.call.finish(self.status)
+            try:
+                self.call.note_streamed_reply()
+            finally:
+                self.call.finish(self.status)
 
     def _close(self, outcome: int | str) -> None:
         if self._loop is not None:

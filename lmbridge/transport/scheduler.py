@@ -31,11 +31,11 @@ The rules in full:
   request that belongs to no run counts as a run with one request. With `order="request"`, runs do not count.
 - A run *begins* when its first request is admitted. While as many runs as `begun_runs` have begun, the first request of
   another run waits until one of them ends, or has had no request for as long as the server took to begin its answer to
-  the first one, because its tools take longer. While the latest tools have mostly taken longer, runs whose tools are
-  running do not count. The request also waits while the server would put it into the slot of a begun run whose tool is
-  running, or whose next request is on the way (`lmbridge.transport.begun_runs` has the reasons). Begun runs whose
-  priority is lower than the level of the request do not count. While a request is overdue (see below), no request waits
-  for runs, because the drain would have to wait for them, too.
+  the first one, because its tools take longer. While most of the latest tools have taken longer than that, runs whose
+  tools are running do not count. The request also waits while the server would put it into the slot of a begun run
+  whose tool is running, or whose next request is on the way (`lmbridge.transport.begun_runs` has the reasons). Begun
+  runs whose priority is lower than the level of the request do not count. While a request is overdue (see below), no
+  request waits for runs, because the drain would have to wait for them, too.
 - Slots are kept only for servers that forget a conversation which has lost its slot. As long as that is not known, one
   run at a time may lose its slot, and its next reply decides (`lmbridge.transport.slot_use` has the reasons). While the
   server is known to remember, no request waits for the slot of another run, and with `max_begun_runs="auto"` there is
@@ -111,6 +111,9 @@ class Scheduler:
         """A number that increases whenever a waiting request may have become deadlocked (see `is_deadlocked`)."""
         self._runs = BegunRuns(limits.begun_runs)
         self._levels = Levels(limits.max_wait)
+        self._slots: SlotUse | None = None
+        # What was known about the server (`SlotUse.remembers`) when the limits were replaced.
+        self._remembers: bool | None = None
         self.set_limits(limits)
 
     def set_limits(self, limits: Limits) -> None:
@@ -118,8 +121,10 @@ class Scheduler:
         was_limited = self.limits.max_loaded_models is not None
         self.limits = limits
         self._runs.limit = limits.begun_runs
+        if self._slots is not None:
+            self._remembers = self._slots.remembers
         # It is None until a run has begun. Programs without runs do not pay for it.
-        self._slots: SlotUse | None = None
+        self._slots = None
         self._levels.max_wait = limits.max_wait
         self._models = ActiveModels(limits.max_loaded_models, self.waiting)
         self._has_overdue = False
@@ -255,25 +260,25 @@ class Scheduler:
             seconds = now - permit.admitted_at
             logger.info("model %r is loaded: it answered %.1f s after its first request was sent", queue.model, seconds)
 
-    def note_cached_tokens(self, permit: Permit, cached: int | None, prompt: int) -> None:
-        """Records how many tokens of a request's prompt came from a cache of the server, before the request leaves.
+    def note_reply(self, permit: Permit, usage: tuple[int, int | None] | None, *, is_first_attempt: bool) -> None:
+        """Records how much of a prompt came from a cache of the server. It has to be called before `leave`.
 
         Args:
             permit: The permit of the request, which has had its whole reply.
-            cached: The number of these tokens, or None if the server does not say.
-            prompt: The number of tokens in the prompt.
+            usage: The number of tokens in the prompt, and how many of them came from a cache, or None if the server
+                does not say that. None if the reply has no such numbers at all.
+            is_first_attempt: Whether the request was sent once.
         """
-        if self._slots is not None:
-            before = self._slots.remembers
-            self._slots.note_cached_tokens(permit, cached, prompt)
-            if self._slots.remembers != before:
-                logger.info(
-                    "the server had %s of %d tokens of a conversation without a slot in its cache: from now on, slots"
-                    " are %s while tools are running",
-                    "an unknown number" if cached is None else cached,
-                    prompt,
-                    "not kept" if self._slots.remembers else "kept",
-                )
+        if self._slots is None:
+            return
+        before = self._slots.remembers
+        self._slots.note_reply(permit, usage, is_first_attempt=is_first_attempt)
+        if self._slots.remembers != before:
+            logger.info(
+                "the conversation of a run had lost its slot, and the server %s: slots are %s while tools are running",
+                "still had it in a cache" if self._slots.remembers else "did not report that it had it in a cache",
+                "not kept" if self._slots.remembers else "kept",
+            )
 
     def mark_unloaded(self, model: str | None) -> None:
         """Records that the server has unloaded a model, so the next request for it goes alone."""
@@ -419,7 +424,7 @@ class Scheduler:
         if self._slots is not None:
             self._slots.begin(permit)
         elif permit.run is not None:
-            self._slots = SlotUse(self.limits.max_concurrency)
+            self._slots = SlotUse(self.limits.max_concurrency, remembers=self._remembers)
             for each in self.in_flight:
                 self._slots.begin(each)
         if permit.run is None:

@@ -7,20 +7,27 @@ the oldest of these. This holds exactly if nobody else uses the server, and if e
 
 Whether a displaced conversation has to be processed again depends on the server. Recent versions of llama.cpp keep it
 in memory (`--cache-ram`) until that is full, and other servers share one cache among all requests. No server says so in
-advance. But the reply to the next request of the conversation says how many tokens came from a cache, so this is
-learned: one conversation may be displaced, and then its next reply decides. The alternatives were to keep each slot,
-which wastes the time of a server that forgets nothing, and to compare how long the answers take to begin, which depends
-on what else the server is doing.
+advance. But the next reply says how many tokens of the conversation came from a cache, so this is learned: one
+conversation may be displaced, and then its next reply decides. A reply that shows a server to forget counts only for a
+number of requests, because slots are kept from then on, and no other conversation is displaced that could show the
+opposite. There were two alternatives. Keeping slots in any case wastes the time of a server that forgets nothing. And
+how long an answer takes to begin depends on what else the server is doing.
+
+With several models, nothing is learned, because each has slots of its own, and may have been unloaded in between. Then
+slots are kept.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter, OrderedDict
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from lmbridge._scheduled_run import ScheduledRun
 from lmbridge.transport.permits import Permit
+
+_LASTING_REQUESTS: Final = 100
+"""The number of requests after which it has to be learned again whether a server that forgot a conversation forgets."""
 
 Conversation: TypeAlias = ScheduledRun | Permit
 """What a conversation belongs to: a run, or a request outside of any run, which is identified by its permit."""
@@ -31,18 +38,24 @@ class SlotUse:
 
     Args:
         slots: The number of slots.
+        remembers: What was known about the server before, for `remembers`.
     """
 
-    def __init__(self, slots: int) -> None:
-        self.remembers: bool | None = None
+    def __init__(self, slots: int, *, remembers: bool | None = None) -> None:
+        self.remembers: bool | None = remembers
         """Whether the server, when it was last observed, still had the conversation of a run that had lost its slot;
-        None if that has not been observed yet."""
+        None if that is not known."""
         self._slots = slots
+        # How many more requests have to end until a server that forgot a conversation may have another one displaced.
+        self._requests_left = _LASTING_REQUESTS
+        self._models: set[str | None] = set()
+        # The number of tokens in the latest prompt of each run.
+        self._prompts: weakref.WeakKeyDictionary[ScheduledRun, int] = weakref.WeakKeyDictionary()
         # The number of requests that are in the slot of each conversation that has any.
         self._busy: Counter[Conversation] = Counter()
         # The other conversations in the slots, in the order in which they were last used.
         self._idle: OrderedDict[Conversation, None] = OrderedDict()
-        # The runs that have lost their slot, and have had no whole reply since.
+        # The runs that have lost their slot, and whose next request has not ended yet.
         self._displaced: weakref.WeakSet[ScheduledRun] = weakref.WeakSet()
 
     @property
@@ -60,7 +73,9 @@ class SlotUse:
         overtake each other on their way, so a new conversation that is sent a moment later may still get this slot.
         """
         conversation = permit.run or permit
-        permit.was_displaced = permit.run is not None and permit.run in self._displaced
+        self._models.add(permit.model)
+        # Of several requests that a displaced run sends at the same time, the first one brings the conversation back.
+        permit.was_displaced = permit.run in self._displaced and conversation not in self._busy
         permit.is_on_the_way = conversation in self._idle
         if not permit.is_on_the_way:
             self._busy[conversation] += 1
@@ -90,17 +105,40 @@ class SlotUse:
 
         if permit.was_displaced and permit.run is not None:
             self._displaced.discard(permit.run)
+        self._requests_left -= 1
+        if not self._requests_left and self.remembers is False:
+            self.remembers, self._models = None, set()
 
-    def note_cached_tokens(self, permit: Permit, cached: int | None, prompt: int) -> None:
-        """Records how much of a prompt a server had in a cache, if this shows whether it remembers conversations.
+    def note_reply(self, permit: Permit, usage: tuple[int, int | None] | None, *, is_first_attempt: bool) -> None:
+        """Records how much of a prompt the server had in a cache, which may show whether it remembers conversations.
 
         Args:
-            permit: The permit of the request, which has had its whole reply.
-            cached: The number of tokens that came from a cache, or None if the server does not say.
-            prompt: The number of tokens in the prompt.
+            permit: The permit of the request, which has not ended yet.
+            usage: The number of tokens in the prompt, and how many of them came from a cache, or None if the server
+                does not say that. None if the reply has no such numbers at all.
+            is_first_attempt: Whether the request was sent once. A further attempt finds what the first one has left in
+                the cache.
         """
-        if permit.was_displaced:
-            self.remembers = cached is not None and 2 * cached >= prompt
+        run = permit.run
+        if run is None:
+            return
+        prompt, cached = usage or (0, None)
+        before = self._prompts.get(run, 0)
+        if prompt:
+            self._prompts[run] = prompt
+        if not (permit.was_displaced and is_first_attempt):
+            return
+        if cached is None or len(self._models) > 1:
+            # A server that never says anything counts as one that forgets. Other replies without numbers show nothing.
+            self._learn(remembers=bool(self.remembers) and len(self._models) == 1)
+        elif before and prompt >= before:
+            # Of a longer prompt, the server cannot know more than the one before. A shorter one is not the same
+            # conversation any more, or it is another one: that of a tool, for example.
+            self._learn(remembers=2 * cached >= before)
+
+    def _learn(self, *, remembers: bool) -> None:
+        self.remembers = remembers
+        self._requests_left = _LASTING_REQUESTS
 
     def forget_run(self, run: ScheduledRun) -> None:
         """Records that a run has ended, so that no request will show whether the server remembers its conversation."""

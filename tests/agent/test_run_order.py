@@ -139,7 +139,7 @@ async def test_slots_are_kept_unless_a_reply_shows_that_the_server_remembers_wha
             await answer("Done.")(exchange)
             return
         details = {} if cached_tokens is None else {"prompt_tokens_details": {"cached_tokens": cached_tokens}}
-        usage = {"prompt_tokens": 100, "completion_tokens": 1, **details}
+        usage = {"prompt_tokens": 100 + rounds, "completion_tokens": 1, **details}
         await calls(asks("wait", task=task, number=rounds), usage=usage)(exchange)
 
     async def wait_for_tools(generated: int, in_flight: int) -> None:

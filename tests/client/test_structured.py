@@ -467,6 +467,8 @@ LOOP = '{"x": "' + "la la " * 50
     [
         answer(LOOP, finish_reason="length"),
         answer("", reasoning="I wait. " * 40, finish_reason="length"),
+        answer("\n\n", reasoning="I wait. " * 40, finish_reason="length"),
+        answer(" " * 300, finish_reason="length"),
         answer("<think>" + "I wait. " * 40, finish_reason="length"),
     ],
 )
@@ -487,6 +489,18 @@ async def test_a_model_that_repeats_itself_again_is_not_asked_a_third_time(
         await client.parse(MESSAGES, Point)
     assert caught.value.body == LOOP.strip()
     assert caught.value.context["attempts"] == len(scripted_server.requests) == 2
+
+
+async def test_a_server_that_refuses_the_penalty_does_not_hide_the_answer_that_was_cut_off(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(
+        answer(LOOP, finish_reason="length"), reply(400, {"error": {"message": "unsupported: frequency_penalty"}})
+    )
+    with pytest.raises(LLMValidationError, match="the model repeated itself until its answer was cut off") as caught:
+        await client.parse(MESSAGES, Point)
+    assert caught.value.body == LOOP.strip()
+    assert "frequency_penalty" in str(caught.value.__cause__)
 
 
 async def test_a_penalty_of_the_caller_is_not_replaced(scripted_server: ScriptedServer, client: LLMClient) -> None:

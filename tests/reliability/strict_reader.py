@@ -60,11 +60,16 @@ def read_response(sent: bytes, *, ended: bool, is_stream: bool) -> StrictRespons
             connection.receive_data(b"")
         while not isinstance(event := connection.next_event(), h11.EndOfMessage):
             if isinstance(event, h11.Response):
+                # h11 accepts any two digits.
+                if event.http_version not in (b"1.0", b"1.1"):
+                    raise h11.RemoteProtocolError(f"there is no HTTP {event.http_version.decode()}")
                 status, fields = event.status_code, dict(event.headers)
             elif isinstance(event, h11.Data):
                 body += bytes(event.data)
             else:
                 raise h11.RemoteProtocolError("there is no complete response")
+        if connection.trailing_data[0] and not is_stream:
+            raise h11.RemoteProtocolError("bytes follow the end of the response")
     except h11.ProtocolError as error:
         if not (is_stream and status):
             raise NotStrictError(str(error)) from error

@@ -101,10 +101,12 @@ class SchedulerHarness:
         self.scheduler.mark_loaded(self.permits[request], self.now)
         self._settle()
 
-    def note_cached_tokens(self, request: ReferenceRequest, cached: int | None, prompt: int) -> None:
+    def note_reply(
+        self, request: ReferenceRequest, usage: tuple[int, int | None] | None, *, is_first_attempt: bool = True
+    ) -> None:
         """The whole reply to a request has arrived."""
-        self.reference.note_cached_tokens(request, cached, prompt)
-        self.scheduler.note_cached_tokens(self.permits[request], cached, prompt)
+        self.reference.note_reply(request, usage, is_first_attempt=is_first_attempt)
+        self.scheduler.note_reply(self.permits[request], usage, is_first_attempt=is_first_attempt)
 
     def mark_unloaded(self, model: str | None) -> None:
         self.reference.mark_unloaded(model)
@@ -268,7 +270,8 @@ class AnyEvents:
             self.harness.wait((0.0, 0.7, 3.0, 10.0)[number // 4 % 4])
             if request in self.reference.in_flight:
                 self.harness.answer(request)
-                self.harness.note_cached_tokens(request, (None, 0, 0, 49, 50, 100)[number // 16], 100)
+                usage = ((100, 0), (100, 50), (100, 49), (200, 0), (200, 99), (200, 100), (50, 50), (100, None), None)
+                self.harness.note_reply(request, usage[number % 9], is_first_attempt=number % 11 > 0)
                 self.harness.end(request)
 
     def a_run_calls_several_tools(self, number: int) -> None:

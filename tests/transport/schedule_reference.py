@@ -30,7 +30,7 @@ class ReferenceRequest:
     takes_slot: bool = False
     """Whether its conversation was in no slot when it was admitted."""
     was_displaced: bool = False
-    """Whether its run had lost a slot before, and had no whole reply since."""
+    """Whether its run had lost a slot, and this was the first request after that."""
     begins_run: bool = False
     """Whether it was admitted as the first one of its run."""
     number: int = attrs.field(factory=next_order_number)
@@ -97,18 +97,26 @@ class ReferenceSchedule:
         self.knows_slots = False
         # The number of requests that had ended when the slots became known.
         self.over_before: int = 0
-        # What was in the slots after the latest event, and the runs that have lost a slot and had no whole reply since.
+        # What was in the slots after the latest event, and the runs that have lost a slot and whose next request has
+        # not ended yet.
         self.in_slots: set[ScheduledRun | ReferenceRequest] = set()
         self.displaced: set[ScheduledRun] = set()
         # Whether the server still knew a run that had lost its slot, or None if nobody has seen that.
         self.remembers: bool | None = None
+        # How many requests that were in a slot have ended, and how many had when that was seen, or slots became known.
+        self.ended_in_slots: int = 0
+        self.seen_after: int = 0
+        # The models since then or since the latest time at which a server that forgets was given another chance.
+        self.models: set[str | None] = set()
+        # The length of the latest prompt of each run since the slots became known.
+        self.prompts: dict[ScheduledRun, int] = {}
 
     # Events
 
     def set_limits(self, limits: Limits) -> None:
         was_limited = self.limits.max_loaded_models is not None
         self.limits = limits
-        self.knows_slots, self.remembers = False, None
+        self.knows_slots = False
         self.in_slots, self.displaced = set(), set()
         for request in self.in_flight:
             request.was_displaced = False
@@ -157,14 +165,35 @@ class ReferenceSchedule:
             if request.run in self.begun:
                 self.calling_since[request.run] = now
             (self.uncounted.add if self.ended_soon[-8:].count(False) > 4 else self.uncounted.discard)(request.run)
+        if not math.isnan(request.admitted):
+            self.ended_in_slots += self.knows_slots
         if request.was_displaced and request.run is not None:
             self.displaced.discard(request.run)
+        if self.remembers is False and self.knows_slots and self.ended_in_slots == self.seen_after + 100:
+            self.remembers, self.models = None, set()
         self._find_displaced()
 
-    def note_cached_tokens(self, request: ReferenceRequest, cached: int | None, prompt: int) -> None:
+    def note_reply(
+        self, request: ReferenceRequest, usage: tuple[int, int | None] | None, *, is_first_attempt: bool
+    ) -> None:
         """The whole reply to a request has arrived."""
-        if request.was_displaced:
-            self.remembers = cached is not None and cached >= prompt / 2
+        if request.run is None or not self.knows_slots:
+            return
+        prompt, cached = usage if usage is not None else (0, None)
+        before = self.prompts.get(request.run)
+        if prompt > 0:
+            self.prompts[request.run] = prompt
+        if not request.was_displaced or not is_first_attempt:
+            return
+        if len(self.models) > 1:
+            self.remembers = False
+        elif cached is None:
+            self.remembers = self.remembers is True
+        elif before is None or prompt < before:
+            return
+        else:
+            self.remembers = cached >= before / 2
+        self.seen_after = self.ended_in_slots
 
     def _find_displaced(self) -> None:
         if self.knows_slots:
@@ -208,10 +237,16 @@ class ReferenceSchedule:
         self._leave_queue(request)
         if request.run is not None and not self.knows_slots:
             self.knows_slots, self.over_before = True, len(self.over)
+            self.seen_after, self.models, self.prompts = (
+                self.ended_in_slots,
+                {each.model for each in self.in_flight},
+                {},
+            )
             for each in self.in_flight:
                 each.takes_slot = True
         request.takes_slot = (request.run or request) not in self._idle_in_slots()
-        request.was_displaced = request.run in self.displaced
+        request.was_displaced = request.run in self.displaced and request.run not in self._busy_in_slots()
+        self.models.add(request.model)
         self.in_flight.append(request)
         self._find_displaced()
         request.admitted, request.epochs_before = now, len(self.epochs)

@@ -992,11 +992,13 @@ def harness_that_has_seen(cached: int | None, max_begun_runs: int | Literal["aut
     """Two slots, and a reply to a run that had lost its own, with so many of 100 tokens from the server's cache."""
     harness = SchedulerHarness(Limits(max_concurrency=2, max_begun_runs=max_begun_runs), start=0.0)
     displaced = ScheduledRun()
-    harness.end(harness.arrive("m", run=displaced))
+    request = harness.arrive("m", run=displaced)
+    harness.note_reply(request, (100, 0))
+    harness.end(request)
     harness.end(harness.arrive("m"))
     harness.end(harness.arrive("m"))
     request = harness.arrive("m", run=displaced)
-    harness.note_cached_tokens(request, cached, 100)
+    harness.note_reply(request, (120, cached))
     harness.end(request)
     harness.end_run(displaced)
     harness.check()
@@ -1067,13 +1069,13 @@ def test_an_urgent_run_does_not_wait_for_the_slot_of_another() -> None:
 
 
 @pytest.mark.parametrize("cached", [None, 0, 49])
-def test_a_server_that_forgets_a_run_keeps_slots_for_the_others(cached: int | None) -> None:
+def test_slots_are_kept_if_the_server_has_forgotten_a_run(cached: int | None) -> None:
     harness, _ = harness_with_a_free_slot(tool=0.5, harness=harness_that_has_seen(cached))
     assert harness.arrive("m", run=ScheduledRun()) in harness.reference.waiting
 
 
 @pytest.mark.parametrize("cached", [50, 100])
-def test_a_server_that_remembers_a_run_keeps_no_slot(cached: int) -> None:
+def test_no_slot_is_kept_if_the_server_has_remembered_a_run(cached: int) -> None:
     harness = harness_that_has_seen(cached)
     calling = [ScheduledRun() for _ in range(2)]
     requests = [harness.arrive("m", run=run) for run in calling]
@@ -1090,13 +1092,15 @@ def test_the_latest_reply_decides_whether_the_server_remembers() -> None:
     harness = harness_that_has_seen(100)
     runs = [ScheduledRun() for _ in range(3)]
     for run in runs:
-        harness.end(harness.arrive("m", run=run))
+        request = harness.arrive("m", run=run)
+        harness.note_reply(request, (100, 0))
+        harness.end(request)
     # The first of them has lost its slot, and the others are in the slots.
     request = harness.arrive("m", run=runs[0])
-    harness.note_cached_tokens(request, 0, 100)
+    harness.note_reply(request, (120, 0))
     harness.end(request)
     request = harness.arrive("m", run=runs[0])
-    harness.note_cached_tokens(request, 100, 100)
+    harness.note_reply(request, (140, 120))
     assert harness.reference.remembers is False
     harness.check()
 
@@ -1127,4 +1131,24 @@ def test_one_run_at_a_time_may_lose_its_slot_to_find_out_whether_the_server_reme
     harness.end_run(calling)
     assert third in harness.reference.in_flight
     assert harness.reference.displaced == {second}
+    harness.check()
+
+
+def test_what_the_server_remembers_is_still_known_after_the_limits_have_changed() -> None:
+    harness = harness_that_has_seen(100)
+    harness.set_limits(Limits(max_concurrency=3))
+    harness.arrive("m", run=ScheduledRun())
+    assert harness.reference.remembers is True
+    harness.check()
+
+
+def test_a_server_that_forgot_gets_another_chance_after_a_hundred_requests() -> None:
+    harness = harness_that_has_seen(0)
+    # The request whose reply has shown it is the first one.
+    for _ in range(98):
+        harness.end(harness.arrive("m"))
+    assert harness.reference.remembers is False
+    harness.check()
+    harness.end(harness.arrive("m"))
+    assert harness.reference.remembers is None
     harness.check()

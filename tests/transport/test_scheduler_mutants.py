@@ -341,13 +341,49 @@ MUTANTS = {
         "if self._slots",
     ),
     "any reply shows what the server remembers": (
-        "if permit.was_displaced:\n            self.remembers",
-        "if True:\n            self.remembers",
+        "if not (permit.was_displaced and is_first_attempt):",
+        "if not is_first_attempt:",
     ),
-    "half of a prompt is not enough": ("2 * cached >= prompt", "2 * cached > prompt"),
+    "a second attempt shows what the server remembers": (
+        "if not (permit.was_displaced and is_first_attempt):",
+        "if not permit.was_displaced:",
+    ),
+    "half of a prompt is not enough": ("2 * cached >= before", "2 * cached > before"),
+    "the new messages of a prompt have to be in the cache": ("2 * cached >= before", "2 * cached >= prompt"),
+    "a shorter prompt shows what the server remembers": ("elif before and prompt >= before:", "elif before:"),
+    "a prompt of the same length shows nothing": (
+        "elif before and prompt >= before:",
+        "elif before and prompt > before:",
+    ),
     "an unknown number of tokens counts as remembered": (
-        "cached is not None and 2 * cached",
-        "cached is None or 2 * cached",
+        "self._learn(remembers=bool(self.remembers) and len(self._models) == 1)",
+        "self._learn(remembers=len(self._models) == 1)",
+    ),
+    "an unknown number of tokens counts as forgotten": (
+        "self._learn(remembers=bool(self.remembers) and len(self._models) == 1)",
+        "self._learn(remembers=False)",
+    ),
+    "several models count as one": ("if cached is None or len(self._models) > 1:", "if cached is None:"),
+    "a server that forgot is never given another chance": (
+        "if not self._requests_left and self.remembers is False:",
+        "if False:",
+    ),
+    "a server that forgot gets another chance a request too late": (
+        "_LASTING_REQUESTS: Final = 100",
+        "_LASTING_REQUESTS: Final = 101",
+    ),
+    "a server that remembers is doubted": (
+        "if not self._requests_left and self.remembers is False:",
+        "if not self._requests_left:",
+    ),
+    "old models count for ever": (
+        "self.remembers, self._models = None, set()",
+        "self.remembers = None",
+    ),
+    "new limits make the scheduler forget about the server": ("self._remembers = self._slots.remembers", "pass"),
+    "each request of a displaced run shows what the server remembers": (
+        "permit.run in self._displaced and conversation not in self._busy",
+        "permit.run in self._displaced",
     ),
     "a run whose request has ended is still displaced": (
         "if permit.was_displaced and permit.run is not None:\n            self._displaced.discard",
@@ -357,7 +393,7 @@ MUTANTS = {
     "a run that is over is displaced": (" and not conversation.is_over", ""),
     "nobody is displaced": ("self._displaced.add(conversation)", "pass"),
     "no request is known to have been displaced": (
-        "permit.was_displaced = permit.run is not None and permit.run in self._displaced",
+        "permit.was_displaced = permit.run in self._displaced and conversation not in self._busy",
         "permit.was_displaced = False",
     ),
     # First requests
