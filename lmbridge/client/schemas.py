@@ -65,8 +65,8 @@ _ANNOTATIONS: Final = ("description", "default", "examples")
 def simplify_answer_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the schema of a type as local servers accept it in a `response_format`.
 
-    References are replaced by their targets, except references to types that contain themselves, which llama.cpp
-    follows. Objects allow no additional fields.
+    References are replaced by their targets, except references to types in `$defs` that contain themselves, which
+    llama.cpp follows. Other parts that contain themselves are written out twice. Objects allow no additional fields.
 
     Args:
         schema: The schema of the type, as `json_schema` returns it.
@@ -174,7 +174,8 @@ class _Simplifier:
         target = resolve_reference(self._root, ref)
         if not isinstance(target, Mapping):
             return {}
-        if not self._keep_recursion and (path.count(ref) >= _RECURSION_DEPTH or self._parts_left <= 0):
+        is_too_large = self._parts_left <= 0 and (ref in path or not self._keep_recursion)
+        if path.count(ref) >= _RECURSION_DEPTH or is_too_large:
             return {"type": target["type"]} if "type" in target else {}
         return target
 

@@ -287,9 +287,9 @@ def answer_format_of(type_: Any) -> AnswerFormat[Any]:
     """
     try:
         return _cached_answer_format(type_)
-    except (TypeError, NameError) as exc:
+    except (TypeError, NameError, RecursionError) as exc:
         # The last line of msgspec's text says what is wrong; those before it say how to extend msgspec.
-        reason = str(exc).rpartition("\n")[2]
+        reason = "it is nested too deeply" if isinstance(exc, RecursionError) else str(exc).rpartition("\n")[2]
         raise LLMValidationError(
             f"cannot parse an answer as {_type_name(type_)}: {reason}", exc, hint=_TYPES_HINT
         ) from exc

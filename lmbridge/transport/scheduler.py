@@ -395,7 +395,8 @@ class Scheduler:
 
     def _may_begin(self, level: float, now: float) -> bool:
         """Returns whether a request of this level may be the first one of a run, or one that belongs to no run."""
-        if self.limits.max_begun_runs == "auto" and self._slots is not None and self._slots.remembers:
+        remembers = self._remembers if self._slots is None else self._slots.remembers
+        if remembers and self.limits.max_begun_runs == "auto":
             return True
         return self._runs.have_room(level) and now >= self._slot_kept_until(level)
 

@@ -17,6 +17,7 @@ import pytest
 from msgspec import Meta
 
 from lmbridge import LLMClient, LLMError, LLMResponseError, LLMStreamError, LLMValidationError
+from lmbridge.client.schemas import simplify_answer_schema
 from lmbridge.client.structured import answer_format_of
 from lmbridge.testing import ScriptedServer, answer, reply, sse
 from tests.support import MESSAGES, cancel_at_each_step, in_flight, piece
@@ -628,6 +629,17 @@ def test_a_recursive_type_keeps_its_reference() -> None:
         {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]},
         {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/Node"}]},
     )
+
+
+@pytest.mark.parametrize("reference", ["#", "#/definitions/Node", "#/properties/next"])
+def test_a_schema_that_contains_itself_outside_of_defs_is_written_out_twice(reference: str) -> None:
+    """Pydantic models may have a schema of their own, of any draft."""
+    node = {"type": "object", "properties": {"next": {"$ref": reference}, "value": {"type": "string"}}}
+    schema = {**node, "definitions": {"Node": node}}
+    schema["properties"] = {**node["properties"], "next": {"anyOf": [{"$ref": reference}, {"type": "null"}]}}
+    simplified = simplify_answer_schema(schema)
+    assert "$ref" not in json.dumps(simplified)
+    assert json.dumps(simplified).count('"next"') <= 4
 
 
 def test_mutually_recursive_types_keep_their_references() -> None:

@@ -494,3 +494,16 @@ def test_pydantic_is_never_imported_by_the_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "[Point(x=1)] False\n"
+
+
+def test_a_type_that_is_nested_too_deeply_is_refused() -> None:
+    class Deep(pydantic.BaseModel):
+        @classmethod
+        def model_json_schema(cls, *_: Any, **__: Any) -> dict[str, Any]:
+            schema: dict[str, Any] = {"type": "string"}
+            for _ in range(5_000):
+                schema = {"type": "object", "properties": {"x": schema}}
+            return schema
+
+    with pytest.raises(LLMValidationError, match="cannot parse an answer as Deep: it is nested too deeply"):
+        answer_format_of(Deep)

@@ -152,7 +152,7 @@ class SchedulerHarness:
             assert set(scheduler._slots._displaced) == reference.displaced, (
                 "it is wrong which runs have lost their slot"
             )
-            assert scheduler._slots.remembers == reference.remembers, "it is wrong what the server remembers"
+            self.check_what_is_remembered()
         if reference.has_model_limit:
             assert [queue.model for queue in scheduler._models.active] == reference.active
             assert [queue.model for queue in scheduler._models.active if queue.is_surplus] == reference.surplus
@@ -160,6 +160,10 @@ class SchedulerHarness:
             assert ([] if draining is None else [draining.model]) == reference.draining
             needed = {each.model for each in reference.waiting} | set(reference.active)
             assert set(scheduler._models.queues) == needed, "a queue is kept that is not needed, or was lost"
+
+    def check_what_is_remembered(self) -> None:
+        slots = self.scheduler._slots
+        assert slots is None or slots.remembers == self.reference.remembers, "it is wrong what the server remembers"
 
     def finish_all(self) -> None:
         """Checks that every waiting request is admitted once the others have ended, and that nothing is left behind."""
@@ -214,9 +218,11 @@ class AnyEvents:
     Args:
         limits: The limits at the beginning.
         scheduler_class: The scheduler to test, which may be one with a broken rule.
+        models: The number of models that runs ask for.
     """
 
-    def __init__(self, limits: Limits, scheduler_class: type[Scheduler] = Scheduler) -> None:
+    def __init__(self, limits: Limits, scheduler_class: type[Scheduler] = Scheduler, models: int = 3) -> None:
+        self.models = models
         self.harness = SchedulerHarness(limits, scheduler_class)
         self.reference = self.harness.reference
         self.runs = [ScheduledRun() for _ in range(4)]
@@ -252,7 +258,8 @@ class AnyEvents:
 
     def a_run_asks(self, number: int) -> None:
         run = self.runs[number % 4]
-        self.harness.arrive("abc"[number // 4 % 3], priority=(0, 0, 0, 1)[number // 12 % 4], run=run)
+        model = "abc"[number // 4 % self.models]
+        self.harness.arrive(model, priority=(0, 0, 0, 1)[number // 12 % 4], run=run)
 
     def a_run_ends_and_another_begins(self, number: int) -> None:
         run = self.runs[number % 4]
@@ -265,13 +272,29 @@ class AnyEvents:
     def a_run_pauses(self, number: int) -> None:
         self.harness.pause_run(self.runs[number % 4])
 
+    def a_run_loses_its_slot_and_asks_again(self, number: int) -> None:
+        run = self.runs[number % 4]
+        for usage in ((100, 0), self._usage(number // 4)):
+            request = self.harness.arrive("a", run=run)
+            if request not in self.reference.in_flight:
+                return
+            self.harness.note_reply(request, usage, is_first_attempt=number % 11 > 0)
+            self.harness.end(request)
+            for _ in range(3):
+                other = self.harness.arrive("a")
+                self.harness.end(other)
+
+    def many_requests_end(self, number: int) -> None:
+        for _ in range(25 + number % 3):
+            self.harness.end(self.harness.arrive("a"))
+            self.harness.check_what_is_remembered()
+
     def a_begun_run_is_answered_and_calls_a_tool(self, number: int) -> None:
         if request := _choose([each for each in self.reference.in_flight if each.run is not None], number):
             self.harness.wait((0.0, 0.7, 3.0, 10.0)[number // 4 % 4])
             if request in self.reference.in_flight:
                 self.harness.answer(request)
-                usage = ((100, 0), (100, 50), (100, 49), (200, 0), (200, 99), (200, 100), (50, 50), (100, None), None)
-                self.harness.note_reply(request, usage[number % 9], is_first_attempt=number % 11 > 0)
+                self.harness.note_reply(request, self._usage(number), is_first_attempt=number % 11 > 0)
                 self.harness.end(request)
 
     def a_run_calls_several_tools(self, number: int) -> None:
@@ -337,6 +360,11 @@ class AnyEvents:
                 )
             )
 
+    def _usage(self, number: int) -> tuple[int, int | None] | None:
+        """Returns the tokens of a prompt, and those of them that were in a cache, if before it had 100."""
+        usages = ((100, 0), (100, 50), (100, 49), (200, 0), (200, 99), (200, 50), (50, 50), (100, None), None)
+        return usages[number % 9]
+
     def _ask(self, model: str | None, owner: str | None) -> None:
         # A task waits for one permit at a time.
         if owner is None or owner not in {each.owner for each in self.reference.waiting}:
@@ -354,6 +382,8 @@ RUN_EVENTS = {
     "a_run_pauses",
     "a_begun_run_is_answered_and_calls_a_tool",
     "a_run_calls_several_tools",
+    "a_run_loses_its_slot_and_asks_again",
+    "many_requests_end",
 }
 SLOT_EVENTS = (*sorted(RUN_EVENTS), "one_is_answered", "one_ends", "time_passes", "one_becomes_overdue")
 """The events after which a slot may be kept for a run."""
@@ -390,8 +420,8 @@ def random_walk(seed: int, scheduler_class: type[Scheduler], steps: int = 60) ->
     left_out = (set() if seed % 4 == 0 else LIMIT_EVENTS) | (RUN_EVENTS if seed % 3 == 0 else set())
     names = [name for name in EVENTS if name not in left_out]
     if seed % 5 == 0:
-        limits, names = Limits(max_concurrency=2 + seed % 2, max_begun_runs=("auto", 4)[seed // 10 % 2]), [*SLOT_EVENTS]
-    events = AnyEvents(limits, scheduler_class)
+        limits, names = Limits(max_concurrency=2 + seed % 2, max_begun_runs=("auto", 4)[seed // 20 % 2]), [*SLOT_EVENTS]
+    events = AnyEvents(limits, scheduler_class, models=1 if seed % 10 == 0 else 3)
     for _ in range(steps):
         events.happen(rng.choice(names), rng.randrange(96))
     events.harness.finish_all()

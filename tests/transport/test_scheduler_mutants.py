@@ -333,12 +333,12 @@ MUTANTS = {
         "self.remembers is False",
     ),
     "runs wait although the server remembers": (
-        'if self.limits.max_begun_runs == "auto" and self._slots is not None and self._slots.remembers:',
+        'if remembers and self.limits.max_begun_runs == "auto":',
         "if False:",
     ),
     "a limit of the user is ignored if the server remembers": (
-        'if self.limits.max_begun_runs == "auto" and self._slots',
-        "if self._slots",
+        'if remembers and self.limits.max_begun_runs == "auto":',
+        "if remembers:",
     ),
     "any reply shows what the server remembers": (
         "if not (permit.was_displaced and is_first_attempt):",
@@ -379,6 +379,10 @@ MUTANTS = {
     "old models count for ever": (
         "self.remembers, self._models = None, set()",
         "self.remembers = None",
+    ),
+    "under new limits, the server counts as unknown until it is asked": (
+        "remembers = self._remembers if self._slots is None else self._slots.remembers",
+        "remembers = self._slots is not None and self._slots.remembers",
     ),
     "new limits make the scheduler forget about the server": ("self._remembers = self._slots.remembers", "pass"),
     "each request of a displaced run shows what the server remembers": (
