@@ -96,6 +96,15 @@ class LimitSearch:
         finally:
             self._arriving -= 1
 
+    async def ask_now(self, ask: Callable[[LimitFinder], Awaitable[bool]]) -> None:
+        """Asks the server unless it has been asked, even if the limits do not matter for any request yet.
+
+        Args:
+            ask: As in `wait`.
+        """
+        if not self.is_over:
+            await self._question.run("limits", partial(self._search, ask))
+
     async def _wait_briefly(self, ask: Callable[[LimitFinder], Awaitable[bool]]) -> None:
         now = self._loop.time()
         if self._patient_until is None:

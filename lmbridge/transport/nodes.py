@@ -28,7 +28,7 @@ import msgspec
 
 from lmbridge._checks import wrong_type
 from lmbridge._copying import NotCopyable
-from lmbridge._tasks import LoopGuard, mark_exception_retrieved, settle
+from lmbridge._tasks import LoopGuard, SingleFlight, mark_exception_retrieved, settle
 from lmbridge.config import Timeouts
 from lmbridge.errors import LLMError, LLMTimeoutError, LLMValidationError, TaskCancelledError
 from lmbridge.transport.calls import Reply, Request
@@ -37,6 +37,7 @@ from lmbridge.transport.events import EventStream
 from lmbridge.transport.failover import MovedToAnotherServer
 from lmbridge.transport.forwarding import ForwardedResponse
 from lmbridge.transport.interpreter import Interpreter
+from lmbridge.transport.limit_search import SEARCH_PATIENCE
 from lmbridge.transport.node import FindModels, Node, choose_node
 from lmbridge.transport.prefix import SentConversation, WarmPrefixes, conversation_in, response_key
 from lmbridge.transport.retry import Verdict
@@ -103,6 +104,13 @@ class NodePool(NotCopyable):
         self._numbers = itertools.count(1)
         self._moves: Counter[str | None] = Counter()
         self._look_ups: set[asyncio.Task[None]] = set()
+        # On cancellation of all requests, the question goes on: the next request benefits from the answer.
+        self._limits: SingleFlight[None] = SingleFlight(
+            "the client was closed while it asked for the servers' limits", keep_going=True
+        )
+        self._knows_limits = False
+        # The number of requests for which a server is still to be chosen.
+        self._arriving = 0
         self._guard = LoopGuard("this client")
         self._closing: asyncio.Future[None] | None = None
 
@@ -211,6 +219,7 @@ class NodePool(NotCopyable):
             task.cancel()
         if look_ups:
             await asyncio.wait(look_ups)
+        await self._limits.cancel_all()
         outcomes = await asyncio.gather(*(transport.close() for transport in self.nodes), return_exceptions=True)
         for outcome in outcomes:
             if outcome is not None:
@@ -221,7 +230,13 @@ class NodePool(NotCopyable):
     async def _deliver(self, request: Request, send: _Send[_Answer]) -> _Answer:
         closing = self._ensure_open()
         delivery = Delivery(self._nodes, request, self._conversation_of(request))
-        await self._learn_models(request)
+        self._arriving += 1
+        try:
+            await self._learn_models(request)
+            if request.queued and not self._knows_limits:
+                await self._learn_limits()
+        finally:
+            self._arriving -= 1
         wait = 0.0
         while True:
             if wait:
@@ -314,6 +329,26 @@ class NodePool(NotCopyable):
         if waited_for:
             await asyncio.wait(waited_for, timeout=MODELS_WAIT_SECONDS)
 
+    async def _learn_limits(self) -> None:
+        """Waits briefly until the servers have reported how many requests they work on, if there is more than one.
+
+        Otherwise the requests of a program that starts many at once would be divided equally between a server with one
+        slot and one with eight.
+        """
+        if self._arriving > 1 or self.in_flight or self.queued:
+            with suppress(TaskCancelledError):
+                await self._limits.run("limits", self._ask_for_limits)
+
+    async def _ask_for_limits(self) -> None:
+        questions = [node.transport.learn_limits() for node in self._nodes if not node.is_down]
+        # An answer that takes longer is put in force when it arrives.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SEARCH_PATIENCE):
+                for outcome in await asyncio.gather(*questions, return_exceptions=True):
+                    if isinstance(outcome, BaseException) and not isinstance(outcome, LLMError):
+                        raise outcome
+        self._knows_limits = True
+
     def _start_look_up(self, node: Node, find_models: FindModels | None, now: float) -> None:
         if node.look_up is not None:
             return
@@ -363,6 +398,7 @@ class NodePool(NotCopyable):
             # The futures and tasks of the former loop are lost.
             self._closing = None
             self._forget_look_ups()
+            self._knows_limits, self._arriving = False, 0
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_future()
         return self._closing

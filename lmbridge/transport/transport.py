@@ -431,6 +431,18 @@ class Transport(NotCopyable):
             raise error.completed(context={"operation": operation, "url": call.url, "model": model})  # noqa: B904 - it is the same error
         call.admit(permit)
 
+    async def learn_limits(self) -> None:
+        """Asks the server for its limits unless it has been asked, or the limits were given as numbers.
+
+        If the server does not answer, the limits stay as they are.
+
+        Raises:
+            TaskCancelledError: The transport was closed before the server had answered.
+        """
+        state = self._ensure_open()
+        if state.limit_search is not None:
+            await state.limit_search.ask_now(partial(self._ask_for_limits, state))
+
     async def _ask_for_limits(self, state: OpenState, finder: LimitFinder) -> bool:
         """Asks the server for its limits, and puts them in force. If it does not answer, nothing changes.
 

@@ -620,3 +620,100 @@ async def test_one_key_that_is_refused_everywhere_is_an_authentication_error() -
     with pytest.raises(LLMAuthenticationError):
         await client_of(one, two).ask("Hi")
     assert counts(one, two) == [1, 1]
+
+
+# The slots of the servers
+
+
+def has_slots(server: ScriptedServer, slots: int) -> None:
+    """Makes a server describe itself as a llama.cpp server with one model."""
+    model = {"id": "m", "object": "model", "owned_by": "llamacpp"}
+    server.on_path("/v1/models", reply(200, {"object": "list", "data": [model]}))
+    server.on_path("/props", reply(200, {"total_slots": slots}))
+
+
+def generated(server: ScriptedServer) -> int:
+    return sum(request.path.endswith("/completions") for request in server.requests)
+
+
+@pytest.mark.parametrize("options", [{}, {"limits": "auto"}])
+async def test_requests_that_start_together_are_divided_by_the_slots_of_the_servers(
+    servers: list[ScriptedServer], options: dict[str, Any]
+) -> None:
+    small, large, _ = servers
+    has_slots(small, 1)
+    has_slots(large, 8)
+    gate = asyncio.Event()
+    small.default = large.default = answer("Hello", gate=gate)
+    async with LLMClient([small.api_base, large.api_base], "m", **options) as client:
+        asked = [
+            asyncio.create_task(client.chat_completion([{"role": "user", "content": str(number)}]))
+            for number in range(18)
+        ]
+        await large.wait_until(lambda: generated(large) == 8)
+        while client.stats().in_flight + client.stats().queued < 18:
+            await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(*asked)
+    assert (generated(small), generated(large)) == (2, 16)
+
+
+async def test_a_program_with_one_request_at_a_time_does_not_ask_for_slots(servers: list[ScriptedServer]) -> None:
+    for server in servers:
+        has_slots(server, 1)
+        server.default = answer("Hello")
+    async with LLMClient([each.api_base for each in servers], "m") as client:
+        for _ in range(3):
+            await client.chat_completion(MESSAGES)
+        limits = [each.limits.max_concurrency for each in client.stats().by_server.values()]
+    assert limits == [10, 10, 10]
+
+
+async def test_a_server_that_does_not_report_its_slots_holds_up_requests_only_once(
+    servers: list[ScriptedServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmbridge.transport.nodes.SEARCH_PATIENCE", 0.05)
+    monkeypatch.setattr("lmbridge.transport.limit_search.SEARCH_PATIENCE", 0.05)
+    for server in servers:
+        has_slots(server, 1)
+        server.on_path("/props", stall())
+        server.default = answer("Hello")
+    async with LLMClient([each.api_base for each in servers], "m") as client:
+        for _ in range(2):
+            await asyncio.gather(*(client.chat_completion(MESSAGES) for _ in range(6)))
+    assert sum(map(generated, servers)) == 12
+
+
+async def test_closing_a_pool_that_asks_for_slots_ends_its_requests(servers: list[ScriptedServer]) -> None:
+    for server in servers:
+        has_slots(server, 1)
+        server.on_path("/props", stall())
+    client = LLMClient([each.api_base for each in servers], "m")
+    asked = [asyncio.create_task(client.chat_completion(MESSAGES)) for _ in range(4)]
+    await servers[0].wait_until(lambda: any(each.path == "/props" for each in servers[0].requests))
+    await client.close()
+    for outcome in await asyncio.gather(*asked, return_exceptions=True):
+        assert isinstance(outcome, TaskCancelledError)
+
+
+async def test_cancelling_requests_that_wait_for_slots_leaves_nothing_behind(servers: list[ScriptedServer]) -> None:
+    for server in servers:
+        has_slots(server, 1)
+        server.default = answer("Hello")
+
+    async def ask_beside_another() -> None:
+        async with AsyncExitStack() as stack:
+            client = await stack.enter_async_context(LLMClient([each.api_base for each in servers], "m"))
+            other = asyncio.create_task(client.chat_completion(MESSAGES))
+            try:
+                await client.chat_completion(MESSAGES)
+            finally:
+                await asyncio.shield(client.close())
+                await asyncio.wait([other])
+                other.exception()
+
+    async def only_this_task_is_left() -> None:
+        await turns(3)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    await cancel_at_each_step(ask_beside_another, only_this_task_is_left, at_least=5)
