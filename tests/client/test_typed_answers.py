@@ -499,7 +499,7 @@ def test_pydantic_is_never_imported_by_the_library() -> None:
 def test_a_type_that_is_nested_too_deeply_is_refused() -> None:
     class Deep(pydantic.BaseModel):
         @classmethod
-        def model_json_schema(cls, *_: Any, **__: Any) -> dict[str, Any]:
+        def model_json_schema(cls, *_args: Any, **_options: Any) -> dict[str, Any]:
             schema: dict[str, Any] = {"type": "string"}
             for _ in range(5_000):
                 schema = {"type": "object", "properties": {"x": schema}}
