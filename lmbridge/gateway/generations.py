@@ -63,6 +63,8 @@ COUNTS: Final = frozenset(
 )
 """The paths of requests about the tokens of a prompt: of llama.cpp, of Anthropic's and OpenAI's API, and of vLLM. They
 take a server milliseconds and no slot, so they need no permit, but they go to the server that has the model."""
+_STORING: Final = "/v1/responses"
+"""The path whose answers a server keeps unless the request forbids it, so that sending one twice creates two."""
 _NEVER_STREAMED: Final = frozenset({"/v1/embeddings", *COUNTS})
 """The paths that are never answered with a stream, even if a request asks for one. Comments would corrupt an answer."""
 PRIORITY_HEADER: Final = "X-Lmbridge-Priority"
@@ -139,7 +141,9 @@ class Generations:
             place=self._order.enter(client, priority),
             arrived_at=time.monotonic(),
         )
-        request = self._request(incoming, body, headers, entry)
+        # A response that the server keeps must not be created twice by a retry. The client decides it in the same way.
+        repeatable = incoming.path != _STORING or fields.forbids_storing
+        request = self._request(incoming, body, headers, entry, repeatable=repeatable)
         if incoming.path in COUNTS:
             self._admit_at_once(entry, request)
         # The transport drops the body when the response has begun. This reference would keep the long prompts of many
@@ -174,7 +178,9 @@ class Generations:
             self._order.leave(entry.client, entry.priority, entry.place)
             self._activity.leave(entry, counts_tokens=not entry.streaming)
 
-    def _request(self, incoming: IncomingRequest, body: bytes, headers: dict[str, str], entry: Entry) -> Request:
+    def _request(
+        self, incoming: IncomingRequest, body: bytes, headers: dict[str, str], entry: Entry, *, repeatable: bool
+    ) -> Request:
         def on_admitted(call: Call) -> None:
             entry.server = server_of(call)
             if entry.admitted_at is None:
@@ -194,6 +200,7 @@ class Generations:
             headers=headers,
             query=incoming.query,
             on_admitted=on_admitted,
+            repeatable=repeatable,
         )
 
     def _admit_at_once(self, entry: Entry, request: Request) -> None:

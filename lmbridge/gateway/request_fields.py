@@ -1,4 +1,4 @@
-"""Reads the two fields of a request's body that the gateway needs, and leaves everything else alone."""
+"""Reads the three fields of a request's body that the gateway needs, and leaves everything else alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class _RequestOutline(msgspec.Struct):
 
     model: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     stream: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    store: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 @attrs.frozen
@@ -29,6 +30,8 @@ class RequestFields:
     """The model that the request names, or None if it leaves the choice to the server."""
     streams: bool
     """Whether the request asks for an event stream."""
+    forbids_storing: bool
+    """Whether the request says `"store": false`, so that the server must not keep the response."""
 
 
 def read_fields(body: bytes, content_encoding: str | None, max_bytes: int) -> RequestFields:
@@ -49,12 +52,13 @@ def read_fields(body: bytes, content_encoding: str | None, max_bytes: int) -> Re
         outline = msgspec.json.decode(text, type=_RequestOutline)
         model = None if outline.model is msgspec.UNSET else msgspec.json.decode(outline.model)
         stream = False if outline.stream is msgspec.UNSET else msgspec.json.decode(outline.stream)
+        store = None if outline.store is msgspec.UNSET else msgspec.json.decode(outline.store)
     except (msgspec.DecodeError, ValueError, RecursionError) as exc:
         message = f"the body of the request is not a JSON object: {exc}"
         raise Problem(400, message, code="invalid_json", hint="send a JSON object with a model") from exc
     if model is not None and not isinstance(model, str):
         raise Problem(400, "the model of the request is not a string", code="invalid_model", param="model")
-    return RequestFields(model or None, stream is True)
+    return RequestFields(model or None, stream is True, store is False)
 
 
 def _decompressed_body(body: bytes, content_encoding: str | None, max_bytes: int) -> bytes:

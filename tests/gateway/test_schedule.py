@@ -222,6 +222,36 @@ async def test_failures_before_the_first_byte_are_repeated(
     assert gateway.stats().retries == 2
 
 
+@pytest.mark.parametrize("fields", [{}, {"store": True}, {"store": None}, {"stream": True}])
+@pytest.mark.parametrize("failure", [hang_up(), reset(), reply(502)])
+async def test_a_response_that_the_server_keeps_is_not_created_twice(
+    scripted_server: ScriptedServer,
+    gateway: Gateway,
+    http: aiohttp.ClientSession,
+    no_waits: list[float],
+    failure: Behaviour,
+    fields: dict[str, bool | None],
+) -> None:
+    scripted_server.script(failure)
+    body = json.dumps({"model": "test-model", "input": "Hi", **fields}).encode()
+    status, _, _ = await fetch(http, gateway, "/v1/responses", body)
+    assert (status, len(scripted_server.requests)) == (502, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_that_the_server_does_not_keep_is_asked_for_again(
+    scripted_server: ScriptedServer,
+    gateway: Gateway,
+    http: aiohttp.ClientSession,
+    no_waits: list[float],
+    stream: bool,
+) -> None:
+    scripted_server.script(hang_up(), reply(200, {"output": []}))
+    body = json.dumps({"model": "test-model", "input": "Hi", "store": False, "stream": stream}).encode()
+    status, _, _ = await fetch(http, gateway, "/v1/responses", body)
+    assert (status, len(scripted_server.requests)) == (200, 2)
+
+
 EVICTED = {"error": {"message": "Model unloaded.", "type": "server_error"}}
 
 
