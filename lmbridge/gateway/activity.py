@@ -10,7 +10,7 @@ from typing import Final
 
 import attrs
 
-from lmbridge._scheduled_run import ScheduledRun
+from lmbridge.gateway.fair_order import FairPlace
 
 _FINISHED: Final = 100
 """The number of finished requests that are remembered."""
@@ -42,7 +42,7 @@ class Entry:
     """The name of the client."""
     streaming: bool
     """Whether the client has asked for an event stream."""
-    place: ScheduledRun
+    place: FairPlace
     """The position of the request in the order of all requests."""
     arrived_at: float
     """The time of arrival, by the monotonic clock."""

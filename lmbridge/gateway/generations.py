@@ -138,7 +138,7 @@ class Generations:
             priority_name=name,
             client=client,
             streaming=streams,
-            place=self._order.enter(client, priority),
+            place=self._order.enter(client, priority, fields.model if self._waits_by_model else None),
             arrived_at=time.monotonic(),
         )
         # A response that the server keeps must not be created twice by a retry. The client decides it in the same way.
@@ -151,6 +151,11 @@ class Generations:
         del body
         with self._recorded(entry):
             await self._forward(incoming, entry, request)
+
+    @property
+    def _waits_by_model(self) -> bool:
+        """Whether requests for different models wait separately, because a server limits the models in use."""
+        return any(server.limits.max_loaded_models is not None for server in self._upstream.nodes)
 
     @contextmanager
     def _recorded(self, entry: Entry) -> Iterator[None]:
@@ -175,7 +180,7 @@ class Generations:
         finally:
             current_run.reset(token)
             entry.place.end()
-            self._order.leave(entry.client, entry.priority, entry.place)
+            self._order.leave(entry.place)
             self._activity.leave(entry, counts_tokens=not entry.streaming)
 
     def _request(
@@ -185,7 +190,7 @@ class Generations:
             entry.server = server_of(call)
             if entry.admitted_at is None:
                 entry.admitted_at = time.monotonic()
-                self._order.admitted(entry.client, entry.priority, entry.place)
+                self._order.admitted(entry.place)
 
         return Request(
             operation=f"gateway request {entry.id}",
@@ -206,7 +211,7 @@ class Generations:
     def _admit_at_once(self, entry: Entry, request: Request) -> None:
         """Lets a request pass without a permit."""
         entry.admitted_at = entry.arrived_at
-        self._order.leave(entry.client, entry.priority, entry.place)
+        self._order.leave(entry.place)
         request.queued = False
         request.below_root = not entry.endpoint.startswith("/v1/")
         # Loading a model could unload that of a generation, so llama.cpp's router must not do that without a permit.

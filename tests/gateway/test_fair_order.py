@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from lmbridge._scheduled_run import ScheduledRun
-from lmbridge.gateway.fair_order import FairOrder
+import pytest
+
+from lmbridge.gateway.fair_order import FairOrder, FairPlace
 
 
 def serve(
-    order: FairOrder, waiting: list[tuple[int, int, str]], count: int, places: dict[int, ScheduledRun]
+    order: FairOrder, waiting: list[tuple[int, int, str]], count: int, places: dict[int, FairPlace]
 ) -> list[str]:
     """Admits requests in their order, and returns the clients that they belong to."""
     served = []
     for _ in range(count):
         waiting.sort()
         _, number, client = waiting.pop(0)
-        order.admitted(client, 0, places[number])
+        order.admitted(places[number])
         served.append(client)
     return served
 
@@ -29,9 +30,9 @@ def test_a_client_with_many_requests_does_not_hold_up_another_one() -> None:
 def test_a_client_that_was_idle_has_saved_up_nothing() -> None:
     order = FairOrder()
     first = order.enter("busy", 0)
-    order.admitted("busy", 0, first)
+    order.admitted(first)
     for _ in range(10):
-        order.admitted("busy", 0, order.enter("busy", 0))
+        order.admitted(order.enter("busy", 0))
     assert order.enter("idle", 0).number == order.enter("busy", 0).number
 
 
@@ -40,6 +41,23 @@ def test_priorities_are_kept_apart() -> None:
     for _ in range(5):
         order.enter("a", -1)
     assert order.enter("a", 0).number == 1
+
+
+@pytest.mark.parametrize(("priority", "model"), [(1, "m"), (0, "other"), (1, "other")])
+def test_what_another_group_is_admitted_does_not_hold_up_a_client(priority: int, model: str) -> None:
+    order = FairOrder()
+    waiting = [order.enter("many", 0, "m") for _ in range(20)]
+    for place in [order.enter("elsewhere", priority, model) for _ in range(20)]:
+        order.admitted(place)
+    assert order.enter("new", 0, "m").number == waiting[0].number
+
+
+def test_a_group_without_waiting_requests_begins_again_at_the_latest_round() -> None:
+    order = FairOrder()
+    for place in [order.enter("a", 0, "m") for _ in range(20)]:
+        order.admitted(place)
+    # Otherwise, all requests of the group that begins would go before the next one of the other group.
+    assert order.enter("b", 0, "other").number == order.enter("a", 0, "m").number == 21
 
 
 def test_the_wait_is_bounded_however_many_clients_arrive() -> None:
@@ -60,9 +78,9 @@ def test_clients_with_nothing_in_the_queue_are_forgotten() -> None:
     order = FairOrder()
     for number in range(5000):
         place = order.enter(f"client {number}", 0)
-        order.leave(f"client {number}", 0, place)
-        order.leave(f"client {number}", 0, place)
-    assert not order._waiting
+        order.leave(place)
+        order.leave(place)
+    assert not order._groups
 
 
 def test_a_client_that_has_left_the_queue_does_not_wait_for_what_it_gave_up() -> None:
@@ -70,5 +88,5 @@ def test_a_client_that_has_left_the_queue_does_not_wait_for_what_it_gave_up() ->
     places = [order.enter("notebook", 0) for _ in range(100)]
     other = order.enter("other", 0)
     for place in places[1:]:
-        order.leave("notebook", 0, place)
+        order.leave(place)
     assert order.enter("notebook", 0).number == places[0].number + 1 == other.number + 1

@@ -126,6 +126,51 @@ async def test_clients_have_their_turns(scripted_server: ScriptedServer, http: a
         assert order == ["a0", "a1", "b4", "c6", "a2", "b5", "a3"]
 
 
+@pytest.mark.parametrize(
+    ("limits", "model", "priority"),
+    [
+        (ONE, "m", "interactive"),
+        (Limits(max_concurrency=1), "m", "interactive"),
+        (Limits(max_concurrency=1), "other", "interactive"),
+        (ONE, "active", "normal"),
+    ],
+)
+async def test_clients_have_their_turns_whatever_else_was_served_meanwhile(
+    scripted_server: ScriptedServer, http: aiohttp.ClientSession, limits: Limits, model: str, priority: str
+) -> None:
+    gates = {"first": asyncio.Event(), "y3": asyncio.Event()}
+
+    async def behave(exchange: Exchange) -> None:
+        if (gate := gates.get(exchange.request.json["user"])) is not None:
+            await gate.wait()
+        await reply(200, {})(exchange)
+
+    scripted_server.default = behave
+    async with Gateway(scripted_server.api_base, limits=limits) as gateway:
+        tasks: list[asyncio.Task[Any]] = []
+
+        async def ask(name: str, model: str = "m", priority: str = "normal") -> None:
+            headers = {"Authorization": f"Bearer key of {name[0]}", "X-Lmbridge-Priority": priority}
+            queued = gateway.stats().queued
+            tasks.append(asyncio.create_task(fetch(http, gateway, CHAT, body_for(model, name=name), headers=headers)))
+            while scripted_server.requests and gateway.stats().queued == queued:
+                await turns()
+
+        await ask("first", model)
+        await scripted_server.wait_until(lambda: scripted_server.requests)
+        for number in range(4):
+            await ask(f"x{number}")
+        for number in range(4):
+            await ask(f"y{number}", model, priority)
+        gates["first"].set()
+        await scripted_server.wait_until(lambda: len(scripted_server.requests) == 5)
+        await ask("z")
+        gates["y3"].set()
+        await asyncio.gather(*tasks)
+    order = [request.fields["user"] for request in scripted_server.requests]
+    assert order == ["first", "y0", "y1", "y2", "y3", "x0", "z", "x1", "x2", "x3"]
+
+
 # Leaving
 
 
