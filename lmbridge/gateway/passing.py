@@ -148,7 +148,7 @@ def begins_with_error(data: bytes) -> bool:
     for line in _data_lines(text):
         # The line may be cut off, so it need not be valid JSON.
         return b'"error"' in line and reports_error(line)
-    return text.startswith((b'{"error"', b'{ "error"'))
+    return text.startswith((b'{"error"', b'{ "error"', b'{"type":"error"', b'{"type": "error"'))
 
 
 def _data_lines(part: bytes) -> Iterator[bytes]:

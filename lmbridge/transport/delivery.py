@@ -192,11 +192,13 @@ class Delivery:
 def whole_body(answer: Reply | EventStream | ForwardedResponse) -> bytes | None:
     """Returns the body of an answer in plain text, or None if it has only begun.
 
-    A forwarded response keeps the compression of the server. Of a large body that is compressed, only the beginning is
+    Of a forwarded stream that begins with an error of the server, it is the data of that event. A forwarded response keeps the compression of the server. Of a large body that is compressed, only the beginning is
     returned.
     """
     if isinstance(answer, Reply):
         return answer.plain_body
+    if isinstance(answer, ForwardedResponse) and answer.error_event is not None:
+        return answer.error_event
     if isinstance(answer, ForwardedResponse) and answer.whole_body is not None:
         return decompressed_beginning(answer.whole_body, answer.headers.get("Content-Encoding"))
     return None

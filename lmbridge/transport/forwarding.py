@@ -5,12 +5,14 @@ attempt may overcome, and is polled while the server is loading. But the bytes o
 nor parsed, so that they can be passed on as they arrive, with the status and the headers that belong to them.
 
 A response is handed out when the first part of its body has arrived. Until then nothing has been passed on, so a failed
-attempt can be repeated. JSON is handed out when it is complete, because a model server sends a whole reply at once at
+attempt can be repeated. An event stream is handed out when its answer begins: comments, which servers send while they
+load a model, are kept until then. If there are other servers, it is handed out when its first event is complete,
+because another server gets the request if that event reports an error of this server. JSON is handed out when it is complete, because a model server sends a whole reply at once at
 the end of its work, and no client should get a part of it if it breaks off. A very large body of JSON is handed out in
 parts.
 
 The limits of `Timeouts` mean the following here. `connect`, `load` and `total` are those of any other request.
-`first_byte` limits the time until the first part of the body has arrived, or the whole body if it is JSON or an error.
+`first_byte` limits the time until the response is handed out.
 `idle` limits the silence between two parts of the body, whatever they contain.
 """
 
@@ -29,10 +31,14 @@ from lmbridge.transport.calls import Call, Reply
 from lmbridge.transport.decompression import decompressed_beginning
 from lmbridge.transport.faults import Phase
 from lmbridge.transport.http import ConnectionFailed, HttpResponse
-from lmbridge.transport.receive import note_arrived
+from lmbridge.transport.receive import error_of_server, note_arrived
+from lmbridge.transport.retry import Verdict
+from lmbridge.transport.stream_beginning import StreamBeginning
 
 _LARGEST_WHOLE_BODY: Final = 1024 * 1024
 """The most bytes of JSON that are read before the response is handed out."""
+_LONGEST_PRELUDE: Final = 64 * 1024
+"""The most bytes of an event stream that are read before the response is handed out, even if no answer has begun."""
 
 
 class ForwardedResponse:
@@ -62,6 +68,7 @@ class ForwardedResponse:
         "_source",
         "call",
         "deadline",
+        "error_event",
         "headers",
         "status",
         "whole_body",
@@ -79,6 +86,9 @@ class ForwardedResponse:
         as it was sent."""
         self.whole_body: Final = first if source is None else None
         """The whole body, or None if a part of it has yet to arrive. `read` returns the same bytes."""
+        self.error_event: bytes | None = None
+        """The data of the first event of a stream if it reports an error because of which another server may get the
+        request. It is None if there is no other server."""
         self.deadline: float = math.inf
         """The deadline of the current read, by the clock of the event loop. It is infinity between two reads."""
         self._first = first
@@ -206,7 +216,14 @@ def _close_abandoned(source: HttpResponse, call: Call) -> None:
 async def receive_forwarded(call: Call, response: HttpResponse) -> ForwardedResponse:
     """Reads as much of a response as is needed to hand it out; the docstring of the module says how much that is."""
     content_type = response.headers.get("Content-Type", "").lower()
-    wanted = _LARGEST_WHOLE_BODY if content_type.startswith("application/json") else 1
+    encoding = response.headers.get("Content-Encoding")
+    has_alternatives = call.request.failover is not None
+    stream: StreamBeginning | None = None
+    wanted = 1
+    if content_type.startswith("text/event-stream"):
+        stream, wanted = StreamBeginning(encoding, whole_event=has_alternatives), _LONGEST_PRELUDE
+    elif content_type.startswith("application/json"):
+        wanted = _LARGEST_WHOLE_BODY
     parts: list[bytes] = []
     size = 0
     source: HttpResponse | None = response
@@ -217,13 +234,25 @@ async def receive_forwarded(call: Call, response: HttpResponse) -> ForwardedResp
                 break
             parts.append(part)
             size += len(part)
-    except BaseException:
+            if stream is not None:
+                stream.feed(part)
+                if stream.is_found:
+                    break
+    except BaseException as exc:
+        if isinstance(exc, ConnectionFailed) and stream is not None and has_alternatives:
+            # Nothing has been handed out, so this is the same as a connection that breaks before the response.
+            exc.verdict = Verdict.RETRY
         note_arrived(call, response, parts)
         raise
     first = b"".join(parts)
-    readable = decompressed_beginning(first, response.headers.get("Content-Encoding"))
-    call.note_first_event(readable, is_stream=content_type.startswith("text/event-stream"))
+    readable = decompressed_beginning(first, encoding)
+    # A stream that ends without an answer does not show that the model is loaded.
+    if stream is None or stream.has_begun or source is not None:
+        call.note_first_event(readable, is_stream=stream is not None)
     if source is None:
         call.read_usage = partial(call.request.interpreter.read_usage, readable)
         call.finish(response.status)
-    return ForwardedResponse(call, response.status, response.headers, first, source)
+    forwarded = ForwardedResponse(call, response.status, response.headers, first, source)
+    if stream is not None and stream.first_event is not None:
+        forwarded.error_event = error_of_server(call, stream.first_event)
+    return forwarded

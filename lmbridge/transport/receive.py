@@ -55,20 +55,17 @@ async def receive_begun_stream(call: Call, response: HttpResponse) -> EventStrea
         # Nothing of the answer has arrived, so this is the same as a connection that breaks before the response.
         failure.verdict = Verdict.RETRY
         raise
-    if events and _reports_error_of_server(call, events[0]):
+    if events and (data := error_of_server(call, events[0])) is not None:
         response.close()
-        return Reply(call=call, status=response.status, headers=response.headers, body=_data_of(events[0]))
+        return Reply(call=call, status=response.status, headers=response.headers, body=data)
     return EventStream(call, response, first)
 
 
-def _reports_error_of_server(call: Call, event: Event) -> bool:
-    data = _data_of(event)
+def error_of_server(call: Call, event: Event) -> bytes | None:
+    """Returns the data of an event if it reports an error because of which another server may get the request."""
+    data = event.data if isinstance(event, NamedEvent) else event
     interpreter = call.request.interpreter
-    return interpreter.reports_error(data) and interpreter.concerns_server(200, data)
-
-
-def _data_of(event: Event) -> bytes:
-    return event.data if isinstance(event, NamedEvent) else event
+    return data if interpreter.reports_error(data) and interpreter.concerns_server(200, data) else None
 
 
 def note_arrived(call: Call, response: HttpResponse, parts: Iterable[bytes]) -> None:

@@ -380,6 +380,7 @@ class Transport(NotCopyable):
         url = f"{self._server_root if request.below_root else self._api_root}{request.path}"
         call = Call(request, url, state.admission, state.deadline_timer, self._max_reply_bytes)
         state.requests += 1
+        answer: _T | Reply | None = None
         try:
             if request.queued:
                 search = state.limit_search
@@ -395,6 +396,9 @@ class Transport(NotCopyable):
         except BaseException as exc:
             # Whatever ends the call, a cancellation included, its permit has to be returned.
             call.finish(type(exc).__name__)
+            if isinstance(answer, ForwardedResponse):
+                # Another server gets the request, although the body of this response has not ended.
+                answer.abort()
             raise
         finally:
             state.requests -= 1

@@ -12,8 +12,8 @@ import pytest
 
 from lmbridge import Limits
 from lmbridge.gateway import Gateway
-from lmbridge.testing import Behaviour, Exchange, OneModelServer, ScriptedServer, hang_up, reply, reset, sse, stall
-from tests.gateway.support import BODY, CHAT, PATHS, STREAM, Client, fetch
+from lmbridge.testing import Behaviour, Exchange, OneModelServer, ScriptedServer, hang_up, raw, reply, reset, sse, stall
+from tests.gateway.support import BODY, CHAT, PATHS, SSE_HEAD, STREAM, Client, chunk, fetch
 from tests.support import HALF, piece, turns
 
 ONE = Limits(max_concurrency=1, max_loaded_models=1)
@@ -320,6 +320,76 @@ async def test_an_eviction_is_noticed(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+ERROR_EVENTS = {
+    "plain": b'data: {"error": {"message": "Model unloaded."}}\n\n',
+    "named": b'event: error\ndata: {"type": "error", "error": {"message": "Model unloaded."}}\n\n',
+    "in two parts": b'data: {"error": {"message": \ndata: "Model unloaded."}}\n\n',
+}
+
+
+def begins_with(*parts: bytes) -> Behaviour:
+    """Returns a behaviour that sends the parts of an event stream, and then falls silent."""
+
+    async def behaviour(exchange: Exchange) -> None:
+        await exchange.raw(SSE_HEAD)
+        for part in parts:
+            await exchange.raw(chunk(part))
+            await turns()
+        await asyncio.Event().wait()
+
+    return behaviour
+
+
+@pytest.mark.parametrize("before", [[], [b": ping\n\n"]], ids=["at once", "after a comment"])
+@pytest.mark.parametrize("event", ERROR_EVENTS.values(), ids=ERROR_EVENTS)
+async def test_a_stream_that_begins_with_the_loss_of_the_model_is_asked_for_at_another_server(
+    http: aiohttp.ClientSession, before: list[bytes], event: bytes
+) -> None:
+    async with (
+        ScriptedServer(["test-model"]) as one,
+        ScriptedServer(["test-model"]) as two,
+        Gateway([one.api_base, two.api_base], limits=Limits()) as gateway,
+    ):
+        one.on_path(CHAT, begins_with(*before, event[:20], event[20:]))
+        two.on_path(CHAT, sse(piece("x")))
+        status, _, body = await fetch(http, gateway, CHAT, STREAM)
+        assert (status, b"Model unloaded." in body, b'"x"' in body) == (200, False, True)
+        assert [sum(request.path == CHAT for request in server.requests) for server in (one, two)] == [1, 1]
+        assert gateway.stats().by_server[one.api_base].evictions == 1
+        await one.wait_until(lambda: one.aborts)
+
+
+async def test_a_stream_that_breaks_after_a_comment_is_asked_for_at_another_server(http: aiohttp.ClientSession) -> None:
+    async def breaks(exchange: Exchange) -> None:
+        await exchange.raw(SSE_HEAD + chunk(b": ping\n\n"))
+        exchange.hang_up()
+
+    async with (
+        ScriptedServer(["test-model"]) as one,
+        ScriptedServer(["test-model"]) as two,
+        Gateway([one.api_base, two.api_base], limits=Limits()) as gateway,
+    ):
+        one.on_path(CHAT, breaks)
+        two.on_path(CHAT, sse(piece("x")))
+        status, _, body = await fetch(http, gateway, CHAT, STREAM)
+        assert (status, b'"x"' in body) == (200, True)
+
+
+async def test_if_every_server_has_lost_the_model_the_last_stream_is_passed_on_as_it_is(
+    http: aiohttp.ClientSession,
+) -> None:
+    body = b": ping\n\n" + ERROR_EVENTS["plain"]
+    async with (
+        ScriptedServer(["test-model"]) as one,
+        ScriptedServer(["test-model"]) as two,
+        Gateway([one.api_base, two.api_base], limits=Limits()) as gateway,
+    ):
+        for server in (one, two):
+            server.on_path(CHAT, raw(SSE_HEAD, chunk(body), b"0\r\n\r\n"))
+        status, _, received = await fetch(http, gateway, CHAT, STREAM)
+        assert (status, received) == (200, body)
 
 
 @pytest.mark.parametrize("stream", [False, True])

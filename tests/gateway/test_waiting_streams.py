@@ -79,6 +79,24 @@ async def test_a_stream_that_waits_gets_comments_and_then_its_events(
     assert body == b"data: 1\n\ndata: [DONE]\n\n"
 
 
+async def test_a_client_gets_comments_while_the_server_sends_nothing_but_comments(
+    scripted_server: ScriptedServer, hasty: Gateway, http: aiohttp.ClientSession
+) -> None:
+    go_on = asyncio.Event()
+
+    async def behaviour(exchange: Exchange) -> None:
+        await exchange.raw(SSE_HEAD + chunk(b": loading\n\n"))
+        await go_on.wait()
+        await exchange.raw(chunk(b"data: 1\n\n") + b"0\r\n\r\n")
+
+    scripted_server.script(behaviour)
+    async with http.post(hasty.origin + CHAT, data=STREAM) as response:
+        for _ in range(2):
+            assert await response.content.readexactly(len(COMMENT)) == COMMENT
+        go_on.set()
+        assert (await response.read()).replace(COMMENT, b"") == b": loading\n\ndata: 1\n\n"
+
+
 @pytest.mark.parametrize("path", sorted({*PATHS} - {*STREAMED_PATHS}))
 async def test_an_answer_that_is_never_a_stream_gets_none_however_late_it_is(
     scripted_server: ScriptedServer, hasty: Gateway, http: aiohttp.ClientSession, path: str

@@ -130,6 +130,93 @@ async def test_the_first_part_of_a_body_shows_that_the_model_is_loaded(
             assert b"data:" in await read_all(response)
 
 
+PING = b": ping\n\n"
+ENDLESS_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+
+
+def pings_until(go_on: asyncio.Event, rest: bytes) -> Behaviour:
+    """Returns a behaviour that sends a comment, and the rest of the body later."""
+
+    async def behaviour(exchange: Exchange) -> None:
+        await exchange.raw(ENDLESS_HEAD + PING)
+        await go_on.wait()
+        await exchange.raw(rest)
+        exchange.hang_up()
+
+    return behaviour
+
+
+async def test_a_comment_does_not_show_that_the_model_is_loaded_and_is_passed_on_with_the_answer(
+    scripted_server: ScriptedServer,
+) -> None:
+    limits = Limits(max_concurrency=4, max_loaded_models=1)
+    async with Transport(scripted_server.api_base, limits=limits) as transport:
+        go_on = asyncio.Event()
+        scripted_server.default = pings_until(go_on, b"data: 1\n\n")
+        tasks = [asyncio.create_task(transport.forward(request())) for _ in range(4)]
+        await scripted_server.wait_until(lambda: scripted_server.requests)
+        done, _ = await asyncio.wait(tasks, timeout=0.1)
+        assert (len(done), len(scripted_server.requests), transport.queued) == (0, 1, 3)
+        go_on.set()
+        assert {await read_all(response) for response in await asyncio.gather(*tasks)} == {PING + b"data: 1\n\n"}
+
+
+async def test_a_stream_of_nothing_but_comments_is_passed_on_and_the_next_request_goes_alone(
+    scripted_server: ScriptedServer,
+) -> None:
+    async with Transport(scripted_server.api_base, limits=Limits(max_concurrency=4, max_loaded_models=1)) as transport:
+        body = PING * 2
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(body)
+        scripted_server.script(raw(head + body), stall(), stall())
+        response = await transport.forward(request())
+        assert (response.whole_body, transport.in_flight) == (body, 0)
+        tasks = [asyncio.create_task(transport.forward(request())) for _ in range(2)]
+        await scripted_server.wait_until(lambda: len(scripted_server.requests) == 2)
+        assert (transport.in_flight, transport.queued) == (1, 1)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_comments_are_not_kept_without_a_bound(scripted_server: ScriptedServer, transport: Transport) -> None:
+    async def behaviour(exchange: Exchange) -> None:
+        await exchange.raw(ENDLESS_HEAD + PING * 10_000)
+        await asyncio.Event().wait()
+
+    scripted_server.script(behaviour)
+    async with await transport.forward(request()) as response:
+        assert len(await response.read()) >= 64 * 1024
+
+
+@pytest.mark.parametrize("timeouts", [Timeouts(first_byte=0.05), Timeouts(total=0.05)])
+async def test_comments_do_not_extend_the_time_limits(
+    scripted_server: ScriptedServer, transport: Transport, timeouts: Timeouts
+) -> None:
+    scripted_server.script(pings_until(asyncio.Event(), b""))
+    with pytest.raises(LLMTimeoutError):
+        await transport.forward(request(timeouts=timeouts))
+    assert transport.in_flight == 0
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+@pytest.mark.parametrize("by_close", [False, True])
+async def test_ending_a_request_after_a_comment_closes_the_connection(
+    scripted_server: ScriptedServer, transport: Transport, by_close: bool
+) -> None:
+    scripted_server.script(pings_until(asyncio.Event(), b""))
+    task = asyncio.create_task(transport.forward(request()))
+    await scripted_server.wait_until(lambda: scripted_server.requests)
+    await asyncio.wait((task,), timeout=0.05)
+    if by_close:
+        await transport.close()
+    else:
+        task.cancel()
+    with pytest.raises(TaskCancelledError if by_close else asyncio.CancelledError):
+        await task
+    assert transport.in_flight == 0
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
 @pytest.mark.parametrize("failure", [reply(503, {"error": "busy"}), reply(429), hang_up(), reset(), LOADING])
 async def test_failures_before_the_first_byte_are_repeated(
     scripted_server: ScriptedServer, transport: Transport, no_waits: list[float], failure: Behaviour
