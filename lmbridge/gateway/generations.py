@@ -27,10 +27,12 @@ from lmbridge.gateway.passing import (
     PassingBody,
     begins_with_error,
     end_to_end,
+    headers_for_client,
     is_event_stream,
 )
 from lmbridge.gateway.patience import Patience
 from lmbridge.gateway.problems import Problem, problem_of
+from lmbridge.gateway.redaction import Redact, redacted_body
 from lmbridge.gateway.request_fields import read_fields
 from lmbridge.transport import Call, ForwardedResponse, Interpreter, Request
 from lmbridge.transport.decompression import decompressed_beginning
@@ -257,23 +259,28 @@ class Generations:
     async def _pass_on(self, incoming: IncomingRequest, entry: Entry, response: ForwardedResponse) -> None:
         entry.status = response.status
         whole = response.whole_body
-        body = PassingBody(response, decompresses=incoming.has_begun)
+        body = PassingBody(response, self._upstream.redact, decompresses=incoming.has_begun)
+        is_error = response.status >= 400
         if whole is not None:
             plain = decompressed_beginning(whole, response.headers.get("Content-Encoding"))
-            if response.status >= 400:
+            if is_error:
                 failures.report_loss(response.call, response.status, plain)
             if not is_event_stream(response):
                 entry.tokens = body.tokens(plain)
+                # Some servers report errors with status 200.
+                is_error = is_error or (b'"error"' in plain and begins_with_error(plain))
         if incoming.has_begun and (response.status != 200 or not is_event_stream(response) or not body.is_readable):
-            await incoming.write(_late_event(incoming.path, response, whole))
+            await incoming.write(_late_event(incoming.path, response, whole, self._upstream.redact))
             await incoming.finish()
         elif whole is not None and not incoming.has_begun:
-            headers = [each for each in end_to_end(response.headers) if each[0].lower() != "content-length"]
+            headers = [each for each in headers_for_client(response.headers) if each[0].lower() != "content-length"]
+            if is_error:
+                headers, whole = await redacted_body(whole, headers, self._upstream.redact)
             self._activity.note_part(entry, len(whole), 0)
             await incoming.respond(response.status, headers, whole)
         else:
             if not incoming.has_begun:
-                await incoming.begin(response.status, end_to_end(response.headers))
+                await incoming.begin(response.status, body.headers())
             await self._pass_parts(incoming, entry, body)
 
     async def _pass_parts(self, incoming: IncomingRequest, entry: Entry, body: PassingBody) -> None:
@@ -320,16 +327,16 @@ async def _report_problem(incoming: IncomingRequest, entry: Entry, problem: Prob
     await incoming.finish()
 
 
-def _late_event(path: str, response: ForwardedResponse, whole: bytes | None) -> bytes:
+def _late_event(path: str, response: ForwardedResponse, whole: bytes | None, redact: Redact) -> bytes:
     """Returns an event that reports a response which is not a readable stream, after the client's stream has begun."""
     plain = decompressed_beginning(whole or b"", response.headers.get("Content-Encoding"))
-    error = parse_error_body(plain)
+    error = parse_error_body(plain, redact)
     is_other = response.status < 400 and not is_event_stream(response)
     answered = f"answered {response.status}{', but not with an event stream' if is_other else ''}"
     return Problem(
         response.status if response.status >= 400 else 502,
         f"the server {answered}: {error.message or 'its body cannot be read'}",
-        code=str(error.fields.get("code") or "upstream_error")[:100],
+        code=redact(str(error.fields.get("code") or "upstream_error"))[:100],
     ).event(path)
 
 

@@ -17,8 +17,9 @@ from lmbridge.client.json_codec import decode_json
 from lmbridge.config import Timeouts
 from lmbridge.errors import LLMError, LLMResponseError
 from lmbridge.gateway.http_server import IncomingRequest
-from lmbridge.gateway.passing import end_to_end
+from lmbridge.gateway.passing import headers_for_client
 from lmbridge.gateway.problems import Problem
+from lmbridge.gateway.redaction import redacted_body
 from lmbridge.transport import Interpreter, Request, Transport
 
 logger: logging.Logger = logging.getLogger("lmbridge.gateway")
@@ -58,7 +59,10 @@ class ModelCatalog:
         return server not in self._unreachable
 
     async def answer_list(self, incoming: IncomingRequest) -> None:
-        """Answers `GET /v1/models`. The answer of a single server is passed on byte for byte."""
+        """Answers `GET /v1/models`. The answer of a single server is passed on byte for byte.
+
+        Only the gateway's own keys are replaced if the server quotes them in an error.
+        """
         if len(self._servers) == 1:
             headers, server = self._client_credentials(incoming), self._servers[0]
             with self._noting_health(server):
@@ -68,7 +72,9 @@ class ModelCatalog:
                     body = response.whole_body or b"".join([part async for part in _parts(response.read)])
                 if response.status == 200:
                     self._record(server, _entries_in(body))
-                kept = [each for each in end_to_end(response.headers) if each[0].lower() != "content-length"]
+                kept = [each for each in headers_for_client(response.headers) if each[0].lower() != "content-length"]
+                if response.status >= 400:
+                    kept, body = await redacted_body(body, kept, server.redact)
                 await incoming.respond(response.status, kept, body)
             return
         await incoming.respond_json({"object": "list", "data": await self._list_models(incoming)})

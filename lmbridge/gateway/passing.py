@@ -1,7 +1,8 @@
 """Passes a response on to a client as it arrives, and looks at it in passing.
 
-Bytes are not changed, unless a compressed body follows a response that has already begun uncompressed. Two things are
-read on the way: whether the server reports that it has dropped the model, and how many tokens it has generated. Both
+Bytes are not changed, with two exceptions: a compressed body that follows a response which has already begun
+uncompressed, and a key of the gateway that the server quotes in the event of an error. Two things are read on the way:
+whether the server reports an error, such as that it has dropped the model, and how many tokens it has generated. Both
 are found by searching each part for a word, which costs little; a part is parsed only if the word is there.
 
 An event stream is passed on by whole lines. A line that has not ended is of no use to any client; and if the rest of it
@@ -19,6 +20,7 @@ import msgspec
 from lmbridge.client import failures
 from lmbridge.client.error_body import reports_error
 from lmbridge.errors import LLMStreamError
+from lmbridge.gateway.redaction import Redact, redacted_bytes
 from lmbridge.transport import ForwardedResponse
 from lmbridge.transport.decompression import BrokenCompression, Decompressor, UnsupportedEncoding, decompressor_for
 
@@ -38,6 +40,8 @@ _HOP_BY_HOP: Final = frozenset(
     }
 )
 """Headers that belong to a connection and not to a message (RFC 9110, 7.6.1)."""
+_CORS: Final = "access-control-"
+"""The beginning of the names of the headers with which a server lets pages of other sites read its responses."""
 
 
 def end_to_end(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -47,6 +51,14 @@ def end_to_end(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for name, value in headers.items():
         if name.lower() not in _HOP_BY_HOP and name.lower() not in named:
             yield name, value
+
+
+def headers_for_client(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yields the headers of a response that are passed on.
+
+    Those of CORS are not: a server may allow every web page to read its responses, but the gateway does not.
+    """
+    return (each for each in end_to_end(headers) if not each[0].lower().startswith(_CORS))
 
 
 def is_event_stream(response: ForwardedResponse) -> bool:
@@ -59,19 +71,20 @@ class PassingBody:
 
     Args:
         response: The response.
+        redact: Replaces the gateway's own keys in a text.
         decompresses: Whether the body is decompressed here, because the response to the client has already begun
             without a `Content-Encoding`.
     """
 
-    def __init__(self, response: ForwardedResponse, *, decompresses: bool = False) -> None:
+    def __init__(self, response: ForwardedResponse, redact: Redact, *, decompresses: bool = False) -> None:
         self._response = response
+        self._redact = redact
         self._encoding = response.headers.get("Content-Encoding")
         self._decompressor = _decompressor(self._encoding) if decompresses else None
         self._is_stream = is_event_stream(response)
         is_plain = (self._encoding or "identity").strip().lower() == "identity"
         self.is_readable: Final = is_plain or self._decompressor is not None
         """Whether the parts that `next_part` returns are not compressed."""
-        self._has_length = not decompresses and "Content-Length" in response.headers
         self._line = b""
         self._last_usage = b""
         self._last_part = b""
@@ -79,7 +92,18 @@ class PassingBody:
     @property
     def can_end_with_event(self) -> bool:
         """Whether the client can read an event that the gateway adds to what has been passed on."""
-        return self._is_stream and self.is_readable and not self._has_length
+        return self._is_stream and self.is_readable
+
+    def headers(self) -> list[tuple[str, str]]:
+        """Returns the headers of the response that are passed on with this body.
+
+        They have no `Content-Length` if an event may be added to the body, or a key in it may be replaced.
+        """
+        return [
+            (name, value)
+            for name, value in headers_for_client(self._response.headers)
+            if not (self.can_end_with_event and name.lower() == "content-length")
+        ]
 
     @property
     def separator(self) -> bytes:
@@ -102,7 +126,7 @@ class PassingBody:
                 if self._decompressor is not None:
                     _decompressed_part(self._decompressor, b"")
                 rest, self._line = self._line, b""
-                return rest
+                return self._look_at(rest)
             if self._decompressor is not None:
                 part = _decompressed_part(self._decompressor, part)
             if self._is_stream and self.is_readable:
@@ -113,7 +137,7 @@ class PassingBody:
                     end = max(part.rfind(b"\n"), part.rfind(b"\r")) + 1
                     if len(part) - end <= _LONGEST_LINE:
                         part, self._line = part[:end], part[end:]
-                self._look_at(part)
+                part = self._look_at(part)
             if part:
                 self._last_part = part
                 return part
@@ -129,12 +153,19 @@ class PassingBody:
         found = [tokens for data in _data_lines(self._last_usage) if (tokens := _tokens_in(data)) is not None]
         return found[-1] if found else None
 
-    def _look_at(self, part: bytes) -> None:
-        if b'"error"' in part:
-            for data in filter(reports_error, _data_lines(part)):
-                failures.report_loss(self._response.call, self._response.status, data)
+    def _look_at(self, part: bytes) -> bytes:
+        """Looks for the two things in whole lines of events, and returns the lines as they are passed on."""
         if b'"usage"' in part or b'"timings"' in part:
             self._last_usage = part
+        return self._with_redacted_errors(part) if b'"error"' in part else part
+
+    def _with_redacted_errors(self, part: bytes) -> bytes:
+        lines = part.splitlines(keepends=True)
+        for at, line in enumerate(lines):
+            if line.startswith(b"data:") and b'"error"' in line and reports_error(data := line[5:].strip()):
+                failures.report_loss(self._response.call, self._response.status, data)
+                lines[at] = redacted_bytes(line, self._redact)
+        return b"".join(lines)
 
 
 def begins_with_error(data: bytes) -> bool:

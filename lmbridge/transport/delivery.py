@@ -192,8 +192,8 @@ class Delivery:
 def whole_body(answer: Reply | EventStream | ForwardedResponse) -> bytes | None:
     """Returns the body of an answer in plain text, or None if it has only begun.
 
-    Of a forwarded stream that begins with an error of the server, it is the data of that event. A forwarded response keeps the compression of the server. Of a large body that is compressed, only the beginning is
-    returned.
+    Of a forwarded stream that begins with an error of the server, it is the data of that event. A forwarded response
+    keeps the compression of the server. Of a large body that is compressed, only the beginning is returned.
     """
     if isinstance(answer, Reply):
         return answer.plain_body

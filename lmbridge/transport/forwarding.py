@@ -5,15 +5,15 @@ attempt may overcome, and is polled while the server is loading. But the bytes o
 nor parsed, so that they can be passed on as they arrive, with the status and the headers that belong to them.
 
 A response is handed out when the first part of its body has arrived. Until then nothing has been passed on, so a failed
-attempt can be repeated. An event stream is handed out when its answer begins: comments, which servers send while they
-load a model, are kept until then. If there are other servers, it is handed out when its first event is complete,
-because another server gets the request if that event reports an error of this server. JSON is handed out when it is complete, because a model server sends a whole reply at once at
+attempt can be repeated. JSON is handed out when it is complete, because a model server sends a whole reply at once at
 the end of its work, and no client should get a part of it if it breaks off. A very large body of JSON is handed out in
-parts.
+parts. An event stream is handed out when its answer begins: comments, which servers send while they load a model, are
+kept until then, up to 64 KiB of them. If there are other servers, it is handed out when its first event is complete,
+because another server gets the request if that event reports an error of this server.
 
 The limits of `Timeouts` mean the following here. `connect`, `load` and `total` are those of any other request.
-`first_byte` limits the time until the response is handed out.
-`idle` limits the silence between two parts of the body, whatever they contain.
+`first_byte` limits the time until the response is handed out. `idle` limits the silence between two parts of the body
+after that, whatever they contain.
 """
 
 from __future__ import annotations

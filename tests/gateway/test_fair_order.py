@@ -7,9 +7,7 @@ import pytest
 from lmbridge.gateway.fair_order import FairOrder, FairPlace
 
 
-def serve(
-    order: FairOrder, waiting: list[tuple[int, int, str]], count: int, places: dict[int, FairPlace]
-) -> list[str]:
+def serve(order: FairOrder, waiting: list[tuple[int, int, str]], count: int, places: dict[int, FairPlace]) -> list[str]:
     """Admits requests in their order, and returns the clients that they belong to."""
     served = []
     for _ in range(count):

@@ -19,6 +19,7 @@ from lmbridge.testing import Exchange, ScriptedServer, raw, reply, stall
 from tests.gateway.support import BODY, CHAT, PATHS, SSE_HEAD, STREAM, Client, chunk, fetch
 from tests.support import HALF
 
+MODELS = "/v1/models"
 ODD_BODIES = {
     "unknown fields": b'{"model": "test-model", "x_unknown": {"deep": [1, {"a": null}]}}',
     "order and whitespace": b'\n {"z" : 1,\t"model":"test-model" , "a":[ ] }\r\n ',
@@ -178,6 +179,29 @@ async def test_headers_of_the_connection_are_not_passed_on(
     assert not {"X-Hop", "Keep-Alive"} & set(received)
     sent = scripted_server.requests[0].headers
     assert not {name for name in ("X-Mine", "TE", "X-Lmbridge-Priority", "Expect") if name in sent}
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "body"), [(CHAT, "POST", BODY), (CHAT, "POST", STREAM), (MODELS, "GET", b"")]
+)
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize("content_type", [b"application/json", b"text/event-stream"])
+async def test_cors_headers_are_not_passed_on(
+    scripted_server: ScriptedServer,
+    gateway: Gateway,
+    http: aiohttp.ClientSession,
+    path: str,
+    method: str,
+    body: bytes,
+    status: int,
+    content_type: bytes,
+) -> None:
+    head = b"HTTP/1.1 %d X\r\nContent-Type: %b\r\nX-Odd: 1\r\nContent-Length: 9\r\n" % (status, content_type)
+    cors = b"Access-Control-Allow-Origin: *\r\naccess-control-allow-headers: *\r\n\r\n"
+    scripted_server.on_path(path, raw(head, cors, b"data: 1\n\n"))
+    got_status, headers, _ = await fetch(http, gateway, path, body, method=method)
+    assert (got_status, headers["X-Odd"]) == (status, "1")
+    assert not [name for name in headers if name.lower().startswith("access-control-")]
 
 
 async def test_a_compressed_request_is_passed_on_compressed(

@@ -116,6 +116,17 @@ async def test_a_stream_that_begins_soon_gets_none(
     assert "X-Accel-Buffering" not in headers
 
 
+async def test_a_late_failure_does_not_quote_the_key_of_the_gateway(
+    scripted_server: ScriptedServer, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_module, "FIRST_COMMENT_SECONDS", 0.01)
+    async with Gateway(scripted_server.api_base, upstream_api_key="sk-secret", limits=Limits()) as gateway:
+        refusal = reply(401, {"error": {"message": "Incorrect key: sk-secret", "code": "sk-secret"}})
+        event = await fetch_late(scripted_server, gateway, http, refusal)
+    error = error_in(event)
+    assert (error["code"], "sk-secret" in str(error["message"])) == ("[api_key]", False)
+
+
 @pytest.mark.parametrize("path", STREAMED_PATHS)
 @pytest.mark.parametrize(
     ("behaviour", "code", "message"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ PRELUDE_LINES = [b"", b":", b": ping", b": data: x", b"id: 7", b"retry: 3000", b
 def feed_all(beginning: StreamBeginning, body: bytes, cuts: list[int]) -> None:
     """Feeds a body in parts."""
     places = sorted({0, len(body), *(cut % (len(body) + 1) for cut in cuts)})
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in itertools.pairwise(places):
         beginning.feed(body[begin:end])
 
 
@@ -36,7 +37,8 @@ def test_comments_are_not_an_answer_and_an_event_after_them_is(
     prelude = b"\xef\xbb\xbf" * has_bom + b"".join(line + end for line, end in lines)
     beginning = StreamBeginning(encoding, whole_event=whole_event)
     feed_all(beginning, packed(prelude), cuts)
-    assert not (beginning.has_begun or beginning.is_found)
+    assert not beginning.has_begun
+    assert not beginning.is_found
     beginning = StreamBeginning(encoding, whole_event=whole_event)
     feed_all(beginning, packed(prelude + b"data: 1\n\n"), cuts)
     assert beginning.has_begun

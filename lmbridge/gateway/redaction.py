@@ -1,0 +1,82 @@
+"""Keeps the gateway's own keys for the servers out of what clients get.
+
+Some servers quote the key that they refuse, and the clients of a gateway need not know that key. Only errors are
+searched: an answer is passed on byte for byte, and no server writes a key into it. Of an error, only the secrets are
+replaced, so an error without one is passed on byte for byte as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+from lmbridge.transport.decompression import BrokenCompression, UnsupportedEncoding, decompressor_for
+
+Redact = Callable[[str], str]
+"""A function that replaces the secrets in a text."""
+
+_STEP: Final = 512 * 1024
+"""The number of characters that are searched before other tasks get their turn. It takes about ten milliseconds."""
+_OVERLAP: Final = 64 * 1024
+"""The number of characters that are searched again with the next step. No secret is longer, even if it is escaped."""
+_LARGEST_DECOMPRESSED: Final = 16 * 1024**2
+"""The most bytes of a compressed error that are decompressed. A larger one is passed on as it is."""
+
+
+def redacted_bytes(text: bytes, redact: Redact) -> bytes:
+    """Returns a text without secrets. All other bytes are kept, even if they are not UTF-8."""
+    return redact(text.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+
+
+async def redacted_body(
+    body: bytes, headers: list[tuple[str, str]], redact: Redact
+) -> tuple[list[tuple[str, str]], bytes]:
+    """Returns the headers and the body of an error without secrets.
+
+    A compressed body with a secret is returned without compression.
+
+    Args:
+        body: The whole body as the server has sent it.
+        headers: The headers that are passed on. `Content-Length` must not be among them.
+        redact: Replaces the secrets.
+    """
+    headers = [(name, redact(value)) for name, value in headers]
+    encoding = next((value for name, value in headers if name.lower() == "content-encoding"), None)
+    plain = _decompressed(body, encoding)
+    if plain is None:
+        return headers, body
+    redacted = b"".join([part async for part in _redacted_parts(plain, redact)])
+    if redacted == plain:
+        return headers, body
+    return [each for each in headers if each[0].lower() != "content-encoding"], redacted
+
+
+async def _redacted_parts(plain: bytes, redact: Redact) -> AsyncIterator[bytes]:
+    text, rest = plain.decode("utf-8", "surrogateescape"), ""
+    for begin in range(0, len(text), _STEP):
+        rest = redact(rest + text[begin : begin + _STEP])
+        if begin + _STEP < len(text):
+            yield rest[:-_OVERLAP].encode("utf-8", "surrogateescape")
+            rest = rest[-_OVERLAP:]
+            await asyncio.sleep(0)
+    yield rest.encode("utf-8", "surrogateescape")
+
+
+def _decompressed(body: bytes, content_encoding: str | None) -> bytes | None:
+    """Returns the plain text of a body, or None if it cannot be read, or is too large."""
+    try:
+        decompressor = decompressor_for(content_encoding)
+        if decompressor is None:
+            return body
+        decompressor.feed(body)
+        parts = []
+        size = 0
+        while part := decompressor.next_part():
+            parts.append(part)
+            size += len(part)
+            if size > _LARGEST_DECOMPRESSED:
+                return None
+    except (BrokenCompression, UnsupportedEncoding):
+        return None
+    return b"".join(parts)
