@@ -14,7 +14,7 @@ import attrs
 
 from lmbridge._scheduled_run import current_run
 from lmbridge.client import failures
-from lmbridge.client.error_body import parse_error_body
+from lmbridge.client.error_body import Redact, parse_error_body
 from lmbridge.client.servers import find_models
 from lmbridge.client.usage import usage_in_body
 from lmbridge.config import Priority, Timeouts, check_priority
@@ -32,7 +32,7 @@ from lmbridge.gateway.passing import (
 )
 from lmbridge.gateway.patience import Patience
 from lmbridge.gateway.problems import Problem, problem_of
-from lmbridge.gateway.redaction import Redact, redacted_body
+from lmbridge.gateway.redaction import redacted_body
 from lmbridge.gateway.request_fields import read_fields
 from lmbridge.transport import Call, ForwardedResponse, Interpreter, Request
 from lmbridge.transport.decompression import decompressed_beginning

@@ -18,9 +18,9 @@ from typing import Final
 import msgspec
 
 from lmbridge.client import failures
-from lmbridge.client.error_body import reports_error
+from lmbridge.client.error_body import Redact, reports_error
 from lmbridge.errors import LLMStreamError
-from lmbridge.gateway.redaction import Redact, redacted_bytes
+from lmbridge.gateway.redaction import redacted_bytes
 from lmbridge.transport import ForwardedResponse
 from lmbridge.transport.decompression import BrokenCompression, Decompressor, UnsupportedEncoding, decompressor_for
 

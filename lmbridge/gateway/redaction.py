@@ -8,13 +8,11 @@ replaced, so an error without one is passed on byte for byte as well.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Final
 
+from lmbridge.client.error_body import Redact
 from lmbridge.transport.decompression import BrokenCompression, UnsupportedEncoding, decompressor_for
-
-Redact = Callable[[str], str]
-"""A function that replaces the secrets in a text."""
 
 _STEP: Final = 512 * 1024
 """The number of characters that are searched before other tasks get their turn. It takes about ten milliseconds."""
