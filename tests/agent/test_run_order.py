@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import pytest
 
 from lmbridge import Agent, Limits, LLMClient, LLMValidationError
 from lmbridge._scheduled_run import ScheduledRun
-from lmbridge.testing import ScriptedServer, answer
+from lmbridge.testing import ScriptedServer, answer, reply, retry_without_waiting
 from lmbridge.transport.begun_runs import BegunRuns
 from lmbridge.transport.slot_use import SlotUse
 from tests.agent.support import asks, calls, generations
@@ -117,12 +117,23 @@ async def test_a_run_begins_as_soon_as_the_run_whose_slot_it_would_take_is_being
         await asyncio.gather(calling.result(), new.result())
 
 
-@pytest.mark.usefixtures("patient")
-@pytest.mark.parametrize(("cached_tokens", "next_task"), [(90, "second"), (10, "calling"), (None, "calling")])
+@pytest.fixture
+def without_waits() -> Iterator[None]:
+    with retry_without_waiting():
+        yield
+
+
+@pytest.mark.usefixtures("patient", "without_waits")
+@pytest.mark.parametrize(
+    ("cached_tokens", "failures", "next_task"),
+    # A further attempt finds in the cache what the first one has left there.
+    [(90, 0, "second"), (10, 0, "calling"), (None, 0, "calling"), (90, 1, "calling")],
+)
 async def test_slots_are_kept_unless_a_reply_shows_that_the_server_remembers_what_has_lost_its_slot(
-    scripted_server: ScriptedServer, cached_tokens: int | None, next_task: str
+    scripted_server: ScriptedServer, cached_tokens: int | None, failures: int, next_task: str
 ) -> None:
     ends = asyncio.Event()
+    left = failures
     gates = {(task, number): asyncio.Event() for task in ("calling", "first", "second") for number in range(2)}
 
     async def wait(task: str, number: int) -> str:
@@ -130,9 +141,14 @@ async def test_slots_are_kept_unless_a_reply_shows_that_the_server_remembers_wha
         await gates[task, number].wait()
         return f"ready {number}"
 
-    async def reply(exchange: Any) -> None:
+    async def behave_as_task(exchange: Any) -> None:
         task = task_of(exchange.request.json)
         rounds = sum(message["role"] == "tool" for message in exchange.request.json["messages"])
+        nonlocal left
+        if (task, rounds) == ("calling", 1) and left:
+            left -= 1
+            await reply(503, {"error": {"message": "busy"}})(exchange)
+            return
         if task == "ending":
             await ends.wait()
         if task == "ending" or rounds == 2:
@@ -147,7 +163,7 @@ async def test_slots_are_kept_unless_a_reply_shows_that_the_server_remembers_wha
         while client.stats().in_flight > in_flight:
             await asyncio.sleep(0)
 
-    scripted_server.default = reply
+    scripted_server.default = behave_as_task
     async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=2)) as client:
         agent = Agent(client, tools=[wait])
         runs = [agent.start("ending"), agent.start("calling")]
@@ -159,14 +175,14 @@ async def test_slots_are_kept_unless_a_reply_shows_that_the_server_remembers_wha
         await wait_for_tools(generated=3, in_flight=0)
         # The next reply to that run shows what the server remembers.
         gates["calling", 0].set()
-        await wait_for_tools(generated=4, in_flight=0)
+        await wait_for_tools(generated=4 + failures, in_flight=0)
         runs.append(agent.start("second"))
         if next_task != "second":
             while not client.stats().queued:
                 await asyncio.sleep(0)
             gates["calling", 1].set()
-        await scripted_server.wait_until(lambda: len(generations(scripted_server)) >= 5)
-        assert tasks_in_order(scripted_server)[4] == next_task
+        await scripted_server.wait_until(lambda: len(generations(scripted_server)) >= 5 + failures)
+        assert tasks_in_order(scripted_server)[4 + failures] == next_task
         for gate in gates.values():
             gate.set()
         await asyncio.gather(*(run.result() for run in runs))
