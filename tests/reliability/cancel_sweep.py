@@ -49,6 +49,7 @@ from lmbridge import (
     pick_tools,
 )
 from lmbridge.client import lmstudio, model_managers
+from lmbridge.client.auto_limits import auto_limits
 from lmbridge.fleet import map_runs
 from lmbridge.gateway import Gateway
 from lmbridge.mcp import McpHub
@@ -189,8 +190,9 @@ def _two_servers(world: World) -> Operation:
     world.other.default = _behave
 
     async def live() -> None:
-        transports = [Transport(server.api_base) for server in (world.server, world.other)]
+        transports = [Transport(server.api_base, limits=auto_limits()) for server in (world.server, world.other)]
         async with NodePool(transports) as nodes:
+            await transports[0].learn_limits()
             client = LLMClient(transport=nodes, model="test-model")
             await client.ask("?")
             await collect(await client.chat_completion(MESSAGES, stream=True))

@@ -132,7 +132,7 @@ SWEPT = {
     "StreamedText": dict.fromkeys(("__anext__", "aclose"), "chat_completion, the text"),
     # A stream of another kind, whose code is that of a chat stream.
     "TextStream": dict.fromkeys(("__aenter__", "__anext__", "aclose", "collect"), "chat_completion, streamed"),
-    "Transport": dict.fromkeys(("__aenter__", "request", "stream", "forward", "close"), "NodePool"),
+    "Transport": dict.fromkeys(("__aenter__", "request", "stream", "forward", "learn_limits", "close"), "NodePool"),
     "": {
         "collect": "create_response",
         "discover": "discover",
