@@ -128,9 +128,11 @@ class SlotUse:
             self._prompts[run] = prompt
         if not (permit.was_displaced and is_first_attempt):
             return
-        if cached is None or len(self._models) > 1:
+        if len(self._models) > 1:
+            self._learn(remembers=False)
+        elif cached is None:
             # A server that never says anything counts as one that forgets. Other replies without numbers show nothing.
-            self._learn(remembers=bool(self.remembers) and len(self._models) == 1)
+            self._learn(remembers=bool(self.remembers))
         elif before and prompt >= before:
             # Of a longer prompt, the server cannot know more than the one before. A shorter one is not the same
             # conversation any more, or it is another one: that of a tool, for example.

@@ -356,14 +356,14 @@ MUTANTS = {
         "elif before and prompt > before:",
     ),
     "an unknown number of tokens counts as remembered": (
-        "self._learn(remembers=bool(self.remembers) and len(self._models) == 1)",
-        "self._learn(remembers=len(self._models) == 1)",
+        "self._learn(remembers=bool(self.remembers))",
+        "self._learn(remembers=True)",
     ),
     "an unknown number of tokens counts as forgotten": (
-        "self._learn(remembers=bool(self.remembers) and len(self._models) == 1)",
-        "self._learn(remembers=False)",
+        "elif cached is None:\n",
+        "elif cached is None:\n            self.remembers = False\n",
     ),
-    "several models count as one": ("if cached is None or len(self._models) > 1:", "if cached is None:"),
+    "several models count as one": ("if len(self._models) > 1:", "if False:"),
     "a server that forgot is never given another chance": (
         "if not self._requests_left and self.remembers is False:",
         "if False:",
