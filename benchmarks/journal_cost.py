@@ -24,9 +24,9 @@ from typing import Final
 
 from benchmarks.processes import ROOT
 from benchmarks.report import as_markdown, as_plain, describe_processor, replace_section
-from lmbridge.agent.journal.resuming import JournalEntry, new_recorder
-from lmbridge.agent.reply import ModelReply
-from lmbridge.agent.run_journal import RecordedCall, RecordedReply, RecordedResult
+from lmbridge.agent.journal.stored_options import JournalEntry, new_recorder
+from lmbridge.agent.journal_interface import RecordedCall, RecordedReply, RecordedResult
+from lmbridge.agent.model_reply import ModelReply
 from lmbridge.agent.settings import Settings
 
 ROUNDS: Final = 50

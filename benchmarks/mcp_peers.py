@@ -12,7 +12,7 @@ from mcp import Client, StdioServerParameters, stdio_client
 
 from benchmarks.mcp_servers import MCP_SERVERS
 from benchmarks.processes import ROOT
-from lmbridge.agent.calling import call_tool
+from lmbridge.agent.tool_execution import call_tool
 from lmbridge.agent.tools import ToolContext
 from lmbridge.mcp import McpHub
 

@@ -76,25 +76,25 @@ if TYPE_CHECKING:
         pick_tools,
     )
     from lmbridge.agent.journal import Journal, JournaledRun, JournalEntry
-    from lmbridge.client.completions import TextStream
+    from lmbridge.client.answer_text import StreamedText, text_of
     from lmbridge.client.decisions import DecisionAnswer, Decisions
     from lmbridge.client.discovery import FoundServer, discover
     from lmbridge.client.images import image_part
-    from lmbridge.client.model_managers import DownloadProgress
+    from lmbridge.client.model_backends import DownloadProgress
     from lmbridge.client.model_validator import CacheStats, ModelValidator
     from lmbridge.client.pool import LLMClientPool, PoolStats
-    from lmbridge.client.progress import ModelLoading, PromptProgress, progress_of
     from lmbridge.client.questions import Choice, Score, TrueFalse
-    from lmbridge.client.raw import RawResponse
+    from lmbridge.client.raw_responses import RawResponse
     from lmbridge.client.reasoning import ReasoningMarkers, ReasoningSplitter, split_reasoning
     from lmbridge.client.responses import ResponseEvent, ResponseStream
     from lmbridge.client.server_info import ModelInfo, ServerInfo
-    from lmbridge.client.text import StreamedText, text_of
+    from lmbridge.client.server_progress import ModelLoading, PromptProgress, progress_of
+    from lmbridge.client.text_completions import TextStream
     from lmbridge.client.token_count import TokenCount
     from lmbridge.local import LocalServer
     from lmbridge.log import enable_logging
     from lmbridge.mcp.dynamic import DynamicAutonomousAgent
-    from lmbridge.transport.nodes import NodePool
+    from lmbridge.transport.node_pool import NodePool
     from lmbridge.transport.stats import ClientStats, ModelStats, ServerStats
 
 __all__ = [
@@ -201,10 +201,10 @@ _LAZY: Final = {
     "Gate": "lmbridge.agent",
     "pick_tools": "lmbridge.agent",
     "PromptCacheLost": "lmbridge.agent",
-    "ModelLoading": "lmbridge.client.progress",
-    "PromptProgress": "lmbridge.client.progress",
-    "progress_of": "lmbridge.client.progress",
-    "DownloadProgress": "lmbridge.client.model_managers",
+    "ModelLoading": "lmbridge.client.server_progress",
+    "PromptProgress": "lmbridge.client.server_progress",
+    "progress_of": "lmbridge.client.server_progress",
+    "DownloadProgress": "lmbridge.client.model_backends",
     "TrueFalse": "lmbridge.client.questions",
     "Score": "lmbridge.client.questions",
     "Decisions": "lmbridge.client.decisions",
@@ -231,7 +231,7 @@ _LAZY: Final = {
     "ModelValidator": "lmbridge.client.model_validator",
     "Nudge": "lmbridge.agent",
     "PoolStats": "lmbridge.client.pool",
-    "RawResponse": "lmbridge.client.raw",
+    "RawResponse": "lmbridge.client.raw_responses",
     "ReasoningDelta": "lmbridge.agent",
     "ReasoningMarkers": "lmbridge.client.reasoning",
     "ReasoningSplitter": "lmbridge.client.reasoning",
@@ -247,12 +247,12 @@ _LAZY: Final = {
     "RunResult": "lmbridge.agent",
     "RunStream": "lmbridge.agent",
     "RunTools": "lmbridge.agent",
-    "NodePool": "lmbridge.transport.nodes",
+    "NodePool": "lmbridge.transport.node_pool",
     "ServerInfo": "lmbridge.client.server_info",
     "ServerStats": "lmbridge.transport.stats",
-    "StreamedText": "lmbridge.client.text",
+    "StreamedText": "lmbridge.client.answer_text",
     "TextDelta": "lmbridge.agent",
-    "TextStream": "lmbridge.client.completions",
+    "TextStream": "lmbridge.client.text_completions",
     "TokenCount": "lmbridge.client.token_count",
     "Tool": "lmbridge.agent",
     "ToolCall": "lmbridge.agent",
@@ -265,7 +265,7 @@ _LAZY: Final = {
     "enable_logging": "lmbridge.log",
     "image_part": "lmbridge.client.images",
     "split_reasoning": "lmbridge.client.reasoning",
-    "text_of": "lmbridge.client.text",
+    "text_of": "lmbridge.client.answer_text",
 }
 
 

@@ -1,7 +1,7 @@
 """What the programs that run in the foreground share: their log on stderr, and how they end.
 
 They are `lmbridge-mcp`, `python -m lmbridge.gateway` and `python -m lmbridge.local`, which do not need the extra `cli`.
-The command `lmbridge` has more exit statuses, and shows a hint on a separate line; see `cli/running.py`.
+The command `lmbridge` has more exit statuses, and shows a hint on a separate line; see `cli/command_runner.py`.
 """
 
 from __future__ import annotations

@@ -37,11 +37,11 @@ class ClassSpec(NamedTuple):
 CLASSES_OF_FILE: Final = {
     "_client": [
         ClassSpec("lmbridge.client.chat_stream", "ChatStream", "Stream"),
-        ClassSpec("lmbridge.client.completions", "TextStream", "Stream"),
+        ClassSpec("lmbridge.client.text_completions", "TextStream", "Stream"),
         ClassSpec("lmbridge.client.responses", "ResponseStream", "Stream"),
         ClassSpec("lmbridge.client.lmstudio", "LMStudio", "Wrapper"),
-        ClassSpec("lmbridge.client.model_management", "Models", "Wrapper"),
-        ClassSpec("lmbridge.client.raw", "RawResponses", "Wrapper"),
+        ClassSpec("lmbridge.client.client_models", "Models", "Wrapper"),
+        ClassSpec("lmbridge.client.raw_responses", "RawResponses", "Wrapper"),
         ClassSpec("lmbridge.client.llm", "LLMClient", "Owner"),
         ClassSpec("lmbridge.client.pool", "LLMClientPool", "Owner"),
     ],

@@ -55,7 +55,7 @@ def test_the_contracts_are_kept() -> None:
         ("cachetools", ["lmbridge/client/model_validator.py"]),
         ("agents", ["lmbridge/interop/openai_agents.py"]),
         ("httpx2", ["lmbridge/interop/openai.py"]),
-        ("jsonschema", ["lmbridge/agent/schemas.py"]),
+        ("jsonschema", ["lmbridge/agent/argument_checks.py"]),
         ("langchain_core", ["lmbridge/interop/langchain.py"]),
         ("openai", ["lmbridge/interop/openai.py", "lmbridge/interop/pydantic_ai.py"]),
         ("opentelemetry", ["lmbridge/observe/otel.py"]),

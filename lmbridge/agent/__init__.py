@@ -18,8 +18,8 @@ from lmbridge.agent.events import (
     ToolCallStarted,
 )
 from lmbridge.agent.result import CompactionStep, Nudge, Round, RunResult, ToolRecord
-from lmbridge.agent.run_tools import RunInfo, RunTools
 from lmbridge.agent.runs import RunHandle, RunStream
+from lmbridge.agent.tool_sources import RunInfo, RunTools
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext
 
 __all__ = [

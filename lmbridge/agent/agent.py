@@ -6,15 +6,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Unpack, overload
 
-from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_model_name
 from lmbridge._copying import NotCopyable
+from lmbridge._pending_call import explains_missing_await
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool
+from lmbridge.agent.client_source import ClientSource
 from lmbridge.agent.decision_gate import Gate, GatedApproval, as_gate
 from lmbridge.agent.definition_budget import MaxDefinitionTokens
 from lmbridge.agent.history import History
 from lmbridge.agent.result import RunResult
-from lmbridge.agent.run_tools import AnyTool, OpenTools, ToolSources
 from lmbridge.agent.runs import RunHandle, RunStream, current_permit
 from lmbridge.agent.sampling import SamplingOptions
 from lmbridge.agent.settings import (
@@ -29,8 +29,8 @@ from lmbridge.agent.settings import (
     ToolSearch,
     check_task,
 )
-from lmbridge.agent.source import ClientSource
 from lmbridge.agent.switching import RunAdmission, RunPermit, SwitchPolicy
+from lmbridge.agent.tool_sources import AnyTool, OpenTools, ToolSources
 from lmbridge.client.context_overflow import ContextOverflow
 from lmbridge.client.questions import TrueFalse
 from lmbridge.config import Priority
@@ -523,7 +523,7 @@ class Agent(NotCopyable):
         recorder = None
         if journal is not None:
             # Most programs keep no journal, and need not import sqlite3.
-            from lmbridge.agent.journal.resuming import new_recorder  # noqa: PLC0415
+            from lmbridge.agent.journal.stored_options import new_recorder  # noqa: PLC0415
 
             recorder = new_recorder(journal, task=task, messages=messages, model=model, settings=settings)
         return RunHandle(
@@ -612,7 +612,7 @@ class Agent(NotCopyable):
             open_tools: Returns the `open_tools` of the run, given its `JournalEntry.extra`. Default: the agent's.
             is_muted: True if the events of the run will not be read, so that it need not create any.
         """
-        from lmbridge.agent.journal.resuming import find  # noqa: PLC0415 - as above
+        from lmbridge.agent.journal.stored_options import find  # noqa: PLC0415 - as above
 
         found = await find(journal, run_id)
         return self._create_run_with(

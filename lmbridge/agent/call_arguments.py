@@ -10,7 +10,7 @@ from lmbridge._checks import MAPPING_TYPES
 from lmbridge._text import shorten
 from lmbridge.agent.almost_json import repair_arguments
 from lmbridge.agent.argument_json import DuplicateKeyError, decode_argument_json
-from lmbridge.agent.step_limit import StepLimitError
+from lmbridge.agent.schema_check_limit import StepLimitError
 from lmbridge.agent.tools import Tool
 
 _QUOTED_CHARACTERS: Final = 200

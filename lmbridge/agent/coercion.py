@@ -19,7 +19,7 @@ import attrs
 from lmbridge.agent.argument_json import decode_argument_json
 from lmbridge.agent.pattern_syntax import UnsupportedPatternError
 from lmbridge.agent.patterns import compile_pattern
-from lmbridge.agent.step_limit import spend_steps
+from lmbridge.agent.schema_check_limit import spend_steps
 from lmbridge.client.subschemas import resolve_reference
 
 _JSON_NUMBER: Final = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
@@ -36,7 +36,7 @@ _TYPE_NAMES: Final = frozenset(_JSON_TYPES.values())
 _MOST_ALTERNATIVES: Final = 64
 """The number of alternatives in a schema beyond which values are not coerced to it."""
 _STEPS_OF_SCHEMA: Final = 10
-"""How many steps of `step_limit` it costs to find the alternatives of a schema for the first time."""
+"""How many steps of `schema_check_limit` it costs to find the alternatives of a schema for the first time."""
 _MOST_PARTS: Final = 1_000
 """The number of parts of a schema beyond which its alternatives are not determined. References can multiply parts."""
 _SCALARS: Final = ("", True, 1, 1.5, None)

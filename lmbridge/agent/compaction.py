@@ -26,7 +26,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeAlias
 
 from lmbridge._text import shorten
-from lmbridge.agent.conversation import Message
+from lmbridge.agent.continued_messages import Message
 from lmbridge.agent.history import Groups, History
 from lmbridge.agent.result import CompactionKind, CompactionStep
 from lmbridge.agent.settings import CompactionMode

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import msgspec
 
-from lmbridge.agent.reply import ModelReply
-from lmbridge.agent.source import ClientSource
-from lmbridge.agent.text_calls import to_wire_call
+from lmbridge.agent.client_source import ClientSource
+from lmbridge.agent.model_reply import ModelReply
+from lmbridge.agent.text_calls.finding import to_wire_call
 from lmbridge.agent.toolset import Toolset
 from lmbridge.client.structured import answer_in_reasoning, without_fence
 from lmbridge.errors import LLMError

@@ -14,8 +14,8 @@ from typing import Any, Final, Protocol, runtime_checkable
 import attrs
 
 from lmbridge._checks import as_validator, check_callable, check_integer, check_model_name, invalid_argument, is_number
+from lmbridge.agent.client_source import ClientSource
 from lmbridge.agent.settings import Approve
-from lmbridge.agent.source import ClientSource
 from lmbridge.agent.tools import Tool, ToolCall
 from lmbridge.client.decisions import Decisions
 from lmbridge.client.questions import Question, TrueFalse

@@ -9,7 +9,7 @@ import attrs
 
 from lmbridge.agent.result import CompactionStep, Nudge, Round, RunResult, ToolRecord
 from lmbridge.agent.tools import ToolCall
-from lmbridge.client.progress import ModelLoading, PromptProgress
+from lmbridge.client.server_progress import ModelLoading, PromptProgress
 
 
 @attrs.frozen

@@ -18,28 +18,28 @@ from lmbridge._checks import is_integer
 from lmbridge._tasks import ITEMS_PER_STEP, end_task, list_in_slices, pause_after
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.chat_client import ChunkStream
+from lmbridge.agent.client_source import ClientSource
 from lmbridge.agent.constrained_retry import ConstrainedRetry
 from lmbridge.agent.events import ReasoningDelta, RunEvent, TextDelta
 from lmbridge.agent.guards import TokenBudget
-from lmbridge.agent.held_text import HeldText
+from lmbridge.agent.model_reply import ModelReply, WireCall
 from lmbridge.agent.output import OutputReader
 from lmbridge.agent.progress import ProgressReporter
 from lmbridge.agent.prompt_cache import PromptCacheWatch
-from lmbridge.agent.record import RunRecord
-from lmbridge.agent.reply import ModelReply, WireCall
+from lmbridge.agent.run_record import RunRecord
 from lmbridge.agent.sampling import allows_calls, sampling_params
 from lmbridge.agent.settings import Settings
-from lmbridge.agent.source import ClientSource
-from lmbridge.agent.text_calls import may_have_calls
+from lmbridge.agent.text_calls.finding import may_have_calls
+from lmbridge.agent.text_calls.held_text import HeldText
+from lmbridge.agent.text_calls.unread_calls import repeated_unit
 from lmbridge.agent.thinking import without_thinking
 from lmbridge.agent.tokens import ContextBudget
 from lmbridge.agent.toolset import Toolset
-from lmbridge.agent.unread_calls import repeated_unit
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.context_overflow import OVERFLOW_HINT, PromptSize, describe_cut
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
+from lmbridge.client.reply_stream import ReplyStream
 from lmbridge.client.served_model import is_same_model
-from lmbridge.client.stream import ReplyStream
 from lmbridge.client.structured import answer_in_reasoning
 from lmbridge.client.surrogates import Halves, join_halves, rest_of_halves
 from lmbridge.errors import ContextLengthExceededError, LLMResponseError, ModelChangedDuringExecutionError

@@ -26,7 +26,7 @@ import msgspec
 
 from lmbridge._checks import MAPPING_TYPES
 from lmbridge._tasks import ITEMS_PER_STEP, list_in_slices
-from lmbridge.agent.conversation import (
+from lmbridge.agent.continued_messages import (
     Message,
     call_signature,
     group_by_user_message,
@@ -35,7 +35,7 @@ from lmbridge.agent.conversation import (
 )
 from lmbridge.agent.result_images import NOT_SHOWN, ImagePlace, image_messages
 from lmbridge.agent.tool_results import truncate_output
-from lmbridge.client.inputs import CheckedList
+from lmbridge.client.input_checks import CheckedList
 from lmbridge.client.json_codec import encode_body
 from lmbridge.client.token_count import size_of
 

@@ -3,7 +3,8 @@
 A round asks the model, reads its reply, makes the calls that are in it, and decides whether to go on. A graph of nodes,
 as some agent frameworks have it, was considered and rejected: the order of the stages never changes, and plain methods
 show it in a stack trace. The state behind the decisions is kept in other modules and tested separately: `history` has
-the conversation, `tokens` the token counts, and `call_turns` the calls, with the reasons to stop that follow from them.
+the conversation, `tokens` the token counts, and `turn_runner` the calls, with the reasons to stop that follow from
+them.
 
 Three layers ask the model. The outermost one, this module, asks it again if its reply is neither an answer nor a call.
 Below it, `prompt_sender` sends the prompt in another form if it is too long or the server refuses it. The innermost
@@ -22,28 +23,28 @@ import attrs
 import msgspec
 
 from lmbridge._tasks import pause_after
-from lmbridge.agent.call_turns import TurnRunner
 from lmbridge.agent.channel import Channel
+from lmbridge.agent.client_source import ClientSource
 from lmbridge.agent.compaction import Compactor
 from lmbridge.agent.constrained_retry import ConstrainedRetry
 from lmbridge.agent.events import ContextCompacted, ModelNudged, RoundFinished, RoundStarted, RunEvent
 from lmbridge.agent.generation_runner import GenerationRunner
 from lmbridge.agent.guards import TokenBudget
+from lmbridge.agent.journal_interface import RunJournal
+from lmbridge.agent.model_reply import ModelReply
 from lmbridge.agent.nudges import AFTER_CALLS, Nudges, find_flaw, request_answer, text_or_placeholder
 from lmbridge.agent.output import OutputReader
 from lmbridge.agent.pause import PauseGate
 from lmbridge.agent.prompt_sender import PromptSender
-from lmbridge.agent.record import RunRecord
-from lmbridge.agent.reply import ModelReply
 from lmbridge.agent.result import CompactionStep, Nudge, NudgeKind, Round, StopReason, ToolRecord
-from lmbridge.agent.run_journal import RunJournal
+from lmbridge.agent.run_record import RunRecord
 from lmbridge.agent.settings import Settings
-from lmbridge.agent.source import ClientSource
 from lmbridge.agent.summary import Summarizer
+from lmbridge.agent.text_calls.unread_calls import describe_markup, find_unread_call, first_json_call
 from lmbridge.agent.thinking import THOUGHT_TOO_LONG, can_stop_thinking
 from lmbridge.agent.tokens import ContextBudget
 from lmbridge.agent.toolset import Toolset
-from lmbridge.agent.unread_calls import describe_markup, find_unread_call, first_json_call
+from lmbridge.agent.turn_runner import TurnRunner
 from lmbridge.client.structured import InvalidAnswerError
 from lmbridge.errors import LLMResponseError
 

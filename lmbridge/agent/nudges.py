@@ -29,11 +29,11 @@ from typing import Any, Final
 import attrs
 import msgspec
 
-from lmbridge.agent.reply import ModelReply
+from lmbridge.agent.model_reply import ModelReply
 from lmbridge.agent.result import Nudge, NudgeKind
-from lmbridge.agent.text_calls import has_quoted_calls
+from lmbridge.agent.text_calls.finding import has_quoted_calls
+from lmbridge.agent.text_calls.unread_calls import find_unread_call, repeats_its_call
 from lmbridge.agent.toolset import Toolset
-from lmbridge.agent.unread_calls import find_unread_call, repeats_its_call
 
 _EXAMINED_CHARACTERS: Final = 400
 """How many characters at the end of a reply are searched for its last sentence."""

@@ -31,7 +31,7 @@ from lmbridge.agent.pattern_syntax import (
     is_word_char,
     parse_pattern,
 )
-from lmbridge.agent.step_limit import spend_steps
+from lmbridge.agent.schema_check_limit import spend_steps
 
 _LONGEST_PATTERN: Final = 10_000
 """The number of characters beyond which a pattern is not supported."""
@@ -41,7 +41,7 @@ _MOST_PARTS: Final = 50_000
 """The number of parts beyond which a pattern is not supported, including parts without states. `(a{0}){1000}` has two
 thousand parts."""
 _STEPS_OF_CHARACTER: Final = 10
-"""How many steps of `step_limit` it costs to read a character of a pattern."""
+"""How many steps of `schema_check_limit` it costs to read a character of a pattern."""
 _MOST_CACHED_STEPS: Final = 20_000
 """The number of steps that a pattern keeps in its cache."""
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmbridge.agent.channel import Channel
+from lmbridge.agent.client_source import ClientSource
 from lmbridge.agent.events import RunEvent
-from lmbridge.agent.source import ClientSource
-from lmbridge.client.progress import ModelLoading, PromptProgress, progress_of
+from lmbridge.client.server_progress import ModelLoading, PromptProgress, progress_of
 from lmbridge.errors import LLMError
 from lmbridge.observe.watches import RunWatch
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from lmbridge.agent.client_source import ClientSource
 from lmbridge.agent.compaction import Compactor
 from lmbridge.agent.constrained_retry import ConstrainedRetry
 from lmbridge.agent.generation_runner import GenerationRunner
+from lmbridge.agent.journal_interface import RecordedReply, RunJournal
+from lmbridge.agent.model_reply import ModelReply
 from lmbridge.agent.pause import PauseGate
 from lmbridge.agent.reasoning_replay import demanded_field
-from lmbridge.agent.record import RunRecord
-from lmbridge.agent.reply import ModelReply
 from lmbridge.agent.result_images import ImagePlace, next_place, place_after
-from lmbridge.agent.run_journal import RecordedReply, RunJournal
+from lmbridge.agent.run_record import RunRecord
 from lmbridge.agent.settings import Settings
-from lmbridge.agent.source import ClientSource
 from lmbridge.agent.tokens import ContextBudget
 from lmbridge.agent.toolset import Toolset
 from lmbridge.errors import ContextLengthExceededError, LLMResponseError, LLMStreamError

@@ -16,22 +16,22 @@ from lmbridge._copying import NotCopyable
 from lmbridge._scheduled_run import ScheduledRun, current_run
 from lmbridge.agent.cancel import OwnTask
 from lmbridge.agent.channel import Channel
+from lmbridge.agent.client_source import ClientSource
 from lmbridge.agent.events import RunEvent, RunFinished
 from lmbridge.agent.history import History
+from lmbridge.agent.journal_interface import FinishedRun, RunJournal
 from lmbridge.agent.loop import RunLoop
 from lmbridge.agent.pause import PauseGate
-from lmbridge.agent.record import RunRecord
 from lmbridge.agent.result import ENDINGS, OutputT, RunResult, StopReason
-from lmbridge.agent.run_journal import FinishedRun, RunJournal
-from lmbridge.agent.run_tools import RunInfo, ToolSources
+from lmbridge.agent.run_record import RunRecord
 from lmbridge.agent.sampling import request_fields
 from lmbridge.agent.settings import Settings
-from lmbridge.agent.source import ClientSource
 from lmbridge.agent.switching import RunAdmission, RunPermit
 from lmbridge.agent.tool_ranking import EmbeddingRanker, KeywordRanker
 from lmbridge.agent.tool_search import ToolSearchOptions
+from lmbridge.agent.tool_sources import RunInfo, ToolSources
 from lmbridge.agent.toolset import Toolset
-from lmbridge.client.content import text_of_part
+from lmbridge.client.content_parts import text_of_part
 from lmbridge.client.structured import answer_format_of
 from lmbridge.errors import JournalError, LLMError, MaxRoundsExceededError, RunIncompleteError, TaskCancelledError
 from lmbridge.observe.watches import RunWatch

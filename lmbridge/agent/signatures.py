@@ -1,7 +1,7 @@
 """Reads the signature of a Python function: the JSON schema of its parameters, and how to convert JSON values to them.
 
 Both come from a `msgspec.Struct` that is built with one field for each parameter: msgspec generates its schema, and
-converts values to it, so that the two always agree. `stand_ins` adds the types that msgspec does not know, such as
+converts values to it, so that the two always agree. `type_stand_ins` adds the types that msgspec does not know, such as
 pydantic models. Pydantic could do all of this, but it is a heavy import for a library that needs nothing else of it,
 and validators written by hand would have to be kept in step with the schema.
 """
@@ -22,9 +22,9 @@ import msgspec
 
 from lmbridge._docstrings import read_docstring
 from lmbridge.agent.tool_results import as_plain_json
-from lmbridge.client.stand_ins import convert, supported_type
+from lmbridge.client.type_mismatches import describe_fault
 from lmbridge.client.type_schemas import description_of, json_schema, with_literals_as_written
-from lmbridge.client.value_faults import describe_fault
+from lmbridge.client.type_stand_ins import convert, supported_type
 from lmbridge.errors import LLMValidationError
 
 _ACCEPTED_TOOLS_HINT: Final = "pass an async or plain function, a Tool, or an object with `async list_tools()`"

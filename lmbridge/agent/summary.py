@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from lmbridge.agent.chat_client import ChunkStream
-from lmbridge.agent.conversation import Message
+from lmbridge.agent.client_source import ClientSource
+from lmbridge.agent.continued_messages import Message
 from lmbridge.agent.guards import TokenBudget
-from lmbridge.agent.record import RunRecord
-from lmbridge.agent.reply import ModelReply
-from lmbridge.agent.run_journal import RunJournal
+from lmbridge.agent.journal_interface import RunJournal
+from lmbridge.agent.model_reply import ModelReply
+from lmbridge.agent.run_record import RunRecord
 from lmbridge.agent.sampling import sampling_params
 from lmbridge.agent.settings import Settings
-from lmbridge.agent.source import ClientSource
+from lmbridge.agent.text_calls.unread_calls import describe_markup
 from lmbridge.agent.toolset import Toolset
-from lmbridge.agent.unread_calls import describe_markup
 from lmbridge.client.chat_accumulator import ChatAccumulator
-from lmbridge.client.inputs import CheckedList
+from lmbridge.client.input_checks import CheckedList
 from lmbridge.client.token_count import size_of
 from lmbridge.errors import LLMConnectionError, LLMResponseError, LLMStreamError, LLMTimeoutError
 

@@ -18,7 +18,7 @@ from operator import mul
 from typing import Any, Final, Protocol
 
 from lmbridge.agent.chat_client import EmbedsTexts
-from lmbridge.agent.source import ClientSource
+from lmbridge.agent.client_source import ClientSource
 from lmbridge.agent.tools import Tool
 from lmbridge.errors import LLMValidationError
 

@@ -16,11 +16,11 @@ import attrs
 import msgspec
 
 from lmbridge._checks import check_bool, check_seconds
+from lmbridge.agent.argument_checks import build_validator
 from lmbridge.agent.coercion import Coercer
-from lmbridge.agent.schemas import build_validator
 from lmbridge.agent.signatures import first_parameter_is, parameters_of_type, read_signature
 from lmbridge.client.json_codec import encode_body
-from lmbridge.client.schemas import simplify_definition, simplify_parameters
+from lmbridge.client.sendable_schemas import simplify_definition, simplify_parameters
 from lmbridge.errors import LLMValidationError
 
 

@@ -31,20 +31,20 @@ from lmbridge.agent.call_arguments import (
     repaired_call,
     without_arguments,
 )
-from lmbridge.agent.calling import ToolOutcome, call_tool
-from lmbridge.agent.name_repair import find_meant_name
+from lmbridge.agent.schema_check_limit import STEPS_AT_ONCE, STEPS_IN_THREAD, StepLimit, StepLimitError
 from lmbridge.agent.settings import ReadTextCalls
-from lmbridge.agent.step_limit import STEPS_AT_ONCE, STEPS_IN_THREAD, StepLimit, StepLimitError
-from lmbridge.agent.text_calls import (
+from lmbridge.agent.text_calls.finding import (
     LONGEST_TEXT_OF_CALLS,
     TextCalls,
     read_calls_in_reasoning,
     read_text_calls,
     to_wire_call,
 )
+from lmbridge.agent.tool_execution import ToolOutcome, call_tool
 from lmbridge.agent.tool_names import LONGEST_NAME, name_of_added_tool, names_in_requests, names_in_run
 from lmbridge.agent.tools import GrowingToolProvider, Tool, ToolCall, ToolContext, ToolProvider, as_tool
-from lmbridge.client.inputs import CheckedList
+from lmbridge.agent.unknown_tools import find_meant_name
+from lmbridge.client.input_checks import CheckedList
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
 
 logger: logging.Logger = logging.getLogger("lmbridge.agent")

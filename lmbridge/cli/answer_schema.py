@@ -9,8 +9,8 @@ from typing import Any
 
 import attrs
 
-from lmbridge.cli.running import CommandError, UsageError
-from lmbridge.client.schemas import simplify_parameters
+from lmbridge.cli.command_runner import CommandError, UsageError
+from lmbridge.client.sendable_schemas import simplify_parameters
 from lmbridge.client.structured import without_fence
 
 
@@ -30,7 +30,7 @@ class AnswerSchema:
             UsageError: The file cannot be read, or it is not the JSON schema of an object.
         """
         # It imports jsonschema, which takes as long as everything else together.
-        from lmbridge.agent.schemas import build_validator  # noqa: PLC0415 - see above
+        from lmbridge.agent.argument_checks import build_validator  # noqa: PLC0415 - see above
 
         try:
             schema = json.loads(path.read_text("utf-8"))

@@ -10,8 +10,8 @@ import attrs
 
 from lmbridge.cli.answer_view import AnswerView
 from lmbridge.client import LLMClient
+from lmbridge.client.answer_text import text_of
 from lmbridge.client.reasoning import ReasoningSplitter
-from lmbridge.client.text import text_of
 
 
 @attrs.define(kw_only=True)

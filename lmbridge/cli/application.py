@@ -9,7 +9,6 @@ import typer
 from typer.core import TyperGroup
 
 from lmbridge._version import __version__
-from lmbridge.cli.agent_run import run_agent
 from lmbridge.cli.bench import bench
 from lmbridge.cli.chat import chat
 from lmbridge.cli.doctor import doctor
@@ -17,6 +16,7 @@ from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.help_examples import examples
 from lmbridge.cli.models import models
 from lmbridge.cli.resume import resume
+from lmbridge.cli.run import run_agent
 from lmbridge.cli.serving import gateway, mcp, serve
 from lmbridge.cli.terminal import Terminal
 

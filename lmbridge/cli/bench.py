@@ -12,11 +12,11 @@ import typer
 
 from lmbridge._tasks import settle
 from lmbridge.cli.chart import svg_bars, text_bars
+from lmbridge.cli.command_runner import Signals, UsageError, run
 from lmbridge.cli.connection import ServerConnection, connect_to_server
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.measuring import Measurement, Workload, make_prompts, measure, recommended_concurrency
 from lmbridge.cli.options import ApiBase, Debug, Local, Model, ServerOptions
-from lmbridge.cli.running import Signals, UsageError, run
 from lmbridge.cli.terminal import Terminal
 from lmbridge.config import Limits
 

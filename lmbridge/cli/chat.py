@@ -13,12 +13,12 @@ from lmbridge.cli.answer_schema import AnswerSchema
 from lmbridge.cli.answer_view import AnswerView, ReasoningMode
 from lmbridge.cli.chat_messages import begin_messages, last_conversation, save, user_message, with_past_model
 from lmbridge.cli.chat_options import ChatOptions
+from lmbridge.cli.command_runner import Signals, UsageError, run
 from lmbridge.cli.connection import connect_to_server
 from lmbridge.cli.conversation_log import ConversationLog
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.options import ApiBase, Debug, Local, MaxTokens, Model, ServerOptions, Temperature
 from lmbridge.cli.prompt_input import has_terminal, whole_prompt
-from lmbridge.cli.running import Signals, UsageError, run
 from lmbridge.cli.terminal import Terminal
 from lmbridge.cli.tool_access import ToolAccess
 from lmbridge.cli.tool_options import Approval, McpConfigFile, McpNames, ToolOptions, TrustProject

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from lmbridge._printable import one_line
+from lmbridge.cli.command_runner import CommandError, UsageError
 from lmbridge.cli.conversation import Conversation
-from lmbridge.cli.running import CommandError, UsageError
 from lmbridge.client.images import image_part
 from lmbridge.client.server_info import entries_named
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import attrs
 
+from lmbridge.cli.command_runner import CommandError, UsageError
 from lmbridge.cli.connection import ServerConnection
 from lmbridge.cli.conversation_log import ConversationLog, LoggedConversation
-from lmbridge.cli.running import CommandError, UsageError
 from lmbridge.cli.terminal import Terminal
 from lmbridge.client.images import image_part
 from lmbridge.client.server_info import entries_named

@@ -14,9 +14,9 @@ from typing import Final, Literal
 import attrs
 
 from lmbridge._printable import one_line
+from lmbridge.cli.command_runner import CommandError, UsageError
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.options import ServerOptions
-from lmbridge.cli.running import CommandError, UsageError
 from lmbridge.cli.terminal import Terminal
 from lmbridge.client import LLMClient
 from lmbridge.client.auto_limits import resolve_limits

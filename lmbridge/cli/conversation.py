@@ -16,11 +16,11 @@ import attrs
 from lmbridge.cli.answer_view import AnswerView, ReasoningMode
 from lmbridge.cli.chat_messages import begin_messages, last_conversation, save, user_message, with_past_model
 from lmbridge.cli.chat_options import ChatOptions
+from lmbridge.cli.command_runner import CommandError, Signals, UsageError, split_hint
 from lmbridge.cli.connection import ServerConnection
 from lmbridge.cli.conversation_log import ConversationLog, LoggedConversation
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.line_editor import LineEditor
-from lmbridge.cli.running import CommandError, Signals, UsageError, split_hint
 from lmbridge.cli.terminal import Terminal
 from lmbridge.cli.tool_access import ToolAccess
 from lmbridge.cli.turns import ChatTurn

@@ -20,7 +20,7 @@ from typing import Any, Final
 import attrs
 
 from lmbridge._tasks import settle
-from lmbridge.cli.running import CommandError
+from lmbridge.cli.command_runner import CommandError
 
 _VERSION: Final = 1
 _TABLES: Final = """

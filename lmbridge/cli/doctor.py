@@ -8,12 +8,12 @@ from typing import Annotated, Final
 
 import typer
 
+from lmbridge.cli.command_runner import CommandError, Signals, run
 from lmbridge.cli.connection import ServerConnection, connect_to_server
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.findings import Finding, any_broken, findings_as_json, show_findings
 from lmbridge.cli.mcp_checks import check_mcp_servers
 from lmbridge.cli.options import ApiBase, Debug, Json, Local, Model, ServerOptions
-from lmbridge.cli.running import CommandError, Signals, run
 from lmbridge.cli.security_checks import check_network, check_websites
 from lmbridge.cli.server_checks import SERVER_CHECKS, check_model_switch, other_model
 from lmbridge.cli.terminal import Terminal

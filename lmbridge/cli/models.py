@@ -10,14 +10,14 @@ import attrs
 import msgspec
 import typer
 
+from lmbridge.cli.command_runner import Signals, UsageError, run, split_hint
 from lmbridge.cli.connection import DISCOVERY_SECONDS, KIND_NAMES, find_server, is_server_in_environment, open_client
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.help_examples import examples
 from lmbridge.cli.options import ApiBase, Debug, Json, Local, ServerOptions
-from lmbridge.cli.running import Signals, UsageError, run, split_hint
 from lmbridge.cli.terminal import Terminal
 from lmbridge.client.discovery import FoundServer, discover
-from lmbridge.client.model_managers import DownloadProgress
+from lmbridge.client.model_backends import DownloadProgress
 from lmbridge.client.server_info import ModelInfo
 
 models: Final = typer.Typer(rich_markup_mode=None, invoke_without_command=True, no_args_is_help=False)

@@ -7,7 +7,7 @@ import sys
 import threading
 from concurrent.futures import Future
 
-from lmbridge.cli.running import UsageError
+from lmbridge.cli.command_runner import UsageError
 
 
 async def whole_prompt(prompt: str | None) -> str | None:

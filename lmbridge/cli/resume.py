@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import attrs
 import typer
 
-from lmbridge.cli.agent_run import MCP_SERVERS, RunOutput, make_agent, open_tools, show_run
 from lmbridge.cli.answer_view import ReasoningMode
+from lmbridge.cli.command_runner import Signals, run
 from lmbridge.cli.connection import connect_to_server
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.options import ApiBase, Debug, Json, Local, ServerOptions
 from lmbridge.cli.queue_times import QueueTimes
-from lmbridge.cli.running import Signals, run
+from lmbridge.cli.run import MCP_SERVERS, RunOutput, make_agent, open_tools, show_run
 from lmbridge.cli.terminal import Terminal
 from lmbridge.cli.tool_options import Approval, McpConfigFile, ToolOptions, TrustProject
 
@@ -70,7 +70,7 @@ async def _resume_run(
         JournalError: The journal cannot be used, or does not have the run.
         LLMError: The run failed.
     """
-    from lmbridge.agent.journal.resuming import find  # noqa: PLC0415 - agents take a while to import
+    from lmbridge.agent.journal.stored_options import find  # noqa: PLC0415 - agents take a while to import
     from lmbridge.agent.runs import RunStream  # noqa: PLC0415 - as above
 
     found = await find(str(journal), run_id)

@@ -22,7 +22,7 @@ from lmbridge.agent.result import CompactionStep, Round, RunResult
 from lmbridge.cli.answer_view import AnswerView
 from lmbridge.cli.answering import describe_context, describe_speed
 from lmbridge.cli.queue_times import QueueTimes
-from lmbridge.client.progress import ModelLoading, PromptProgress
+from lmbridge.client.server_progress import ModelLoading, PromptProgress
 
 _NOTICEABLE_SECONDS: Final = 0.05
 """The shortest wait in the queue that is shown, in seconds."""

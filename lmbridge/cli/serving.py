@@ -10,10 +10,10 @@ from typing import Annotated, Any, Final
 import typer
 
 from lmbridge._tasks import run_until_signal
+from lmbridge.cli.command_runner import Signals, run
 from lmbridge.cli.connection import DISCOVERY_SECONDS, find_server, is_server_in_environment
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.options import ApiBase, Debug, Model
-from lmbridge.cli.running import Signals, run
 from lmbridge.cli.terminal import Terminal
 from lmbridge.client.discovery import DEFAULT_PORTS, discover
 from lmbridge.config import Limits

@@ -16,7 +16,7 @@ from lmbridge.cli.terminal import json_text
 from lmbridge.cli.tool_options import ToolOptions
 
 if TYPE_CHECKING:
-    from lmbridge.agent.run_tools import RunInfo, RunTools
+    from lmbridge.agent.tool_sources import RunInfo, RunTools
     from lmbridge.agent.tools import Tool, ToolCall
     from lmbridge.mcp.servers.hub import McpHub
 
@@ -72,7 +72,7 @@ class ToolAccess:
         Raises:
             MCPError: A server is unknown, or cannot be started.
         """
-        from lmbridge.agent.run_tools import RunTools  # noqa: PLC0415 - see the top of the module
+        from lmbridge.agent.tool_sources import RunTools  # noqa: PLC0415 - see the top of the module
 
         if not self.names:
             yield RunTools()

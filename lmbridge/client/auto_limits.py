@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final, Literal
 import attrs
 
 from lmbridge._checks import check_instance, hint_for
+from lmbridge.client.api_requests import ServerApi
 from lmbridge.client.served_model import MismatchPolicy
-from lmbridge.client.server_api import ServerApi
 from lmbridge.config import QUESTION_HEADER, Limits, Timeouts, is_near
 from lmbridge.transport import Transport
 from lmbridge.transport.limit_search import LimitFinder

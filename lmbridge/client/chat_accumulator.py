@@ -27,7 +27,7 @@ from lmbridge._tasks import ITEMS_PER_STEP, list_in_slices, run_at_once, run_in_
 from lmbridge._text import has_lone_surrogates, join_surrogates, replace_lone_surrogates, shorten
 from lmbridge.client import failures
 from lmbridge.client.completion_shape import aborted_error, complete_chunk, error_in_choice, flatten_choice_in_slices
-from lmbridge.client.content import flatten_in_slices, text_in_slices, text_of_part
+from lmbridge.client.content_parts import flatten_in_slices, text_in_slices, text_of_part
 from lmbridge.client.error_body import parse_error_body
 from lmbridge.client.surrogates import replace_surrogates_in_slices
 from lmbridge.client.tool_call_accumulator import (

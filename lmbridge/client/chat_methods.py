@@ -7,12 +7,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, overload
 
-from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_bool
+from lmbridge._pending_call import explains_missing_await
 from lmbridge.client.chat_stream import ChatStream
 from lmbridge.client.completion_shape import complete_chat_reply
 from lmbridge.client.endpoints import EndpointMethods
-from lmbridge.client.inputs import check_messages
+from lmbridge.client.input_checks import check_messages
 from lmbridge.client.json_codec import decode_json
 from lmbridge.client.params import ChatParams, shows_params
 
@@ -184,7 +184,7 @@ class ChatMethods(EndpointMethods):
                 off although no limit was given: `.partial` is the whole reply.
             LLMError: The same errors as `chat_completion`.
         """
-        from lmbridge.client.text import check_answer, check_question
+        from lmbridge.client.answer_text import check_answer, check_question
 
         messages = check_question(question, params)
         reply = await self.chat_completion(messages, model=model, stream=False, **params)

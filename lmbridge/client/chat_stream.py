@@ -6,14 +6,14 @@ from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lmbridge._tasks import SIZE_PER_STEP
+from lmbridge.client.answer_text import StreamedText
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.error_body import Redact, is_error_object
 from lmbridge.client.json_codec import decode_strictly
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
+from lmbridge.client.reply_stream import ReplyStream, is_large
 from lmbridge.client.served_model import MismatchPolicy
-from lmbridge.client.stream import ReplyStream, is_large
 from lmbridge.client.surrogates import join_halves, join_halves_in_slices, may_hold_surrogates
-from lmbridge.client.text import StreamedText
 from lmbridge.errors import LLMError
 from lmbridge.transport import EventStream
 

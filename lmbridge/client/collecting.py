@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from lmbridge._checks import wrong_type
 from lmbridge.client.chat_accumulator import ChatAccumulator, accumulator_for
-from lmbridge.client.stream import ReplyStream
+from lmbridge.client.reply_stream import ReplyStream
 from lmbridge.errors import LLMError, LLMStreamError
 
 if TYPE_CHECKING:

@@ -16,7 +16,13 @@ from collections.abc import Generator, Mapping
 from typing import Any, Final, Literal
 
 from lmbridge._checks import MAPPING_TYPES
-from lmbridge.client.content import consists_of_parts, flatten_content, flatten_in_slices, text_in_slices, text_of_part
+from lmbridge.client.content_parts import (
+    consists_of_parts,
+    flatten_content,
+    flatten_in_slices,
+    text_in_slices,
+    text_of_part,
+)
 from lmbridge.client.tool_call_accumulator import arguments_text, generated_call_id
 from lmbridge.errors import LLMResponseError
 

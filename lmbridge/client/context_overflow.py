@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import attrs
 
 from lmbridge._checks import is_integer
-from lmbridge.client.server_api import ServerApi
+from lmbridge.client.api_requests import ServerApi
 from lmbridge.client.server_info import awaits_load, context_length_of, describe
 from lmbridge.client.token_count import count_tokens, estimate_tokens
 from lmbridge.errors import ContextLengthExceededError, LLMError, TaskCancelledError

@@ -26,13 +26,13 @@ import attrs
 import msgspec
 
 from lmbridge._checks import is_integer
+from lmbridge.client.api_requests import ServerApi, is_unknown_path
 from lmbridge.client.chat_stream import ChatStream
 from lmbridge.client.collecting import collect
 from lmbridge.client.decisions import DecisionAnswer, Decisions, UnreadableAnswerError, read_decisions, read_systemone
 from lmbridge.client.json_codec import encode_body
 from lmbridge.client.label_probabilities import check_option_counts, label_messages, label_params, read_label
 from lmbridge.client.questions import Question, decisions_form, systemone_form
-from lmbridge.client.server_api import ServerApi, is_unknown_path
 from lmbridge.errors import LLMError, LLMResponseError, ModelMismatchError
 from lmbridge.transport import BaseTransport, Reply
 

@@ -15,9 +15,9 @@ import attrs
 
 from lmbridge._checks import check_integer, check_seconds, invalid_argument
 from lmbridge._tasks import run_together
+from lmbridge.client.api_requests import ServerApi
 from lmbridge.client.json_codec import decode_json
 from lmbridge.client.served_model import MismatchPolicy
-from lmbridge.client.server_api import ServerApi
 from lmbridge.client.server_info import ServerInfo, describe
 from lmbridge.config import Limits, Timeouts
 from lmbridge.errors import LLMError, LLMValidationError

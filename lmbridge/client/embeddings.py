@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any, Final, cast
 
 from lmbridge._checks import check_integer, is_integer
-from lmbridge.client.inputs import Text, check_texts
-from lmbridge.client.server_api import ServerApi
+from lmbridge.client.api_requests import ServerApi
+from lmbridge.client.input_checks import Text, check_texts
 from lmbridge.errors import LLMError, LLMResponseError, ModelChangedDuringExecutionError
 from lmbridge.transport import Reply
 from lmbridge.types import Embeddings

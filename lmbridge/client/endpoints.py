@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
-from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_model_name
 from lmbridge._copying import NotCopyable
+from lmbridge._pending_call import explains_missing_await
+from lmbridge.client.api_requests import ServerApi
 from lmbridge.client.call_options import take_options
 from lmbridge.client.params import EmbeddingsParams, ResponseParams, TextParams, shows_params, warn_about_mistakes
-from lmbridge.client.server_api import ServerApi
 
 if TYPE_CHECKING:
-    from lmbridge.client.completions import TextStream
-    from lmbridge.client.inputs import Texts
+    from lmbridge.client.input_checks import Texts
     from lmbridge.client.responses import ResponseInput, ResponseStream
+    from lmbridge.client.text_completions import TextStream
     from lmbridge.types import Embeddings, Response, TextCompletion
 
 
@@ -103,7 +103,7 @@ class EndpointMethods(NotCopyable):
         Raises:
             LLMError: The same errors as `chat_completion`.
         """
-        from lmbridge.client.completions import request_text_completion
+        from lmbridge.client.text_completions import request_text_completion
 
         server, body = self._prepare({"prompt": prompt}, params, model, stream=stream)
         return await request_text_completion(server, body, stream=stream)

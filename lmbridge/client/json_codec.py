@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from lmbridge._text import replace_lone_surrogates, shorten
-from lmbridge.client.inputs import CheckedList
+from lmbridge.client.input_checks import CheckedList
 from lmbridge.errors import LLMValidationError
 
 _encode = msgspec.json.Encoder().encode

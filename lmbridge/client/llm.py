@@ -12,15 +12,15 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, cast
 
-from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_choice, check_instance, check_integer, check_model_name, hint_for
+from lmbridge._pending_call import explains_missing_await
+from lmbridge.client.api_requests import ServerApi
 from lmbridge.client.auto_limits import resolve_limits
 from lmbridge.client.call_options import RequestOptions, take_request_options
 from lmbridge.client.chat_methods import ChatMethods
 from lmbridge.client.model_lists import model_ids
 from lmbridge.client.served_model import MismatchMode, MismatchPolicy
-from lmbridge.client.server_api import ServerApi
-from lmbridge.client.servers import answers_of, ask_each, combined_info, connect
+from lmbridge.client.several_servers import answers_of, ask_each, combined_info, connect
 from lmbridge.config import (
     UNSET,
     Limits,
@@ -38,9 +38,9 @@ from lmbridge.transport import BaseTransport, Interpreter, Transport, Verdict
 from lmbridge.transport.headers import check_headers
 
 if TYPE_CHECKING:
+    from lmbridge.client.client_models import Models
     from lmbridge.client.lmstudio import LMStudio
-    from lmbridge.client.model_management import Models
-    from lmbridge.client.raw import RawResponses
+    from lmbridge.client.raw_responses import RawResponses
     from lmbridge.client.server_info import ServerInfo
     from lmbridge.transport.stats import ClientStats
 
@@ -297,14 +297,14 @@ class LLMClient(ChatMethods):
                 f"this client has {len(self.servers)} servers, and each of them has its own models",
                 hint="use client.at_server(url).models, or client.list_models() for the names of all",
             )
-        from lmbridge.client.model_management import Models
+        from lmbridge.client.client_models import Models
 
         return Models(self._server)
 
     @property
     def with_raw_response(self) -> RawResponses:
         """The methods of this client, with the status and headers of each HTTP response beside its reply."""
-        from lmbridge.client.raw import RawResponses
+        from lmbridge.client.raw_responses import RawResponses
 
         return RawResponses(self)
 

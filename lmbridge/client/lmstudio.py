@@ -15,14 +15,14 @@ from urllib.parse import quote
 
 import attrs
 
-from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_text, is_number
 from lmbridge._copying import NotCopyable
+from lmbridge._pending_call import explains_missing_await
 from lmbridge._text import excerpt
+from lmbridge.client.api_requests import ServerApi, is_damaged
 from lmbridge.client.call_options import CallOptions, RequestOptions, take_options, take_request_options
 from lmbridge.client.error_body import parse_error_body
 from lmbridge.client.model_lists import add_available_models, entries_of
-from lmbridge.client.server_api import ServerApi, is_damaged
 from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError, ModelNotFoundError, TaskCancelledError
 from lmbridge.transport import Reply
 from lmbridge.types import DownloadStatus, LMStudioLoad, LMStudioModel, LMStudioUnload

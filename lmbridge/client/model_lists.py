@@ -7,11 +7,11 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from lmbridge.client.servers import answers_of
+from lmbridge.client.several_servers import answers_of
 from lmbridge.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
-    from lmbridge.client.server_api import ServerApi
+    from lmbridge.client.api_requests import ServerApi
 
 logger: logging.Logger = logging.getLogger("lmbridge.client")
 

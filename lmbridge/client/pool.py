@@ -22,9 +22,9 @@ from typing import Final, Self, Unpack, cast
 
 import attrs
 
-from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_integer, check_model_name, hint_for
 from lmbridge._copying import NotCopyable
+from lmbridge._pending_call import explains_missing_await
 from lmbridge._scheduled_run import current_run, next_order_number
 from lmbridge._tasks import LoopGuard
 from lmbridge.client.auto_limits import auto_limits, default_limits

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
-from lmbridge.client.value_faults import LISTED_FAULTS, ValueFaultError
+from lmbridge.client.type_mismatches import LISTED_FAULTS, ValueFaultError
 
 _PYDANTIC_PACKAGES: Final = ("pydantic", "pydantic_core", "annotated_types")
 _PYDANTIC_METHODS: Final = ("__pydantic_core_schema__", "__get_pydantic_core_schema__")

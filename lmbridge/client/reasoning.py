@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from lmbridge._checks import MAPPING_TYPES, wrong_type
 from lmbridge.client import harmony
-from lmbridge.client.content import sort_content, text_of_part
+from lmbridge.client.content_parts import sort_content, text_of_part
 from lmbridge.errors import LLMValidationError
 
 

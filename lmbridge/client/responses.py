@@ -14,14 +14,14 @@ import attrs
 
 from lmbridge._checks import check_text, wrong_type
 from lmbridge.client import failures
+from lmbridge.client.answer_text import StreamedText
+from lmbridge.client.api_requests import ServerApi
 from lmbridge.client.completion_shape import is_broken_reason
 from lmbridge.client.error_body import Redact, is_error_object, parse_error_body
+from lmbridge.client.reply_stream import ReplyStream
 from lmbridge.client.response_accumulator import ResponseAccumulator
 from lmbridge.client.served_model import MismatchPolicy
-from lmbridge.client.server_api import ServerApi
-from lmbridge.client.stream import ReplyStream
 from lmbridge.client.surrogates import join_halves, may_hold_surrogates
-from lmbridge.client.text import StreamedText
 from lmbridge.errors import LLMError, LLMResponseError, LLMValidationError
 from lmbridge.transport import EventStream
 from lmbridge.types import Response, ResponseEventData

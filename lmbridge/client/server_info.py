@@ -27,10 +27,10 @@ from urllib.parse import quote
 import attrs
 
 from lmbridge._checks import is_integer
+from lmbridge.client.api_requests import ServerApi, is_damaged
 from lmbridge.client.lmstudio import find_lmstudio
 from lmbridge.client.model_lists import fetch_models
 from lmbridge.client.served_model import is_same_model
-from lmbridge.client.server_api import ServerApi, is_damaged
 from lmbridge.errors import LLMError
 from lmbridge.types import LMStudioModel
 

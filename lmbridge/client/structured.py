@@ -22,11 +22,11 @@ from lmbridge.client.chat_stream import ChatStream
 from lmbridge.client.collecting import collect
 from lmbridge.client.embedded_json import find_only_value, is_json
 from lmbridge.client.reasoning import split_reasoning
-from lmbridge.client.repetition import ends_in_repetition
-from lmbridge.client.schemas import simplify_answer_schema
-from lmbridge.client.stand_ins import cached_for_type
+from lmbridge.client.repeated_text import ends_in_repetition
+from lmbridge.client.sendable_schemas import simplify_answer_schema
+from lmbridge.client.type_mismatches import describe_fault
+from lmbridge.client.type_stand_ins import cached_for_type
 from lmbridge.client.typed_json import TypedJson
-from lmbridge.client.value_faults import describe_fault
 from lmbridge.errors import LLMResponseError, LLMValidationError
 from lmbridge.types import ChatCompletion
 

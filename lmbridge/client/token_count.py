@@ -24,8 +24,8 @@ import attrs
 import msgspec
 
 from lmbridge._checks import MAPPING_TYPES, is_integer
+from lmbridge.client.api_requests import PROBE_BYTES, PROBE_SECONDS, ServerApi, is_unknown_path
 from lmbridge.client.json_codec import encode_body
-from lmbridge.client.server_api import PROBE_BYTES, PROBE_SECONDS, ServerApi, is_unknown_path
 from lmbridge.errors import LLMError, ModelLoadError
 from lmbridge.transport import BaseTransport
 

@@ -1,6 +1,6 @@
 """The JSON schemas of Python types, with the descriptions that classes give their fields.
 
-msgspec generates the schemas; `stand_ins` provides the parts for types that it does not support.
+msgspec generates the schemas; `type_stand_ins` provides the parts for types that it does not support.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Literal
 import msgspec
 
 from lmbridge._docstrings import read_docstring
-from lmbridge.client.stand_ins import StandInType, annotations_of, classes_within, has_fields, supported_type
 from lmbridge.client.subschemas import map_subschemas
+from lmbridge.client.type_stand_ins import StandInType, annotations_of, classes_within, has_fields, supported_type
 
 
 def json_schema(annotation: Any) -> dict[str, Any]:

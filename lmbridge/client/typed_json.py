@@ -7,8 +7,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from lmbridge.client.stand_ins import read_stand_in, supported_type
 from lmbridge.client.type_schemas import json_schema
+from lmbridge.client.type_stand_ins import read_stand_in, supported_type
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from lmbridge._http_access import HostNames, bearer_token, is_same_key, is_same_origin
-from lmbridge.gateway.problems import Problem
+from lmbridge.gateway.gateway_errors import Problem
 
 _HOST_HINT: Final = "use one of the gateway's own addresses, or add the name to its allowed_hosts"
 

@@ -21,17 +21,17 @@ from lmbridge.config import Limits, Timeouts, as_timeouts, check_api_key, defaul
 from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.gateway.access import Access
 from lmbridge.gateway.activity import Activity
+from lmbridge.gateway.gateway_errors import RETRY_AFTER, Problem, problem_of
 from lmbridge.gateway.generations import COUNTS, ENDPOINTS, ForwardingOptions, Generations
 from lmbridge.gateway.http_server import HttpServer, IncomingRequest, RequestHandler, origin_of
 from lmbridge.gateway.metrics import load_prometheus, metrics_page
 from lmbridge.gateway.model_catalog import MODELS_PATH, ModelCatalog
-from lmbridge.gateway.patience import FIRST_COMMENT_SECONDS
-from lmbridge.gateway.problems import RETRY_AFTER, Problem, problem_of
 from lmbridge.gateway.status import status_of
 from lmbridge.gateway.status_page import StatusPage, load_status_page
+from lmbridge.gateway.waiting_comments import FIRST_COMMENT_SECONDS
 from lmbridge.transport import Transport
-from lmbridge.transport.interface import BaseTransport
-from lmbridge.transport.nodes import NodePool
+from lmbridge.transport.base_transport import BaseTransport
+from lmbridge.transport.node_pool import NodePool
 
 if TYPE_CHECKING:
     from lmbridge.transport.stats import ClientStats

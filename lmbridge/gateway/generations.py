@@ -15,28 +15,28 @@ import attrs
 from lmbridge._scheduled_run import current_run
 from lmbridge.client import failures
 from lmbridge.client.error_body import Redact, parse_error_body
-from lmbridge.client.servers import find_models
+from lmbridge.client.several_servers import find_models
 from lmbridge.client.usage import usage_in_body
 from lmbridge.config import Priority, Timeouts, check_priority
 from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.gateway.access import Access
 from lmbridge.gateway.activity import Activity, Entry
 from lmbridge.gateway.fair_order import FairOrder
+from lmbridge.gateway.gateway_errors import Problem, problem_of
 from lmbridge.gateway.http_server import IncomingRequest
-from lmbridge.gateway.passing import (
+from lmbridge.gateway.passing_body import (
     PassingBody,
     begins_with_error,
     end_to_end,
     headers_for_client,
     is_event_stream,
 )
-from lmbridge.gateway.patience import Patience
-from lmbridge.gateway.problems import Problem, problem_of
 from lmbridge.gateway.redaction import redacted_body
 from lmbridge.gateway.request_fields import read_fields
+from lmbridge.gateway.waiting_comments import Patience
 from lmbridge.transport import Call, ForwardedResponse, Interpreter, Request
+from lmbridge.transport.base_transport import BaseTransport
 from lmbridge.transport.decompression import decompressed_beginning
-from lmbridge.transport.interface import BaseTransport
 
 logger: logging.Logger = logging.getLogger("lmbridge.gateway")
 

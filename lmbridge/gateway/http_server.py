@@ -25,7 +25,7 @@ from aiohttp.http import HttpProcessingError
 
 from lmbridge._http_access import bracketed
 from lmbridge._tasks import settle
-from lmbridge.gateway.problems import Problem
+from lmbridge.gateway.gateway_errors import Problem
 from lmbridge.gateway.request_fields import body_too_large
 from lmbridge.transport.deadline import DeadlineTimer
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmbridge.gateway.activity import BUCKETS, Activity, Histogram
-from lmbridge.gateway.problems import Problem
+from lmbridge.gateway.gateway_errors import Problem
 from lmbridge.transport import Transport
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from lmbridge.client.failures import classify
 from lmbridge.client.json_codec import decode_json
 from lmbridge.config import Timeouts
 from lmbridge.errors import LLMError, LLMResponseError
+from lmbridge.gateway.gateway_errors import Problem
 from lmbridge.gateway.http_server import IncomingRequest
-from lmbridge.gateway.passing import headers_for_client
-from lmbridge.gateway.problems import Problem
+from lmbridge.gateway.passing_body import headers_for_client
 from lmbridge.gateway.redaction import redacted_body
 from lmbridge.transport import Interpreter, Request, Transport
 

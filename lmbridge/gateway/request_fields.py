@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import msgspec
 
-from lmbridge.gateway.problems import Problem
+from lmbridge.gateway.gateway_errors import Problem
 from lmbridge.transport.decompression import (
     BrokenCompression,
     Decompressor,

@@ -49,7 +49,7 @@ from lmbridge._version import __version__
 from lmbridge.gateway.activity import Activity, Entry
 from lmbridge.gateway.model_catalog import ModelCatalog
 from lmbridge.transport import Transport
-from lmbridge.transport.interface import BaseTransport
+from lmbridge.transport.base_transport import BaseTransport
 from lmbridge.transport.stats import ServerStats
 
 

@@ -22,7 +22,7 @@ from lmbridge._version import __version__
 from lmbridge.config import check_api_key, is_loopback
 from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.mcp.bridge.bridge import Bridge
-from lmbridge.mcp.bridge.host import HostLink, take_over_stdio
+from lmbridge.mcp.bridge.host_link import HostLink, take_over_stdio
 from lmbridge.mcp.bridge.patient_link import PatientLink
 from lmbridge.mcp.sdk import load_sdk
 from lmbridge.mcp.sdk.http_service import MCP_PATH, HttpAccess, serve_http

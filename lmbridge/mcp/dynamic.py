@@ -16,16 +16,16 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack, overload
 
-from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import wrong_type
 from lmbridge._copying import NotCopyable
+from lmbridge._pending_call import explains_missing_await
 from lmbridge.agent.agent import Agent, AnyJournal
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool
 from lmbridge.agent.result import ENDINGS, RunResult
-from lmbridge.agent.run_tools import OpenTools
 from lmbridge.agent.runs import RunHandle, RunStream
 from lmbridge.agent.sampling import SamplingOptions
 from lmbridge.agent.settings import MaxTokens, Task
+from lmbridge.agent.tool_sources import OpenTools
 from lmbridge.client import LLMClient
 from lmbridge.errors import (
     LLMValidationError,

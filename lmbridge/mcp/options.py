@@ -9,7 +9,6 @@ from lmbridge._checks import check_choice, invalid_argument
 from lmbridge.agent.agent import AnyJournal
 from lmbridge.agent.decision_gate import Gate
 from lmbridge.agent.definition_budget import MaxDefinitionTokens
-from lmbridge.agent.run_tools import AnyTool
 from lmbridge.agent.sampling import SamplingOptions
 from lmbridge.agent.settings import (
     Approve,
@@ -21,6 +20,7 @@ from lmbridge.agent.settings import (
     ToolSearch,
 )
 from lmbridge.agent.switching import SwitchPolicy
+from lmbridge.agent.tool_sources import AnyTool
 from lmbridge.client.context_overflow import ContextOverflow
 from lmbridge.client.questions import TrueFalse
 from lmbridge.config import Priority

@@ -10,7 +10,7 @@ import attrs
 
 from lmbridge.agent.agent import AnyJournal
 from lmbridge.agent.definition_budget import MaxDefinitionTokens, definition_limit
-from lmbridge.agent.run_tools import RunInfo, RunTools
+from lmbridge.agent.tool_sources import RunInfo, RunTools
 from lmbridge.errors import JournalError, MCPConnectionError, MCPError, MultiMCPError
 from lmbridge.mcp.servers.hub import McpHub
 

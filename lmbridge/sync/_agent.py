@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lmbridge.agent.decision_gate import Gate
     from lmbridge.agent.definition_budget import MaxDefinitionTokens
     from lmbridge.agent.result import RunResult, StopReason
-    from lmbridge.agent.run_tools import AnyTool, OpenTools
     from lmbridge.agent.sampling import SamplingOptions
     from lmbridge.agent.settings import (
         Approve,
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
         ToolSearch,
     )
     from lmbridge.agent.switching import SwitchPolicy
+    from lmbridge.agent.tool_sources import AnyTool, OpenTools
     from lmbridge.client.context_overflow import ContextOverflow
     from lmbridge.client.questions import TrueFalse
     from lmbridge.config import Priority

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from lmbridge.client.call_options import CallOptions, RequestOptions
     from lmbridge.client.chat_methods import _T
     from lmbridge.client.decisions import Decisions
-    from lmbridge.client.inputs import Texts
+    from lmbridge.client.input_checks import Texts
     from lmbridge.client.llm import ClientOptions
-    from lmbridge.client.model_managers import Capability, DownloadProgress, LoadProgress
+    from lmbridge.client.model_backends import Capability, DownloadProgress, LoadProgress
     from lmbridge.client.params import ChatParams, EmbeddingsParams, ResponseParams, TextParams
     from lmbridge.client.pool import PoolStats
-    from lmbridge.client.progress import ModelLoading
     from lmbridge.client.questions import Question
-    from lmbridge.client.raw import RawResponse
+    from lmbridge.client.raw_responses import RawResponse
     from lmbridge.client.responses import ResponseInput
     from lmbridge.client.served_model import MismatchMode
     from lmbridge.client.server_info import ModelInfo, ServerInfo
+    from lmbridge.client.server_progress import ModelLoading
     from lmbridge.client.token_count import TokenCount
     from lmbridge.config import Limits, Priority, Timeouts, Unset
     from lmbridge.errors import LLMError
@@ -129,7 +129,7 @@ class TextStream(Stream[TextCompletionChunk]):
     a plain text completion.
     """
 
-    wraps = "lmbridge.client.completions:TextStream"
+    wraps = "lmbridge.client.text_completions:TextStream"
 
     def text(self) -> Iterator[str]:
         """Returns an iterator over the pieces of the text; of several answers, only the first one counts."""
@@ -337,7 +337,7 @@ class Models(Wrapper):
     do not queue behind generations. Besides their own errors, all methods raise those of `LLMClient.chat_completion`.
     """
 
-    wraps = "lmbridge.client.model_management:Models"
+    wraps = "lmbridge.client.client_models:Models"
 
     def list(self, **options: Unpack[RequestOptions]) -> tuple[ModelInfo, ...]:
         """Returns the models of the server, as `LLMClient.server_info` does.
@@ -446,7 +446,7 @@ class RawResponses(Wrapper):
     The parameters and the errors are those of the client's methods. Streams have `status` and `headers` themselves.
     """
 
-    wraps = "lmbridge.client.raw:RawResponses"
+    wraps = "lmbridge.client.raw_responses:RawResponses"
 
     @overload
     def chat_completion(

@@ -34,7 +34,7 @@ from lmbridge.testing.cassette_file import (
 from lmbridge.testing.mcp_tape import McpTape
 from lmbridge.testing.wire import Headers
 from lmbridge.transport import faults
-from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse
+from lmbridge.transport.http_interface import ConnectionFailed, HttpRequest, HttpResponse
 from lmbridge.transport.interception import Send, interceptors, link_makers
 
 CassetteMode: TypeAlias = Literal["none", "once", "all"]

@@ -20,7 +20,7 @@ import msgspec
 
 from lmbridge.testing.mcp_tape import McpExchange
 from lmbridge.transport.headers import secret_pattern, secrets_in
-from lmbridge.transport.http import HttpRequest
+from lmbridge.transport.http_interface import HttpRequest
 
 FORMAT: Final = 1
 """The version of the format, which the file names."""

@@ -30,7 +30,7 @@ from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.testing import wire
 from lmbridge.transport import faults
-from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse
+from lmbridge.transport.http_interface import ConnectionFailed, HttpRequest, HttpResponse
 from lmbridge.transport.transport import Transport
 
 _DONE: Final = "[DONE]"

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from lmbridge.config import normalize_api_base
 from lmbridge.testing.scripted_server import running_origins
-from lmbridge.transport.http import HttpRequest, HttpResponse
+from lmbridge.transport.http_interface import HttpRequest, HttpResponse
 from lmbridge.transport.interception import Send, interceptors
 from lmbridge.transport.retry import WaitScale
 

@@ -4,10 +4,10 @@ It knows nothing about messages, tools, or what particular servers write in thei
 reply, it calls the functions that the client layer passes in a `Request`.
 """
 
+from lmbridge.transport.base_transport import BaseTransport
 from lmbridge.transport.calls import Call, Reply, Request, TokenUsage
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.forwarding import ForwardedResponse
-from lmbridge.transport.interface import BaseTransport
 from lmbridge.transport.interpreter import Interpreter
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder

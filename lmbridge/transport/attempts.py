@@ -21,7 +21,7 @@ from lmbridge.transport.credentials import Credentials
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.forwarding import ForwardedResponse
 from lmbridge.transport.headers import add_query, merge_headers
-from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
+from lmbridge.transport.http_interface import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
 from lmbridge.transport.open_state import OpenState, closed_error
 from lmbridge.transport.receive import receive_reply
 from lmbridge.transport.retry import REFUSED_BEFORE_WORK, Verdict

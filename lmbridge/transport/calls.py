@@ -34,7 +34,7 @@ from lmbridge.transport.sse import Event, NamedEvent
 if TYPE_CHECKING:
     from lmbridge.observe.observer import Observers
     from lmbridge.observe.watches import RequestWatch
-    from lmbridge.transport.failover import Failover
+    from lmbridge.transport.failover_interface import Failover
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 

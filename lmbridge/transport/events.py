@@ -17,7 +17,7 @@ from lmbridge.errors import LLMConnectionError, LLMError, LLMStreamError
 from lmbridge.transport.calls import Call
 from lmbridge.transport.deadline import Deadline
 from lmbridge.transport.faults import Phase
-from lmbridge.transport.http import ConnectionFailed, HttpResponse
+from lmbridge.transport.http_interface import ConnectionFailed, HttpResponse
 from lmbridge.transport.sse import Event, SSEDecoder
 
 DRAIN_SECONDS: Final = 0.25

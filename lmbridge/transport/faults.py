@@ -18,7 +18,7 @@ import attrs
 
 from lmbridge._text import shorten
 from lmbridge.errors import LLMConnectionError, LLMError, LLMResponseError, LLMTimeoutError
-from lmbridge.transport.http import ConnectionFailed
+from lmbridge.transport.http_interface import ConnectionFailed
 from lmbridge.transport.retry import Verdict
 
 

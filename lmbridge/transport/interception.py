@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeAlias
 
-from lmbridge.transport.http import HttpRequest, HttpResponse
+from lmbridge.transport.http_interface import HttpRequest, HttpResponse
 
 Send: TypeAlias = Callable[[HttpRequest], Coroutine[Any, Any, HttpResponse]]
 """A function that sends a request over a socket, as `HttpSession.send` does."""

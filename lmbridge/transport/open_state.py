@@ -19,7 +19,7 @@ from lmbridge.transport.calls import Call
 from lmbridge.transport.deadline import DeadlineTimer
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.forwarding import ForwardedResponse
-from lmbridge.transport.http import HttpSession
+from lmbridge.transport.http_interface import HttpSession
 from lmbridge.transport.limit_search import LimitSearch
 
 

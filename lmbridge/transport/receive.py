@@ -7,7 +7,7 @@ from typing import Final
 
 from lmbridge.transport.calls import Call, Reply
 from lmbridge.transport.events import EventStream
-from lmbridge.transport.http import ConnectionFailed, HttpResponse
+from lmbridge.transport.http_interface import ConnectionFailed, HttpResponse
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder, begins_event_stream
 

@@ -64,7 +64,7 @@ from lmbridge.transport.decompression import (
     decompressor_for,
 )
 from lmbridge.transport.head_guard import ConnectionGuard, guard_of
-from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
+from lmbridge.transport.http_interface import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
 from lmbridge.transport.interception import interceptors
 
 _Error = TypeVar("_Error", bound=BaseException)

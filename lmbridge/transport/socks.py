@@ -14,7 +14,7 @@ import attrs
 
 from lmbridge.errors import LLMValidationError
 from lmbridge.transport import faults
-from lmbridge.transport.http import ConnectionFailed
+from lmbridge.transport.http_interface import ConnectionFailed
 
 _SCHEMES: Final = {"socks5": "socks5", "socks5h": "socks5", "socks4": "socks4", "socks4a": "socks4"}
 """The schemes of SOCKS proxies, and the names by which aiohttp-socks knows them."""

@@ -14,7 +14,7 @@ HTTP session could not take the total time limit into account. A separate task f
 cancel, would cost more than all other bookkeeping of a request; instead, `close` closes the session, which wakes every
 task that waits for a response.
 
-The transport does not send anything itself: it uses the interface in `lmbridge.transport.http`.
+The transport does not send anything itself: it uses the interface in `lmbridge.transport.http_interface`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from lmbridge.transport.forwarding import ForwardedResponse, receive_forwarded
 from lmbridge.transport.headers import (
     check_headers,
 )
-from lmbridge.transport.http import HttpSession
+from lmbridge.transport.http_interface import HttpSession
 from lmbridge.transport.limit_search import LimitFinder, LimitSearch, as_finder
 from lmbridge.transport.open_state import OpenState
 from lmbridge.transport.options import api_roots, check_any_proxy, choose_auth

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from lmbridge import Agent
-from lmbridge.agent.conversation import check_pairs
+from lmbridge.agent.continued_messages import check_pairs
 from lmbridge.agent.history import History, Turn, resendable_call
-from lmbridge.agent.reply import ModelReply
+from lmbridge.agent.model_reply import ModelReply
 from lmbridge.testing import Behaviour, RecordedRequest, ScriptedServer, answer
 
 

@@ -22,7 +22,7 @@ from lmbridge import (
     TaskCancelledError,
 )
 from lmbridge.agent.compaction import Compactor
-from lmbridge.agent.conversation import Message
+from lmbridge.agent.continued_messages import Message
 from lmbridge.agent.history import History
 from lmbridge.agent.settings import CompactionMode
 from lmbridge.agent.tokens import ContextBudget

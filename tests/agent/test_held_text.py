@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lmbridge import Agent, LLMClient, TextDelta
-from lmbridge.agent.held_text import HeldText
+from lmbridge.agent.text_calls.held_text import HeldText
 from lmbridge.testing import ScriptedServer, answer, sse
 from tests.agent.call_examples import EXAMPLES, JSON
 from tests.agent.support import add, collect_events

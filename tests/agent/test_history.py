@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmbridge import Agent, LLMClient, LLMValidationError
-from lmbridge.agent.conversation import check_pairs
+from lmbridge.agent.continued_messages import check_pairs
 from lmbridge.agent.history import History, valid_arguments
 from lmbridge.client.token_count import size_of
 from lmbridge.testing import ScriptedServer, answer

@@ -10,8 +10,8 @@ import pytest
 
 from lmbridge import Agent, LLMClient, LLMResponseError, ModelNudged, RunFinished
 from lmbridge.agent.history import History
+from lmbridge.agent.model_reply import ModelReply
 from lmbridge.agent.nudges import find_flaw, is_promise
-from lmbridge.agent.reply import ModelReply
 from lmbridge.agent.toolset import Toolset
 from lmbridge.testing import Behaviour, ScriptedServer, answer
 from tests.agent.support import add, asks, asks_raw, calls, check_valid, generations, read_reply, sent

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lmbridge.agent.pattern_syntax import UnsupportedPatternError
 from lmbridge.agent.patterns import compile_pattern
-from lmbridge.agent.step_limit import StepLimit, StepLimitError
+from lmbridge.agent.schema_check_limit import StepLimit, StepLimitError
 from tests.support import assert_linear
 
 _ATOMS = st.sampled_from(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lmbridge import Agent, LLMClient, ToolCall, ToolCallFinished, ToolCallStarted
-from lmbridge.agent.name_repair import find_meant_name
+from lmbridge.agent.unknown_tools import find_meant_name
 from lmbridge.testing import ScriptedServer, answer
 from tests.agent.support import add, asks, asks_raw, calls, check_valid, collect_events, sent, tool_texts
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lmbridge import Agent, LLMClient, LLMValidationError
-from lmbridge.agent.call_syntaxes import CALL_SYNTAXES
-from lmbridge.agent.text_calls import may_have_calls, read_text_calls
+from lmbridge.agent.text_calls.finding import may_have_calls, read_text_calls
+from lmbridge.agent.text_calls.syntaxes import CALL_SYNTAXES
 from lmbridge.agent.toolset import ReadyCall, Toolset
 from lmbridge.testing import ScriptedServer, answer
 from tests.agent.call_examples import EXAMPLES, JSON, Example

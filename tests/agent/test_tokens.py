@@ -133,7 +133,7 @@ async def test_a_run_cannot_be_stopped_by_a_count_that_never_arrives(
     scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On a busy machine, the request itself takes a moment.
-    monkeypatch.setattr("lmbridge.agent.source._COUNT_SECONDS", 0.5)
+    monkeypatch.setattr("lmbridge.agent.client_source._COUNT_SECONDS", 0.5)
     scripted_server.on_path(COUNTS, stall())
     [counted], messages = await continue_conversation(scripted_server, 3000)
     await scripted_server.wait_until(lambda: counted.aborted)

@@ -13,11 +13,11 @@ import pytest
 
 from lmbridge import Agent, LLMClient, LLMValidationError, Tool, ToolCall
 from lmbridge.agent import tools
+from lmbridge.agent.argument_checks import build_validator
 from lmbridge.agent.definition_budget import definition_tokens
-from lmbridge.agent.run_tools import RunInfo, ToolSources
-from lmbridge.agent.schemas import build_validator
 from lmbridge.agent.tool_ranking import KeywordRanker
 from lmbridge.agent.tool_search import SearchableToolset, ToolSearchOptions
+from lmbridge.agent.tool_sources import RunInfo, ToolSources
 from lmbridge.agent.toolset import Toolset
 from lmbridge.testing import ScriptedServer, answer, reply
 from tests.agent.support import add, asks, asks_raw, calls, check_valid, generations, sent, tool_texts

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmbridge import LLMValidationError, MCPError, Tool, ToolCall, ToolContext, ToolError
-from lmbridge.agent.schemas import build_validator
-from lmbridge.agent.step_limit import STEPS_AT_ONCE, spend_steps
-from lmbridge.agent.text_calls import read_text_calls
+from lmbridge.agent.argument_checks import build_validator
+from lmbridge.agent.schema_check_limit import STEPS_AT_ONCE, spend_steps
+from lmbridge.agent.text_calls.finding import read_text_calls
 from lmbridge.agent.tool_names import names_in_requests, names_in_run
 from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
 from tests.support import assert_linear, replaced

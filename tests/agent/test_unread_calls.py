@@ -8,8 +8,8 @@ import logging
 import pytest
 
 from lmbridge import Agent, LLMClient
-from lmbridge.agent.text_calls import read_text_calls, without_repetition, without_template_tokens
-from lmbridge.agent.unread_calls import _SIGNS, _UNREAD_SYNTAXES, describe_markup, repeated_unit
+from lmbridge.agent.text_calls.finding import read_text_calls, without_repetition, without_template_tokens
+from lmbridge.agent.text_calls.unread_calls import _SIGNS, _UNREAD_SYNTAXES, describe_markup, repeated_unit
 from lmbridge.testing import ScriptedServer, answer
 from tests.agent.support import add, asks_raw, calls, check_valid, sent, tool_texts
 from tests.support import assert_linear

@@ -8,9 +8,9 @@ import pytest
 
 from lmbridge import FoundServer, Limits, LLMAuthenticationError, ModelInfo, ServerInfo
 from lmbridge.cli import connection
+from lmbridge.cli.command_runner import CommandError, UsageError
 from lmbridge.cli.connection import choose_model, connect_to_server, find_server
 from lmbridge.cli.options import ServerOptions
-from lmbridge.cli.running import CommandError, UsageError
 from lmbridge.cli.server_checks import check_model_switch
 from lmbridge.cli.terminal import Terminal
 from lmbridge.testing import OneModelServer, ScriptedServer, reply

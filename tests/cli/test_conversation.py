@@ -20,20 +20,20 @@ from prompt_toolkit.output import DummyOutput
 from lmbridge.cli.answer_view import AnswerView
 from lmbridge.cli.chat_commands import COMMANDS
 from lmbridge.cli.chat_options import ChatOptions
+from lmbridge.cli.command_runner import Signals
 from lmbridge.cli.connection import connect_to_server
 from lmbridge.cli.conversation import Conversation
 from lmbridge.cli.conversation_log import ConversationLog
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.options import ServerOptions
-from lmbridge.cli.running import Signals
 from lmbridge.cli.terminal import Terminal
 from lmbridge.cli.tool_access import ToolAccess
 from lmbridge.cli.tool_options import ToolOptions
 from lmbridge.cli.turns import ChatTurn
 from lmbridge.testing import ScriptedServer, answer, reply, stall
 from lmbridge.testing.completions import completion_chunk
-from tests.cli.test_agent_run import FakeHub, calling
 from tests.cli.test_chat import PNG
+from tests.cli.test_run import FakeHub, calling
 
 LEAVE = "\x04"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from lmbridge.cli.command_runner import CommandError
 from lmbridge.cli.conversation_log import ConversationLog, data_folder
-from lmbridge.cli.running import CommandError
 
 SERVER = "http://127.0.0.1:1234/v1"
 QUESTION = {"role": "user", "content": "Hello"}

@@ -15,7 +15,7 @@ from lmbridge.cli import models
 from lmbridge.cli.terminal import Terminal
 from lmbridge.testing import Exchange, reply
 from tests.cli.support import Command
-from tests.client.test_model_management import SUCCESS, Router, loading
+from tests.client.test_client_models import SUCCESS, Router, loading
 from tests.threaded_server import ThreadedServer
 
 LM_STUDIO = {

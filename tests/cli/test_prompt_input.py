@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from lmbridge.cli.command_runner import Signals
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.prompt_input import whole_prompt
-from lmbridge.cli.running import Signals
 from lmbridge.cli.terminal import Terminal
-from tests.cli.test_running import status
+from tests.cli.test_command_runner import status
 
 WAITING = """
 from lmbridge.cli.prompt_input import whole_prompt
-from lmbridge.cli.running import run
+from lmbridge.cli.command_runner import run
 import typer
 
 async def work(terminal, signals):

@@ -23,10 +23,10 @@ from lmbridge import (
     TextDelta,
 )
 from lmbridge.agent.result import CompactionKind, CompactionStep, Nudge, Round
-from lmbridge.cli.agent_run import RunOutput, show_run
 from lmbridge.cli.answer_view import AnswerView
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.queue_times import QueueTimes
+from lmbridge.cli.run import RunOutput, show_run
 from lmbridge.cli.run_view import RoundMeter, show_events
 from lmbridge.cli.terminal import Terminal
 from lmbridge.observe import RequestAdmitted, RequestEnded, RequestQueued, RoundBegun

@@ -405,7 +405,7 @@ async def test_an_end_that_is_not_certain_is_logged_as_a_warning(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lmbridge.client.stream._GRACE_AFTER_TEXT", 0.01)
+    monkeypatch.setattr("lmbridge.client.reply_stream._GRACE_AFTER_TEXT", 0.01)
     scripted_server.script(
         sends([finished(endpoint, "one")], stay),
         sends([finished(endpoint, "one"), {"choices": [], "usage": USAGE}], stay),

@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 from lmbridge import LLMClient, LLMError, LLMResponseError, collect
-from lmbridge.client.stream import ReplyStream
+from lmbridge.client.reply_stream import ReplyStream
 from lmbridge.testing import ScriptedServer, raw
 from tests.client.test_captures import Capture, parse, split_bytes
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lmbridge import LLMClient, ModelNotFoundError, Transport
-from lmbridge.client import model_lists, server_api
+from lmbridge.client import api_requests, model_lists
 from lmbridge.testing import MockRequest, MockTransport, ScriptedServer, reply, sse, stall
 from tests.support import MESSAGES, cancel_at_each_step, in_flight, piece
 
@@ -137,7 +137,7 @@ async def test_a_failed_look_up_does_not_hide_the_error(
     server: ScriptedServer, client: LLMClient, monkeypatch: pytest.MonkeyPatch, failure: Any, stream: bool
 ) -> None:
     monkeypatch.setattr(model_lists, "LOOK_UP_SECONDS", 0.05)
-    monkeypatch.setattr(server_api, "PROBE_BYTES", 4000)
+    monkeypatch.setattr(api_requests, "PROBE_BYTES", 4000)
     server.on_path("/v1/models", failure)
     error = await error_of(client.chat_completion(MESSAGES, stream=stream))
     assert (error.message, error.available_models) == ("model 'qwen3-4' not found", [])

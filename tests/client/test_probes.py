@@ -11,19 +11,19 @@ from lmbridge import (
     LLMTimeoutError,
     Timeouts,
 )
-from lmbridge.client import llm, server_api
+from lmbridge.client import api_requests, llm
 from lmbridge.testing import ScriptedServer, reply, reset, stall
 
 
 def test_lists_and_health_checks_have_the_documented_limits() -> None:
-    assert (server_api.PROBE_SECONDS, llm.HEALTH_CHECK_SECONDS) == (10, 5)
+    assert (api_requests.PROBE_SECONDS, llm.HEALTH_CHECK_SECONDS) == (10, 5)
 
 
 async def test_a_list_and_a_health_check_have_shorter_limits_than_a_generation(
     scripted_server: ScriptedServer, client: LLMClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted_server.on_path("/v1/models", stall())
-    monkeypatch.setattr(server_api, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(api_requests, "PROBE_SECONDS", 0.05)
     monkeypatch.setattr(llm, "HEALTH_CHECK_SECONDS", 0.05)
     assert await client.health_check() is False
     with pytest.raises(LLMTimeoutError) as caught:
@@ -47,7 +47,7 @@ async def test_each_limit_applies_to_the_question_about_the_parameters_of_a_mode
     scripted_server.on_path("/api/ps", reply(200, {"models": []}))
     scripted_server.on_path("/api/show", stall())
     if place == "probes":
-        monkeypatch.setattr(server_api, "PROBE_SECONDS", 0.05)
+        monkeypatch.setattr(api_requests, "PROBE_SECONDS", 0.05)
     timeouts = Timeouts(first_byte=0.05) if place == "the client" else Timeouts()
     options: Any = {"timeout": 0.05} if place == "the call" else {}
     async with LLMClient(scripted_server.api_base, "m", timeout=timeouts) as client:

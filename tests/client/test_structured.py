@@ -17,7 +17,7 @@ import pytest
 from msgspec import Meta
 
 from lmbridge import LLMClient, LLMError, LLMResponseError, LLMStreamError, LLMValidationError
-from lmbridge.client.schemas import simplify_answer_schema
+from lmbridge.client.sendable_schemas import simplify_answer_schema
 from lmbridge.client.structured import answer_format_of
 from lmbridge.testing import ScriptedServer, answer, reply, sse
 from tests.support import MESSAGES, cancel_at_each_step, in_flight, piece

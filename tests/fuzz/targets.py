@@ -25,12 +25,12 @@ from lmbridge.client import failures
 from lmbridge.client.chat_accumulator import accumulator_for
 from lmbridge.client.error_body import parse_error_body, reports_error
 from lmbridge.client.response_accumulator import ResponseAccumulator
-from lmbridge.gateway.problems import Problem
+from lmbridge.gateway.gateway_errors import Problem
 from lmbridge.gateway.request_fields import read_fields
 from lmbridge.mcp.config.files import load_config
 from lmbridge.mcp.jsonrpc import MessageReader, MessageTooLargeError, parse_json
 from lmbridge.mcp.sdk.event_stream import EventReader
-from lmbridge.mcp.sdk.exchange import MessageExchange, NotificationHandlers, has_name
+from lmbridge.mcp.sdk.message_filter import MessageExchange, NotificationHandlers, has_name
 from lmbridge.mcp.sdk.sent_requests import track_request
 from lmbridge.mcp.servers.definitions import describe_tool, read_hints, sanitize_schema
 from lmbridge.mcp.servers.results import McpText, read_result

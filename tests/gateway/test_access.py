@@ -18,7 +18,7 @@ from lmbridge import Limits, LLMValidationError
 from lmbridge._http_access import is_same_key
 from lmbridge.gateway import Gateway
 from lmbridge.gateway.access import Access
-from lmbridge.gateway.problems import Problem
+from lmbridge.gateway.gateway_errors import Problem
 from lmbridge.testing import Exchange, ScriptedServer, raw, reply
 from lmbridge.transport import Transport
 from tests.gateway.support import BODY, CHAT, PATHS, STREAM, Client, fetch, fetch_json

@@ -21,7 +21,7 @@ from lmbridge.gateway import Gateway
 from lmbridge.gateway.__main__ import main
 from lmbridge.gateway.http_server import HttpServer, IncomingRequest
 from lmbridge.testing import Exchange, MockTransport, ScriptedServer, answer, hang_up, reply, stall
-from lmbridge.transport.nodes import NodePool
+from lmbridge.transport.node_pool import NodePool
 from lmbridge.transport.transport import Transport
 from tests.gateway.support import BODY, CHAT, STREAM, Client, fetch, fetch_json
 from tests.support import HALF, cancel_at_each_step, turns

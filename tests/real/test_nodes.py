@@ -14,7 +14,7 @@ import pytest
 
 from lmbridge import LLMClient, LLMStreamError, LocalServer, NodePool, Transport, collect
 from lmbridge.config import Limits
-from lmbridge.transport.http import HttpRequest, HttpResponse, HttpSession
+from lmbridge.transport.http_interface import HttpRequest, HttpResponse, HttpSession
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -48,7 +48,7 @@ from lmbridge import (
     discover,
     pick_tools,
 )
-from lmbridge.client import lmstudio, model_managers
+from lmbridge.client import lmstudio, model_backends
 from lmbridge.client.auto_limits import auto_limits
 from lmbridge.fleet import map_runs
 from lmbridge.gateway import Gateway
@@ -56,7 +56,7 @@ from lmbridge.mcp import McpHub
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply, sse
 from tests.agent.support import add, asks, calls
 from tests.client import test_lmstudio as of_lmstudio
-from tests.client.test_model_management import Router, loading
+from tests.client.test_client_models import Router, loading
 from tests.client.test_responses import ALL, WHOLE
 from tests.mcp.support import scripted
 from tests.reliability import report
@@ -206,9 +206,9 @@ def _two_servers(world: World) -> Operation:
 
 def _without_waiting(world: World) -> None:
     """Makes the client ask without a pause how far a server is."""
-    for module in (lmstudio, model_managers):
+    for module in (lmstudio, model_backends):
         world.stack.enter_context(patch.object(module, "POLL_SECONDS", 0.001))
-    world.stack.enter_context(patch.object(model_managers, "_LOAD_POLL_SECONDS", 0.001))
+    world.stack.enter_context(patch.object(model_backends, "_LOAD_POLL_SECONDS", 0.001))
 
 
 def _router(world: World) -> Operation:

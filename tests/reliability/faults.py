@@ -40,7 +40,7 @@ from unittest.mock import patch
 import attrs
 
 from lmbridge import LLMClient, LLMError, LLMTimeoutError, Timeouts
-from lmbridge.client import llm, lmstudio, model_managers, server_api, token_count
+from lmbridge.client import api_requests, llm, lmstudio, model_backends, token_count
 from lmbridge.testing import FaultKind, FaultProxy, MockRequest, MockResponse, MockTransport, WireFault
 from tests.reliability import report
 from tests.reliability.exchanges import MODEL, recorded_calls
@@ -61,10 +61,10 @@ _MOST_SECONDS: Final = _PATIENCE + 60.0
 _SECONDS: Final = (
     # A jump of the clock takes a moment, and a client that asks how far a server is would make many.
     (lmstudio, "POLL_SECONDS", 0.001),
-    (model_managers, "POLL_SECONDS", 0.001),
-    (model_managers, "_LOAD_POLL_SECONDS", 0.001),
+    (model_backends, "POLL_SECONDS", 0.001),
+    (model_backends, "_LOAD_POLL_SECONDS", 0.001),
     # These limits are shorter than that of a call, and a busy machine is slow.
-    (server_api, "PROBE_SECONDS", _PATIENCE),
+    (api_requests, "PROBE_SECONDS", _PATIENCE),
     (token_count, "PROBE_SECONDS", _PATIENCE),
     (llm, "HEALTH_CHECK_SECONDS", _PATIENCE),
 )

@@ -13,9 +13,9 @@ import attrs
 import msgspec
 
 from lmbridge import LLMClient
+from tests.client.test_client_models import SUCCESS
 from tests.client.test_decide import ANSWERS, QUESTIONS, STATE
 from tests.client.test_lmstudio import GEMMA, LOADED, status
-from tests.client.test_model_management import SUCCESS
 from tests.client.test_server_info import RUNNING, TAGS
 from tests.reliability.steps import RecordedCall, Step, as_plain, items_of
 from tests.support import MESSAGES

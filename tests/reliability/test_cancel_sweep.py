@@ -9,8 +9,8 @@ import pytest
 
 import lmbridge
 from lmbridge import fleet, gateway, mcp
+from lmbridge.client.client_models import Models
 from lmbridge.client.lmstudio import LMStudio
-from lmbridge.client.model_management import Models
 from tests.reliability.cancel_sweep import LOOPS, OPERATIONS, SLOW, run
 from tests.reliability.cancelling import WAYS, Way, WrongOutcome, cancel_at
 from tests.reliability.public_coroutines import asynchronous_members, is_asynchronous

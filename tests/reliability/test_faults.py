@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from lmbridge import LLMClient, LLMResponseError
+from lmbridge.client.client_models import Models
 from lmbridge.client.lmstudio import LMStudio
-from lmbridge.client.model_management import Models
 from lmbridge.testing import FaultKind
 from tests.reliability.exchanges import MODEL, recorded_calls
 from tests.reliability.faults import KINDS, Group, body_before, clean_value, run_group, texts_before

@@ -20,7 +20,7 @@ import pytest_asyncio
 
 from lmbridge.testing import ScriptedServer, answer, hang_up, raw, reply, stall
 from lmbridge.transport import faults, session
-from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
+from lmbridge.transport.http_interface import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.session import AIOHTTP_FAULTS, AiohttpSession
 from tests.support import turns

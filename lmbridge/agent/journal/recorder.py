@@ -22,8 +22,8 @@ from lmbridge.agent.journal.steps import (
     describe_end,
     describe_result,
 )
-from lmbridge.agent.reply import ModelReply
-from lmbridge.agent.run_journal import FinishedRun, RecordedCall, RecordedReply, RecordedResult
+from lmbridge.agent.journal_interface import FinishedRun, RecordedCall, RecordedReply, RecordedResult
+from lmbridge.agent.model_reply import ModelReply
 from lmbridge.errors import JournalError
 
 

@@ -27,10 +27,10 @@ import attrs
 import msgspec
 
 from lmbridge.agent.journal.database import StoredStep
-from lmbridge.agent.reply import ModelReply
+from lmbridge.agent.journal_interface import FinishedRun, RecordedCall, RecordedReply, RecordedResult
+from lmbridge.agent.model_reply import ModelReply
 from lmbridge.agent.result import RunResult, StopReason
 from lmbridge.agent.result_images import ImagePlace
-from lmbridge.agent.run_journal import FinishedRun, RecordedCall, RecordedReply, RecordedResult
 from lmbridge.agent.tools import ToolCall
 from lmbridge.errors import LLMError
 from lmbridge.types import RunUsage

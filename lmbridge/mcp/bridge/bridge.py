@@ -21,7 +21,7 @@ from lmbridge.agent.tools import Tool
 from lmbridge.agent.toolset import InvalidCall, Toolset
 from lmbridge.client import LLMClient
 from lmbridge.client.collecting import collect
-from lmbridge.client.stream import ReplyStream
+from lmbridge.client.reply_stream import ReplyStream
 from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.mcp.bridge import answers
 from lmbridge.mcp.bridge.progress import HostProgressReporter, current_progress

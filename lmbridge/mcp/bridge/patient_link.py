@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from lmbridge.mcp.bridge.host import HostLink
+from lmbridge.mcp.bridge.host_link import HostLink
 
 _HOST_CHECK_SECONDS: Final = 0.1
 """How often the wait for answers checks whether the host still reads, in seconds."""

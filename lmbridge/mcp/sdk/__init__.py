@@ -6,7 +6,7 @@ side; `bridge` and `lmbridge.mcp.__main__` use `sdk.server_session`, for the ser
 """
 
 from lmbridge.mcp.sdk.client_session import UNUSABLE_REASON, McpSession, open_mcp_session
-from lmbridge.mcp.sdk.exchange import NotificationHandlers
+from lmbridge.mcp.sdk.message_filter import NotificationHandlers
 from lmbridge.mcp.sdk.normalize import MOST_TOOLS, TOO_MANY_TOOLS
 from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2, load_sdk
 from lmbridge.mcp.sdk.sent_requests import CallListener

@@ -25,9 +25,9 @@ from lmbridge._tasks import list_in_slices
 from lmbridge._version import __version__
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import MessageLink
-from lmbridge.mcp.sdk.exchange import MessageExchange, NotificationHandlers, has_name
 from lmbridge.mcp.sdk.http import open_http_connection
 from lmbridge.mcp.sdk.http_auth import FetchHeaders
+from lmbridge.mcp.sdk.message_filter import MessageExchange, NotificationHandlers, has_name
 from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2
 from lmbridge.mcp.sdk.sent_requests import CallListener, SentRequest, track_request
 from lmbridge.mcp.sdk.session_errors import (

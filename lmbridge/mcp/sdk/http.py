@@ -28,7 +28,6 @@ from lmbridge._tasks import end_task
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import LARGEST_MESSAGE, MessageTooLargeError, parse_json
 from lmbridge.mcp.sdk.event_stream import Event
-from lmbridge.mcp.sdk.exchange import REMEMBERED_REQUESTS
 from lmbridge.mcp.sdk.forgotten_sessions import (
     SESSION_STATUSES,
     error_words,
@@ -48,6 +47,7 @@ from lmbridge.mcp.sdk.http_client import (
 )
 from lmbridge.mcp.sdk.http_statuses import ERROR_BODY_LIMIT, find_error, quote_body, status_hint, status_reason
 from lmbridge.mcp.sdk.http_streams import EventStreams, StreamPosition
+from lmbridge.mcp.sdk.message_filter import REMEMBERED_REQUESTS
 from lmbridge.mcp.sdk.session_errors import (
     RefusedError,
     RequestLostError,

@@ -20,7 +20,7 @@ import msgspec
 
 from lmbridge._tasks import run_in_slices
 from lmbridge.mcp.jsonrpc import MessageLink
-from lmbridge.mcp.sdk.exchange import MessageExchange
+from lmbridge.mcp.sdk.message_filter import MessageExchange
 from lmbridge.mcp.sdk.package import is_v2
 from lmbridge.mcp.sdk.session_errors import SessionLostError, describe_error
 

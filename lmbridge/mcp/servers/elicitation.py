@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 import attrs
 
-from lmbridge.agent.schemas import build_validator
-from lmbridge.client.schemas import simplify_parameters
+from lmbridge.agent.argument_checks import build_validator
+from lmbridge.client.sendable_schemas import simplify_parameters
 from lmbridge.errors import LLMValidationError
 from lmbridge.mcp.sdk import InvalidQuestionError
 from lmbridge.mcp.servers.sanitize import sanitize_text

@@ -1,4 +1,4 @@
-"""`WindowsStdioLink`: a stdio server on Windows, through the transport of the SDK; see `lmbridge.mcp.sdk.stdio`."""
+"""`WindowsStdioLink`: a stdio server on Windows, through the transport of the SDK; see `lmbridge.mcp.sdk.sdk_stdio`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lmbridge.mcp.config.server_spec import ServerSpec
-from lmbridge.mcp.sdk.stdio import SdkStdioLink
+from lmbridge.mcp.sdk.sdk_stdio import SdkStdioLink
 from lmbridge.mcp.servers.environment import base_environment, redact_proxy_passwords
 from lmbridge.mcp.servers.package_runners import runner_environment
 from lmbridge.mcp.servers.sanitize import sanitize_text

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lmbridge import Agent, JournalError, LLMClient, Tool
-from lmbridge.agent.journal import database, recorder, resuming  # noqa: F401 - imported once, before the forks
+from lmbridge.agent.journal import database, recorder, stored_options  # noqa: F401 - imported once, before the forks
 
 TASK: Final = "Work."
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lmbridge.agent.run_journal import UNCERTAIN_RESULT
+from lmbridge.agent.journal_interface import UNCERTAIN_RESULT
 from lmbridge.testing import Exchange, ScriptedServer
 from tests.agent.support import asks, calls, check_valid, tool_texts
 

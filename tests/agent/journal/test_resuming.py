@@ -28,7 +28,7 @@ from lmbridge import (
 )
 from lmbridge import Gate as DecisionGate
 from lmbridge.agent.journal import database
-from lmbridge.agent.run_journal import UNCERTAIN_RESULT
+from lmbridge.agent.journal_interface import UNCERTAIN_RESULT
 from lmbridge.observe import ObservedEvent, RunBegun, RunEnded
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply, stall
 from tests.agent.journal.support import Counted, hold_writes, interrupt, interrupt_after

@@ -13,7 +13,7 @@ import pytest
 
 from lmbridge.mcp.__main__ import main
 from lmbridge.mcp.bridge.bridge import Bridge
-from lmbridge.mcp.bridge.host import HostLink
+from lmbridge.mcp.bridge.host_link import HostLink
 from lmbridge.mcp.bridge.patient_link import PatientLink
 from lmbridge.mcp.sdk.server_session import build_server, serve
 from lmbridge.testing import ScriptedServer, answer, stall

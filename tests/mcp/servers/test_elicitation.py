@@ -318,7 +318,7 @@ async def test_a_call_that_needs_a_visit_is_made_again_after(make_hub: MakeHub, 
 async def test_a_visit_that_is_not_reported_is_waited_for_only_for_a_while(
     make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.sdk.questions._VISIT_SECONDS", 0.05)
+    monkeypatch.setattr("lmbridge.mcp.sdk.elicitation_messages._VISIT_SECONDS", 0.05)
     lease = await make_hub({"a": asking(urls=URLS)}, on_elicitation=lambda each: each.accept()).tools()
     assert await function_of(lease, "visit")() == "visit"
 
