@@ -10,7 +10,6 @@ most of their tools only after a call of one of the first.
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
@@ -41,9 +40,9 @@ from lmbridge.agent.text_calls.finding import (
     to_wire_call,
 )
 from lmbridge.agent.tool_execution import ToolOutcome, call_tool
-from lmbridge.agent.tool_names import LONGEST_NAME, name_of_added_tool, names_in_requests, names_in_run
+from lmbridge.agent.tool_names import name_of_added_tool, names_in_requests, names_in_run
 from lmbridge.agent.tools import GrowingToolProvider, Tool, ToolCall, ToolContext, ToolProvider, as_tool
-from lmbridge.agent.unknown_tools import find_meant_name
+from lmbridge.agent.unknown_tools import describe_unknown, find_meant_name
 from lmbridge.client.input_checks import CheckedList
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
 
@@ -53,10 +52,6 @@ __all__ = ["InvalidCall", "ReadyCall", "ToolOutcome", "Toolset"]
 
 _MOST_LEVELS: Final = 200
 """The levels of nesting in arguments beyond which a call is not made. Deeper arguments could not always be encoded."""
-_QUOTED_CHARACTERS: Final = 200
-"""How many characters of an unknown name an error text quotes."""
-_LISTED_NAMES: Final = 50
-"""How many tools an error text lists."""
 _LARGE_ARGUMENTS: Final = 50_000
 """The number of characters, keys or items in arguments beyond which a call is read in a thread."""
 
@@ -270,7 +265,9 @@ class Toolset:
         call_id, asked = str(call.get("id") or ""), asked_name(call)
         sent, problem, inexact = decode_arguments(arguments_of(call))
         if name is None:
-            return InvalidCall(call_id, asked, self._describe_unknown(asked), bad_arguments=_are_bad(sent))
+            return InvalidCall(
+                call_id, asked, describe_unknown(asked, self.names, self._tools), bad_arguments=_are_bad(sent)
+            )
         tool, decoded = self._tools[name], sent
         if decoded is None and problem is None:
             decoded, problem = without_arguments(tool)
@@ -382,16 +379,6 @@ class Toolset:
             return exact
         meant = find_meant_name(asked, self._request_names)
         return None if meant is None else self._request_names[meant]
-
-    def _describe_unknown(self, asked: str) -> str:
-        """Says that a tool does not exist, and lists those that do, with the most similar names first."""
-        problem = f"there is no tool {shorten(asked, _QUOTED_CHARACTERS)!r}" if asked else "the call names no tool"
-        if not self.names:
-            return f"{problem}: there are no tools"
-        similar = difflib.get_close_matches(asked[:LONGEST_NAME].lower(), self._tools)
-        names = [*similar, *(name for name in self.names if name not in similar)]
-        more = f", and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
-        return f"{problem}; there are: {', '.join(names[:_LISTED_NAMES])}{more}"
 
 
 async def collect_tools(

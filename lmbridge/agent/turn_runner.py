@@ -9,61 +9,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import attrs
 import msgspec
 
 from lmbridge._tasks import ITEMS_PER_STEP, list_in_slices, pause_after, run_together
+from lmbridge.agent.approval import Approval
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.events import RunEvent, ToolCallFinished, ToolCallStarted
 from lmbridge.agent.guards import BadCallGuard, RepetitionGuard
 from lmbridge.agent.history import Turn, resendable_call
-from lmbridge.agent.journal_interface import UNCERTAIN_RESULT, RecordedCall, RecordedResult, RunJournal
+from lmbridge.agent.journal_interface import UNCERTAIN_RESULT, RecordedResult, RunJournal
 from lmbridge.agent.model_reply import ModelReply, WireCall
 from lmbridge.agent.pause import PauseGate
+from lmbridge.agent.planned_calls import PlannedCall, encode_sorted, to_tool_call, unite_identical
 from lmbridge.agent.result import StopReason, ToolRecord
+from lmbridge.agent.resumed_calls import repeat_decisions
 from lmbridge.agent.run_record import RunRecord
 from lmbridge.agent.sampling import forbids_calls, request_fields
-from lmbridge.agent.settings import Approve, Settings
+from lmbridge.agent.settings import Settings
 from lmbridge.agent.tool_execution import ToolOutcome
 from lmbridge.agent.tools import ToolCall, ToolContext
 from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
-from lmbridge.errors import JournalError, LLMError
 from lmbridge.observe.watches import RunWatch
 
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
-_REFUSAL: Final = "Refused: this call is not allowed. Do something else, or say why you need it."
-_APPROVE_HINT: Final = (
-    "approve must return True or False, a text that tells the model why not, or the ToolCall to make instead;"
-    " the call was not made"
-)
-
 _FORBIDDEN: Final = "Not called: this run does not allow calls of tools (tool_choice is 'none'). Answer in text."
-
-_encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
-
-
-@attrs.define(eq=False)
-class _PlannedCall:
-    """A call to make or to refuse, with all calls of the reply that its result answers."""
-
-    read: ReadyCall | InvalidCall
-    """The call as it was read."""
-    places: list[int]
-    """The places of this call and of its duplicates among the calls of the reply."""
-    refusal: str | None = None
-    """The refusal that the model reads if the user does not allow the call; None if the call is allowed."""
-    edited: ReadyCall | None = None
-    """The call that the user wants instead of this one, or None."""
-    recorded: RecordedResult | None = None
-    """The result that the journal has from before an interruption, so that the call is not made again, or None."""
-    is_uncertain: bool = False
-    """Whether the call had started before an interruption and may have ended, so that it is not made again."""
 
 
 class _CallKind(NamedTuple):
@@ -126,6 +101,7 @@ class TurnRunner:
         self._is_stopping = is_stopping
         in_parallel = request_fields(settings.sampling).get("parallel_tool_calls") is not False
         self._most_at_once = settings.max_parallel_tools if in_parallel else 1
+        self._approval = Approval(settings.approve, toolset, record)
         self._repetition = RepetitionGuard(settings.repetition_limit)
         self._bad_calls = BadCallGuard(settings.max_bad_calls)
         self.wrong_tool: str | None = None
@@ -143,7 +119,7 @@ class TurnRunner:
 
     def has_result_of(self, name: str, arguments: Any) -> bool:
         """Returns whether the conversation has a result of such a call that is not an error."""
-        return (name, _encode_sorted(arguments)) in self._answered
+        return (name, encode_sorted(arguments)) in self._answered
 
     def forgive_repetitions(self) -> None:
         """Allows each call once more, because the model may have lost its result when the context was compacted."""
@@ -166,7 +142,7 @@ class TurnRunner:
         kinds = set(await list_in_slices(map(_kind_of, read)))
         if any(kind.is_repaired for kind in kinds):
             turn = await self._begin_turn(reply, map(_as_meant, reply.calls, read))
-        calls = await list_in_slices(map(_to_tool_call, read))
+        calls = await list_in_slices(map(to_tool_call, read))
         self._record.calls += calls
         planned = await self._plan(read)
         await self._decide(planned)
@@ -202,96 +178,27 @@ class TurnRunner:
         name = self._toolset.find_request_name(function["name"])
         return call if name in (None, function["name"]) else {**call, "function": {**function, "name": name}}
 
-    async def _plan(self, read: Sequence[ReadyCall | InvalidCall]) -> list[_PlannedCall]:
+    async def _plan(self, read: Sequence[ReadyCall | InvalidCall]) -> list[PlannedCall]:
         """Returns the calls to make or to refuse. Identical calls become one, unless each is to be made."""
         if len(read) == 1:
-            return [_PlannedCall(read[0], [0])]
+            return [PlannedCall(read[0], [0])]
         if not self._settings.deduplicate_calls:
-            return await list_in_slices(_PlannedCall(each, [place]) for place, each in enumerate(read))
-        return list(dict.fromkeys(await list_in_slices(_unite_identical(read))))
+            return await list_in_slices(PlannedCall(each, [place]) for place, each in enumerate(read))
+        return list(dict.fromkeys(await list_in_slices(unite_identical(read))))
 
-    async def _decide(self, planned: Sequence[_PlannedCall]) -> None:
+    async def _decide(self, planned: Sequence[PlannedCall]) -> None:
         """Decides which calls are made, or repeats the decisions from before an interruption."""
         if self._journal is None:
             if self._settings.approve is not None:
-                await self._ask_for_approval(planned)
+                await self._approval.decide(planned)
         elif recorded := self._journal.calls_of_reply():
-            for each in planned:
-                self._repeat_decision(each, recorded)
+            repeat_decisions(planned, recorded, self._approval)
         else:
-            await self._ask_for_approval(planned)
-            await self._journal.plan(await list_in_slices(map(_describe_plan, planned)))
-
-    def _repeat_decision(self, planned: _PlannedCall, recorded: Mapping[int, RecordedCall]) -> None:
-        """Takes the state of a call from the journal.
-
-        Raises:
-            JournalError: The journal does not have the call.
-        """
-        call = recorded.get(planned.places[0])
-        if call is None:
-            raise JournalError(
-                "the journal does not have all calls of a reply",
-                problem="mismatch",
-                hint="resume the run with the options and the version of lmbridge with which it began",
-            )
-        planned.recorded, planned.refusal = call.result, call.refusal
-        if not isinstance(planned.read, ReadyCall):
-            return
-        if call.edited is not None:
-            planned.edited = self._read_edited(call.edited, planned.read.call)
-        tool = (planned.edited or planned.read).call.tool
-        planned.is_uncertain = call.has_started and not (tool is not None and tool.is_idempotent)
-
-    async def _ask_for_approval(self, planned: Iterable[_PlannedCall]) -> None:
-        approve = self._settings.approve
-        if approve is not None:
-            for number, each in enumerate(planned, 1):
-                if number % ITEMS_PER_STEP == 0:
-                    await asyncio.sleep(0)
-                # A search does nothing that somebody could want to refuse.
-                if isinstance(each.read, ReadyCall) and each.read.call.tool is not self._toolset.finder:
-                    decision = await self._ask(approve, each.read.call)
-                    if isinstance(decision, ToolCall) and decision != each.read.call:
-                        each.edited = self._read_edited(decision, each.read.call)
-                    elif isinstance(decision, str) and decision.strip():
-                        each.refusal = f"Refused: {decision}"
-                    elif not decision or isinstance(decision, str):
-                        each.refusal = _REFUSAL
-
-    async def _ask(self, approve: Approve, call: ToolCall) -> bool | str | ToolCall:
-        try:
-            answer = approve(call)
-            return await answer if inspect.isawaitable(answer) else answer
-        # `approve` is a function of the program, so it may raise anything.
-        except Exception as exc:
-            option = getattr(approve, "option_name", "approve")
-            raise LLMError(
-                f"{option} raised {type(exc).__name__} for a call of {call.name!r}: {exc}",
-                exc,
-                hint=_APPROVE_HINT,
-                context={"operation": "agent run", "model": self._record.model},
-            ) from exc
-
-    def _read_edited(self, edited: ToolCall, requested: ToolCall) -> ReadyCall:
-        """Returns the call that the user wants in place of another one.
-
-        Raises:
-            LLMError: The call cannot be made.
-        """
-        name = self._toolset.find_request_name(edited.name) or edited.name
-        call = {"id": requested.id, "function": {"name": name, "arguments": edited.arguments}}
-        read = self._toolset.read(call)
-        if isinstance(read, ReadyCall):
-            return read
-        raise LLMError(
-            f"approve returned a call of {edited.name!r} that cannot be made: {read.text}",
-            hint=_APPROVE_HINT,
-            context={"operation": "agent run", "model": self._record.model},
-        )
+            await self._approval.decide(planned)
+            await self._journal.plan(await list_in_slices(map(PlannedCall.for_journal, planned)))
 
     async def _answer_all(
-        self, planned: Sequence[_PlannedCall], calls: Sequence[ToolCall], turn: Turn, *, is_constrained: bool
+        self, planned: Sequence[PlannedCall], calls: Sequence[ToolCall], turn: Turn, *, is_constrained: bool
     ) -> list[ToolRecord]:
         records: dict[int, ToolRecord] = {}
         waiting = iter(planned)
@@ -323,23 +230,23 @@ class TurnRunner:
         # There may be thousands of records, so they are not collected by a loop in Python.
         return list(map(records.__getitem__, range(len(calls))))
 
-    async def _record_of(self, planned: _PlannedCall, calls: Sequence[ToolCall], turn: Turn) -> ToolRecord:
+    async def _record_of(self, planned: PlannedCall, calls: Sequence[ToolCall], turn: Turn) -> ToolRecord:
         read = planned.read
         if isinstance(read, InvalidCall):
-            return _refused(planned, read.text) if planned.recorded is None else _recorded(planned, planned.recorded)
+            return planned.refused(read.text) if planned.recorded is None else planned.made_before(planned.recorded)
         return self._with_repetition_warning(await self._make(planned, read, calls, turn))
 
-    async def _make(self, planned: _PlannedCall, read: ReadyCall, calls: Sequence[ToolCall], turn: Turn) -> ToolRecord:
+    async def _make(self, planned: PlannedCall, read: ReadyCall, calls: Sequence[ToolCall], turn: Turn) -> ToolRecord:
         """Returns the record of a call, which is made unless its result is known or the call is not allowed."""
         if planned.recorded is not None:
             if read.call.tool is self._toolset.finder:
                 # The tools that a search had found have to be offered again.
                 await self._toolset.call(read, self._context_of(read.call), timeout=None, max_output=1)
-            return _recorded(planned, planned.recorded)
+            return planned.made_before(planned.recorded)
         if planned.refusal is not None:
-            return _refused(planned, planned.refusal)
+            return planned.refused(planned.refusal)
         if planned.is_uncertain:
-            record = _refused(planned, UNCERTAIN_RESULT)
+            record = planned.refused(UNCERTAIN_RESULT)
         else:
             record = await self._make_call(planned, read, calls, turn)
         if self._journal is not None:
@@ -347,7 +254,7 @@ class TurnRunner:
         return record
 
     async def _make_call(
-        self, planned: _PlannedCall, read: ReadyCall, calls: Sequence[ToolCall], turn: Turn
+        self, planned: PlannedCall, read: ReadyCall, calls: Sequence[ToolCall], turn: Turn
     ) -> ToolRecord:
         if self._gate.is_closed:
             await self._gate.wait()
@@ -361,7 +268,7 @@ class TurnRunner:
         made = planned.edited.call
         record = await self._call_tool(planned.edited)
         # Without this note, the model would take the result for that of the call that it has requested.
-        note = f"[The user changed this call: {made.name}({_encode_sorted(made.arguments).decode()}) was made.]"
+        note = f"[The user changed this call: {made.name}({encode_sorted(made.arguments).decode()}) was made.]"
         text = f"{note}\n{record.text}"
         return attrs.evolve(record, call=read.call, repaired=read.call.repaired, edited=made, text=text)
 
@@ -391,60 +298,11 @@ class TurnRunner:
     def _with_repetition_warning(self, record: ToolRecord) -> ToolRecord:
         if not record.is_error:
             self.has_results = True
-            self._answered.add((record.call.name, _encode_sorted(record.call.arguments)))
+            self._answered.add((record.call.name, encode_sorted(record.call.arguments)))
         text = self._repetition.note(record.call.name, record.call.arguments, record.text, record.images)
         if text is record.text:
             return record
         return attrs.evolve(record, text=text)
-
-
-def _unite_identical(read: Sequence[ReadyCall | InvalidCall]) -> Iterator[_PlannedCall]:
-    """Yields a planned call for each call of a reply. Identical calls get the same planned call."""
-    planned: dict[Any, _PlannedCall] = {}
-    for place, each in enumerate(read):
-        key: Any = place
-        if isinstance(each, ReadyCall):
-            key = each.call.name, _encode_sorted(each.call.arguments)
-        if key not in planned:
-            planned[key] = _PlannedCall(each, [])
-        planned[key].places.append(place)
-        yield planned[key]
-
-
-def _refused(planned: _PlannedCall, text: str) -> ToolRecord:
-    """Returns the record of a call that is not made, with the reason for the model."""
-    call = _to_tool_call(planned.read)
-    return ToolRecord(call=call, text=text, is_error=True, repaired=call.repaired)
-
-
-def _recorded(planned: _PlannedCall, result: RecordedResult) -> ToolRecord:
-    """Returns the record of a call that was made before an interruption."""
-    call = _to_tool_call(planned.read)
-    return ToolRecord(
-        call=call,
-        text=result.text,
-        is_error=result.is_error,
-        images=result.images,
-        seconds=result.seconds,
-        repaired=call.repaired,
-        edited=None if planned.edited is None else planned.edited.call,
-    )
-
-
-def _describe_plan(planned: _PlannedCall) -> RecordedCall:
-    """Returns a call as the journal keeps it before it is made. A call that cannot be made already has its result."""
-    read = planned.read
-    call = _to_tool_call(read)
-    result = RecordedResult(text=read.text, is_error=True) if isinstance(read, InvalidCall) else None
-    return RecordedCall(
-        place=planned.places[0],
-        id=call.id,
-        name=call.name,
-        arguments=call.arguments,
-        refusal=planned.refusal,
-        edited=None if planned.edited is None else planned.edited.call,
-        result=result,
-    )
 
 
 def _kind_of(read: ReadyCall | InvalidCall) -> _CallKind:
@@ -458,11 +316,7 @@ def _key_of(call: WireCall) -> tuple[str, bytes]:
     arguments = call["function"]["arguments"]
     with contextlib.suppress(ValueError, RecursionError):
         arguments = msgspec.json.decode(arguments) if isinstance(arguments, str) else arguments
-    return call["function"]["name"], _encode_sorted(arguments)
-
-
-def _to_tool_call(read: ReadyCall | InvalidCall) -> ToolCall:
-    return read.call if isinstance(read, ReadyCall) else ToolCall(read.call_id, read.name, None)
+    return call["function"]["name"], encode_sorted(arguments)
 
 
 def _as_meant(call: WireCall, read: ReadyCall | InvalidCall) -> WireCall:

@@ -1,4 +1,4 @@
-"""Finds the tool that a model meant by a name which no tool has exactly.
+"""What happens to a call of a tool that does not exist: the tool that the model meant is found, or the model is told.
 
 Small models write names as other programs do (`getWeather`, `get-weather`), with the prefix of a template
 (`functions.get_weather`) or the rest of a token (`get_weather<|channel|>commentary`), or with a slip. A name is taken
@@ -7,9 +7,13 @@ for that of a tool only if it cannot be meant for another tool.
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Final
+
+from lmbridge._text import shorten
+from lmbridge.agent.tool_names import LONGEST_NAME
 
 _PREFIXES: Final = re.compile(r"(?:functions?|tools?|default_api|api|mcp)[.:/]+", re.IGNORECASE)
 """The names of the namespaces in which templates list the tools: gpt-oss, Kimi, Gemini, and others."""
@@ -20,6 +24,28 @@ _SHORTEST_FOR_EDITS: Final = 4
 """The number of letters from which a missing letter, or two swapped ones, count as a slip."""
 _SHORTEST_FOR_SUBSTITUTIONS: Final = 6
 """The number of letters from which a wrong letter counts as a slip."""
+
+_QUOTED_CHARACTERS: Final = 200
+"""How many characters of an unknown name an error text quotes."""
+_LISTED_NAMES: Final = 50
+"""How many tools an error text lists."""
+
+
+def describe_unknown(asked: str, names: Sequence[str], request_names: Iterable[str]) -> str:
+    """Says that a tool does not exist, and lists those that do, with the most similar names first.
+
+    Args:
+        asked: The name that the model wrote, or an empty text.
+        names: The names of the tools that are offered, as they are listed.
+        request_names: The names that the asked one is compared with.
+    """
+    problem = f"there is no tool {shorten(asked, _QUOTED_CHARACTERS)!r}" if asked else "the call names no tool"
+    if not names:
+        return f"{problem}: there are no tools"
+    similar = difflib.get_close_matches(asked[:LONGEST_NAME].lower(), request_names)
+    listed = [*similar, *(name for name in names if name not in similar)]
+    more = f", and {len(listed) - _LISTED_NAMES} more" if len(listed) > _LISTED_NAMES else ""
+    return f"{problem}; there are: {', '.join(listed[:_LISTED_NAMES])}{more}"
 
 
 def find_meant_name(asked: str, names: Iterable[str]) -> str | None:

@@ -1,6 +1,7 @@
-"""A fixture for pytest. Put `pytest_plugins = ["lmbridge.testing.fixtures"]` into the top-level `conftest.py`.
+"""One fixture that pytest does not load by itself. The pytest plugin of lmbridge is `_lmbridge_pytest_plugin`.
 
-The plugin `_lmbridge_pytest_plugin`, which pytest loads by itself, has more fixtures and needs no such line.
+To use the fixture, put `pytest_plugins = ["lmbridge.testing.fixtures"]` into the top-level `conftest.py`. The plugin,
+which pytest loads by itself, has more fixtures and needs no such line.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -20,15 +20,7 @@ from lmbridge.transport.decompression import decompressed_beginning
 from lmbridge.transport.faults import Phase, timed_out
 from lmbridge.transport.interpreter import Interpreter
 from lmbridge.transport.permits import Permit
-from lmbridge.transport.retry import (
-    MAX_RETRIES,
-    MAX_RETRY_AFTER,
-    Verdict,
-    WaitScale,
-    parse_retry_after,
-    poll_waits,
-    retry_waits,
-)
+from lmbridge.transport.retry import RetryWaits, Verdict, parse_retry_after
 from lmbridge.transport.sse import Event, NamedEvent
 
 if TYPE_CHECKING:
@@ -121,9 +113,7 @@ class Call:
         "_admission",
         "_earlier_seconds",
         "_is_logged",
-        "_load_deadline",
         "_max_reply_bytes",
-        "_polls",
         "_started",
         "_waits",
         "arrived",
@@ -172,9 +162,8 @@ class Call:
         """The time at which `Timeouts.total` runs out, by the clock of the event loop."""
         self.first_byte_deadline: float = math.inf
         """The time until which the first event of this attempt, or its whole plain reply, has to arrive."""
-        self._load_deadline = math.inf
-        self._waits: Iterator[float] | None = None
-        self._polls: Iterator[float] | None = None
+        # Created after the first failed attempt, because most calls have none.
+        self._waits: RetryWaits | None = None
         self._is_logged = False
         self.watch: RequestWatch | None = None
         """Notifies the observers of the request; None if it has none."""
@@ -258,29 +247,13 @@ class Call:
             LLMTimeoutError: With phase "load", if the server has been loading for longer than `Timeouts.load`.
         """
         now = self.deadline_timer.time()
-        if verdict is Verdict.POLL:
-            wait = self._wait_for_loading(now)
-        elif verdict is Verdict.RETRY and self.retries < min(self.request.max_retries, MAX_RETRIES):
-            if retry_after is not None and retry_after > MAX_RETRY_AFTER:
-                return None
-            self._waits = self._waits or retry_waits()
-            wait = next(self._waits) + (retry_after or 0.0)
-        else:
-            return None
-        wait *= WaitScale.factor
-        if now + wait >= self.total_deadline:
-            return None
-        self._load_deadline = self._load_deadline if verdict is Verdict.POLL else math.inf
-        self.retries += verdict is Verdict.RETRY
-        return wait
-
-    def _wait_for_loading(self, now: float) -> float:
-        if self._load_deadline == math.inf:
-            self._load_deadline = now + _or_infinity(self.request.timeouts.load)
-        if now >= self._load_deadline:
+        if self._waits is None:
+            self._waits = RetryWaits(max_retries=self.request.max_retries, load_seconds=self.request.timeouts.load)
+        if verdict is Verdict.POLL and self._waits.is_load_over(now):
             raise self.timed_out("load")
-        self._polls = self._polls or poll_waits()
-        return min(next(self._polls), self._load_deadline - now)
+        wait = self._waits.next(verdict, retry_after, retries=self.retries, now=now, deadline=self.total_deadline)
+        self.retries += verdict is Verdict.RETRY and wait is not None
+        return wait
 
     def timed_out(self, phase: Phase, cause: BaseException | None = None) -> LLMTimeoutError:
         """Returns the error for one of this call's time limits that has run out."""

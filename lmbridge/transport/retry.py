@@ -1,4 +1,4 @@
-"""How long to wait before a request is sent again.
+"""Decides whether a request is sent again after a failed attempt, and how long to wait before that.
 
 This is the only module that imports `backoff`. It uses the wait generator and the jitter of that library, but not its
 decorators: these decide by the class of an exception, while lmbridge decides by the server's reply (see `Classify`).
@@ -7,6 +7,7 @@ decorators: these decide by the class of an exception, while lmbridge decides by
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -71,6 +72,62 @@ def poll_waits() -> Iterator[float]:
     while True:
         yield wait
         wait = min(wait * 1.5, _LONGEST_POLL_WAIT)
+
+
+class RetryWaits:
+    """The waits of one call between its attempts.
+
+    Retries and polls are counted separately: a server that is loading its model is polled for as long as
+    `Timeouts.load` allows, and that uses up no retry.
+
+    Args:
+        max_retries: The most retries that the user allows. There are never more than `MAX_RETRIES`.
+        load_seconds: The budget for the answers in a row that say "loading", in seconds. None means no limit.
+    """
+
+    def __init__(self, *, max_retries: int, load_seconds: float | None) -> None:
+        self._max_retries = min(max_retries, MAX_RETRIES)
+        self._load_seconds = math.inf if load_seconds is None else load_seconds
+        self._load_deadline = math.inf
+        self._waits: Iterator[float] | None = None
+        self._polls: Iterator[float] | None = None
+
+    def is_load_over(self, now: float) -> bool:
+        """Returns whether the server has been loading for too long. Its budget begins with the first call."""
+        if self._load_deadline == math.inf:
+            self._load_deadline = now + self._load_seconds
+        return now >= self._load_deadline
+
+    def next(
+        self, verdict: Verdict, retry_after: float | None, *, retries: int, now: float, deadline: float
+    ) -> float | None:
+        """Returns the seconds to wait before the next attempt, or None if there must not be another one.
+
+        Args:
+            verdict: What to do about the last attempt.
+            retry_after: The seconds that the server asked to wait, or None if it did not ask. The jitter is added to
+                them, so that it never shortens them.
+            retries: The number of retries so far.
+            now: The time now.
+            deadline: The time at which the call must have ended.
+        """
+        if verdict is Verdict.POLL:
+            self._polls = self._polls or poll_waits()
+            wait = min(next(self._polls), self._load_deadline - now)
+        elif verdict is Verdict.RETRY and retries < self._max_retries:
+            if retry_after is not None and retry_after > MAX_RETRY_AFTER:
+                return None
+            self._waits = self._waits or retry_waits()
+            wait = next(self._waits) + (retry_after or 0.0)
+        else:
+            return None
+        wait *= WaitScale.factor
+        if now + wait >= deadline:
+            return None
+        if verdict is not Verdict.POLL:
+            # The server does something else than loading, so a later load has the whole budget again.
+            self._load_deadline = math.inf
+        return wait
 
 
 def server_backoff(failures: int) -> float:

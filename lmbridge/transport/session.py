@@ -98,6 +98,10 @@ _SENDING_ERRORS: Final = (aiohttp.ClientError, HttpProcessingError, OSError, Val
 _READING_ERRORS: Final = (aiohttp.ClientError, HttpProcessingError, OSError, RuntimeError)
 _LOST_CONNECTION_ERRORS: Final = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
 
+EXTRA_CONNECTIONS: Final = 2
+"""The number of connections beyond `max_concurrency`. They are for requests that do not need a permit, such as health
+checks."""
+
 
 class AiohttpSession:
     """An `HttpSession` that sends requests over sockets, with a pool of connections.
@@ -105,7 +109,8 @@ class AiohttpSession:
     Create it in the event loop in which it is used.
 
     Args:
-        connection_limit: The most connections that may be open at the same time, or None for no limit.
+        max_concurrency: The most generations that are in flight at the same time, which limits the number of
+            connections; see `EXTRA_CONNECTIONS`. None means that their number is not limited.
         ssl: The TLS context for https. By default aiohttp's default context is used.
         trust_env: Whether the proxies and the `.netrc` file of the environment are used.
         proxy: The URL of an HTTP or SOCKS proxy.
@@ -115,7 +120,7 @@ class AiohttpSession:
     def __init__(
         self,
         *,
-        connection_limit: int | None,
+        max_concurrency: int | None,
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
         proxy: str | None = None,
@@ -126,7 +131,8 @@ class AiohttpSession:
         # The HTTP proxy that aiohttp uses for each request. A SOCKS proxy is given to the connector instead.
         self._proxy = proxy if self._socks_proxy is None else None
         self._socket_path = socket_path
-        self._connection_limit = connection_limit
+        # Requests wait in the scheduler, not in the connection pool.
+        self._connection_limit = 0 if max_concurrency is None else max_concurrency + EXTRA_CONNECTIONS
         self._ssl = ssl
         self._trust_env = trust_env
         self._closed = False
@@ -218,7 +224,7 @@ class AiohttpSession:
 
     def _make_connector(self, *, keep_connections: bool) -> aiohttp.BaseConnector:
         # In aiohttp, 0 means "no limit".
-        options: dict[str, Any] = {"limit": self._connection_limit or 0}
+        options: dict[str, Any] = {"limit": self._connection_limit}
         options |= {"keepalive_timeout": KEEPALIVE_SECONDS} if keep_connections else {"force_close": True}
         if self._socket_path is not None:
             return aiohttp.UnixConnector(self._socket_path, **options)

@@ -37,13 +37,11 @@ from lmbridge.config import (
     check_auth,
     default_api_base,
     default_api_key,
-    environment_proxy,
-    is_loopback,
     normalize_api_base,
     socket_path_of,
     split_credentials,
 )
-from lmbridge.errors import LLMError, LLMValidationError
+from lmbridge.errors import LLMError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.attempts import Attempts, Receive
 from lmbridge.transport.calls import MAX_REPLY_BYTES, Call, Reply, Request
@@ -57,7 +55,7 @@ from lmbridge.transport.headers import (
 from lmbridge.transport.http_interface import HttpSession
 from lmbridge.transport.limit_search import LimitFinder, LimitSearch, as_finder
 from lmbridge.transport.open_state import OpenState
-from lmbridge.transport.options import api_roots, check_any_proxy, choose_auth
+from lmbridge.transport.options import api_roots, choose_auth, choose_proxy
 from lmbridge.transport.receive import receive_begun_stream, receive_reply, receive_stream
 from lmbridge.transport.schedule_view import ScheduledModel, Swap, models_in
 from lmbridge.transport.session import AiohttpSession
@@ -67,9 +65,6 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
-_EXTRA_CONNECTIONS: Final = 2
-"""The number of connections beyond `max_concurrency`. They are for requests that do not need a permit."""
-_ENVIRONMENT_PROXY: Final = "HTTP_PROXY or HTTPS_PROXY in the environment"
 _SSL_HINT: Final = "to trust a certificate of your own, pass ssl.create_default_context(cafile='ca.pem')"
 
 _T = TypeVar("_T", bound="Reply | EventStream | ForwardedResponse")
@@ -137,19 +132,13 @@ class Transport(NotCopyable):
         if api_key is None and auth is None:
             api_key = self.default_key()
         self.api_key: Final = check_api_key(api_key)
-        self._proxy = check_any_proxy(proxy, "proxy")
-        if self._proxy is not None and self._socket_path is not None:
-            raise LLMValidationError("a Unix socket cannot be reached through a proxy", hint="leave out proxy=")
         self._limit_finder = as_finder(limits)
         given: Any = limits if self._limit_finder is None else self._limit_finder.until_known
         self._limits = Limits() if given is None else check_instance("limits", given, Limits)
         self._ssl = check_instance("ssl", ssl, ssl_module.SSLContext, optional=True, hint=_SSL_HINT)
-        self._trust_env = trust_env and self._socket_path is None and not is_loopback(self.api_base)
-        if self._trust_env and self._proxy is None:
-            # aiohttp looks the proxy up again for each request. But it treats every URL as that of an HTTP proxy, and
-            # ignores a proxy whose URL begins with https://.
-            found = environment_proxy(self.api_base)
-            self._proxy = None if (found or "").startswith("http://") else check_any_proxy(found, _ENVIRONMENT_PROXY)
+        self._proxy, self._trust_env = choose_proxy(
+            proxy, self.api_base, trust_env=trust_env, is_socket=self._socket_path is not None
+        )
         check_integer("max_reply_bytes", max_reply_bytes, optional=True)
         self._max_reply_bytes = MAX_REPLY_BYTES if max_reply_bytes is None else max_reply_bytes
         self._credentials = Credentials(self.api_key, auth, self._proxy, check_headers("headers", headers))
@@ -187,11 +176,9 @@ class Transport(NotCopyable):
 
         Override it to send requests by other means than a socket, as `lmbridge.testing.MockTransport` does.
         """
-        # Requests wait in the scheduler, not in the connection pool. If the server has yet to be asked for its limits,
-        # the size of the pool is not limited.
-        limit = None if self._limit_finder is not None else self._limits.max_concurrency + _EXTRA_CONNECTIONS
         return AiohttpSession(
-            connection_limit=limit,
+            # The server may have yet to be asked for its limits.
+            max_concurrency=None if self._limit_finder is not None else self._limits.max_concurrency,
             ssl=self._ssl,
             trust_env=self._trust_env,
             proxy=self._proxy,

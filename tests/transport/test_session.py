@@ -30,7 +30,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encod
 
 @pytest_asyncio.fixture
 async def http_session() -> AsyncIterator[AiohttpSession]:
-    http_session = AiohttpSession(connection_limit=None)
+    http_session = AiohttpSession(max_concurrency=None)
     yield http_session
     await http_session.close()
 
@@ -90,7 +90,7 @@ async def test_aiohttp_would_repeat_it_with_its_own_response_class(
 ) -> None:
     monkeypatch.setattr(session, "_ResponseOnConnection", aiohttp.ClientResponse)
     scripted_server.on_path("/v1/models", hang_up())
-    http_session = AiohttpSession(connection_limit=None)
+    http_session = AiohttpSession(max_concurrency=None)
     with pytest.raises(ConnectionFailed):
         await http_session.send(get(scripted_server))
     await http_session.close()

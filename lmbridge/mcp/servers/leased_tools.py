@@ -1,4 +1,4 @@
-"""`McpTools`: the tools of some servers, leased for a run.
+"""`McpTools`: the tools of some servers, leased for a run. `lmbridge.agent.tool_names` gives them their names there.
 
 A tool that a run has been offered does not change during the run. Otherwise a server could replace a definition in the
 middle of a run, after a person or a program has reviewed it. New tools are added, because a server may reveal them as a

@@ -1,0 +1,94 @@
+"""`Approval`: asks the user's `approve` about calls before they are made, and carries out what it decides.
+
+`approve` may allow a call, refuse it, refuse it with a reason for the model, or return the call that is to be made
+instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Iterable
+from typing import Final
+
+from lmbridge._tasks import ITEMS_PER_STEP
+from lmbridge.agent.planned_calls import PlannedCall
+from lmbridge.agent.run_record import RunRecord
+from lmbridge.agent.settings import Approve
+from lmbridge.agent.tools import ToolCall
+from lmbridge.agent.toolset import ReadyCall, Toolset
+from lmbridge.errors import LLMError
+
+_REFUSAL: Final = "Refused: this call is not allowed. Do something else, or say why you need it."
+_HINT: Final = (
+    "approve must return True or False, a text that tells the model why not, or the ToolCall to make instead;"
+    " the call was not made"
+)
+
+
+class Approval:
+    """The decisions of the user about the calls of one run.
+
+    Args:
+        approve: See `Agent`. None allows all calls.
+        toolset: The tools of the run.
+        record: Everything that the run has done. Errors name its model.
+    """
+
+    def __init__(self, approve: Approve | None, toolset: Toolset, record: RunRecord) -> None:
+        self._approve = approve
+        self._toolset = toolset
+        self._record = record
+
+    async def decide(self, planned: Iterable[PlannedCall]) -> None:
+        """Asks about each call that can be made, one after the other, and notes the decision in it.
+
+        Raises:
+            LLMError: `approve` raised an exception, or returned a call that cannot be made.
+        """
+        approve = self._approve
+        if approve is None:
+            return
+        for number, each in enumerate(planned, 1):
+            if number % ITEMS_PER_STEP == 0:
+                await asyncio.sleep(0)
+            # A search does nothing that somebody could want to refuse.
+            if isinstance(each.read, ReadyCall) and each.read.call.tool is not self._toolset.finder:
+                decision = await self._ask(approve, each.read.call)
+                if isinstance(decision, ToolCall) and decision != each.read.call:
+                    each.edited = self.read_edited(decision, each.read.call)
+                elif isinstance(decision, str) and decision.strip():
+                    each.refusal = f"Refused: {decision}"
+                elif not decision or isinstance(decision, str):
+                    each.refusal = _REFUSAL
+
+    async def _ask(self, approve: Approve, call: ToolCall) -> bool | str | ToolCall:
+        try:
+            answer = approve(call)
+            return await answer if inspect.isawaitable(answer) else answer
+        # `approve` is a function of the program, so it may raise anything.
+        except Exception as exc:
+            option = getattr(approve, "option_name", "approve")
+            raise LLMError(
+                f"{option} raised {type(exc).__name__} for a call of {call.name!r}: {exc}",
+                exc,
+                hint=_HINT,
+                context={"operation": "agent run", "model": self._record.model},
+            ) from exc
+
+    def read_edited(self, edited: ToolCall, requested: ToolCall) -> ReadyCall:
+        """Returns the call that the user wants in place of the one that the model has requested.
+
+        Raises:
+            LLMError: The call cannot be made.
+        """
+        name = self._toolset.find_request_name(edited.name) or edited.name
+        call = {"id": requested.id, "function": {"name": name, "arguments": edited.arguments}}
+        read = self._toolset.read(call)
+        if isinstance(read, ReadyCall):
+            return read
+        raise LLMError(
+            f"approve returned a call of {edited.name!r} that cannot be made: {read.text}",
+            hint=_HINT,
+            context={"operation": "agent run", "model": self._record.model},
+        )
