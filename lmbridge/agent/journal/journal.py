@@ -14,7 +14,7 @@ from lmbridge._checks import invalid_argument
 from lmbridge._text import shorten
 from lmbridge.agent.journal.database import Database, StoredRun, StoredStep
 from lmbridge.agent.journal.journal_file import JournalFile
-from lmbridge.agent.journal.steps import Begun, Recording, RunStart, Step, decode, decode_step
+from lmbridge.agent.journal.steps import BegunStep, Recording, RunStart, Step, decode, decode_step
 from lmbridge.errors import JournalError
 
 _T = TypeVar("_T")
@@ -170,7 +170,7 @@ def begun_model(database: Database, run: StoredRun) -> str | None:
     """Returns the model with which a run was admitted, or the requested one if it has not been admitted yet."""
     first = database.first_step(run.id)
     begun = None if first is None else read_step(run.id, first, path=database.path)
-    return begun.model if isinstance(begun, Begun) else read_start(database, run).model
+    return begun.model if isinstance(begun, BegunStep) else read_start(database, run).model
 
 
 def _state(run: StoredRun) -> JournalState:

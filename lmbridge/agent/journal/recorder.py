@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from lmbridge.agent.journal.journal import JournalState, read_recording
 from lmbridge.agent.journal.run_store import RunStore
 from lmbridge.agent.journal.steps import (
-    Begun,
-    Done,
-    Failed,
-    Planned,
+    BegunStep,
+    DoneStep,
+    FailedStep,
+    PlannedStep,
     Recording,
     ReplyStep,
     RunStart,
-    Started,
+    StartedStep,
     Step,
-    Summary,
+    SummaryStep,
     describe_call,
     describe_end,
     describe_result,
@@ -79,7 +79,7 @@ class RunRecorder:
         """See `RunJournal`."""
         begun = self._recording.begun
         if begun is None:
-            await self._add(Begun(model=model, tools=list(tool_names)))
+            await self._add(BegunStep(model=model, tools=list(tool_names)))
         elif model != begun.model:
             message = f"the run {self._run_id!r} began with model {begun.model!r}, and would be resumed with {model!r}"
             raise self._mismatch(message, "use the same model")
@@ -116,7 +116,7 @@ class RunRecorder:
 
     async def add_summary(self, reply: ModelReply) -> None:
         """See `RunJournal`."""
-        await self._add(Summary(number=self._replies, seconds=self.seconds(), reply=reply))
+        await self._add(SummaryStep(number=self._replies, seconds=self.seconds(), reply=reply))
 
     async def add_reply(self, reply: RecordedReply) -> None:
         """See `RunJournal`."""
@@ -147,16 +147,16 @@ class RunRecorder:
     async def plan(self, calls: Sequence[RecordedCall]) -> None:
         """See `RunJournal`."""
         described = [describe_call(call) for call in calls]
-        await self._add(Planned(number=self._replies - 1, seconds=self.seconds(), calls=described))
+        await self._add(PlannedStep(number=self._replies - 1, seconds=self.seconds(), calls=described))
 
     async def start(self, place: int) -> None:
         """See `RunJournal`."""
-        await self._add(Started(number=self._replies - 1, place=place, seconds=self.seconds()))
+        await self._add(StartedStep(number=self._replies - 1, place=place, seconds=self.seconds()))
 
     async def finish(self, place: int, result: RecordedResult) -> None:
         """See `RunJournal`."""
         described = describe_result(result)
-        await self._add(Done(number=self._replies - 1, place=place, seconds=self.seconds(), result=described))
+        await self._add(DoneStep(number=self._replies - 1, place=place, seconds=self.seconds(), result=described))
 
     async def end(self, finished: FinishedRun) -> None:
         """See `RunJournal`."""
@@ -164,7 +164,7 @@ class RunRecorder:
 
     async def fail(self, error: BaseException) -> None:
         """See `RunJournal`."""
-        failed = Failed(
+        failed = FailedStep(
             seconds=self.seconds(), error=str(error), kind=type(error).__name__, dropped=list(self._without_calls)
         )
         await self._add(failed, state="failed")

@@ -63,7 +63,7 @@ class RunStart:
 
 
 @attrs.frozen(kw_only=True)
-class Begun:
+class BegunStep:
     """The data of the step "begun"."""
 
     model: str | None
@@ -83,7 +83,7 @@ class ReplyStep:
 
 
 @attrs.frozen(kw_only=True)
-class Summary:
+class SummaryStep:
     """The data of the step "summary"."""
 
     number: int
@@ -101,7 +101,7 @@ class EditedCall:
 
 
 @attrs.frozen(kw_only=True)
-class Result:
+class StoredResult:
     """The result of a call."""
 
     text: str
@@ -121,11 +121,11 @@ class JournaledCall:
     arguments: dict[str, Any] | None
     refusal: str | None
     edited: EditedCall | None
-    result: Result | None
+    result: StoredResult | None
 
 
 @attrs.frozen(kw_only=True)
-class Planned:
+class PlannedStep:
     """The data of the step "planned"."""
 
     number: int
@@ -134,7 +134,7 @@ class Planned:
 
 
 @attrs.frozen(kw_only=True)
-class Started:
+class StartedStep:
     """The data of the step "started"."""
 
     number: int
@@ -143,17 +143,17 @@ class Started:
 
 
 @attrs.frozen(kw_only=True)
-class Done:
+class DoneStep:
     """The data of the step "done"."""
 
     number: int
     place: int
     seconds: float
-    result: Result
+    result: StoredResult
 
 
 @attrs.frozen(kw_only=True)
-class Failed:
+class FailedStep:
     """The data of the step "failed"."""
 
     seconds: float
@@ -176,7 +176,7 @@ class RequestedCall:
 
 
 @attrs.frozen(kw_only=True)
-class Ended:
+class EndedStep:
     """The data of the step "ended"."""
 
     seconds: float
@@ -193,17 +193,17 @@ class Ended:
     errors: dict[str, str]
 
 
-Step = Begun | ReplyStep | Summary | Planned | Started | Done | Failed | Ended
+Step = BegunStep | ReplyStep | SummaryStep | PlannedStep | StartedStep | DoneStep | FailedStep | EndedStep
 
 _KINDS: Final[Mapping[str, type[Any]]] = {
-    "begun": Begun,
+    "begun": BegunStep,
     "reply": ReplyStep,
-    "summary": Summary,
-    "planned": Planned,
-    "started": Started,
-    "done": Done,
-    "failed": Failed,
-    "ended": Ended,
+    "summary": SummaryStep,
+    "planned": PlannedStep,
+    "started": StartedStep,
+    "done": DoneStep,
+    "failed": FailedStep,
+    "ended": EndedStep,
 }
 _NAMES: Final = {kind: name for name, kind in _KINDS.items()}
 
@@ -253,13 +253,13 @@ def describe_call(call: RecordedCall) -> JournaledCall:
     )
 
 
-def describe_result(result: RecordedResult) -> Result:
+def describe_result(result: RecordedResult) -> StoredResult:
     """Returns the result of a call as a part of a step."""
     images = [dict(image) for image in result.images]
-    return Result(text=result.text, is_error=result.is_error, images=images, seconds=result.seconds)
+    return StoredResult(text=result.text, is_error=result.is_error, images=images, seconds=result.seconds)
 
 
-def describe_end(finished: FinishedRun, seconds: float) -> Ended:
+def describe_end(finished: FinishedRun, seconds: float) -> EndedStep:
     """Returns the step "ended" of a run."""
     result = finished.result
     calls = [
@@ -271,7 +271,7 @@ def describe_end(finished: FinishedRun, seconds: float) -> Ended:
         )
         for call in result.tool_calls
     ]
-    return Ended(
+    return EndedStep(
         seconds=seconds,
         stop_reason=result.stop_reason,
         has_last_words=finished.has_last_words,
@@ -287,7 +287,7 @@ def describe_end(finished: FinishedRun, seconds: float) -> Ended:
     )
 
 
-def _finished_run(ended: Ended) -> FinishedRun:
+def _finished_run(ended: EndedStep) -> FinishedRun:
     result: RunResult = RunResult(
         text=ended.text,
         model=ended.model,
@@ -309,7 +309,7 @@ def _finished_run(ended: Ended) -> FinishedRun:
 class Recording:
     """The steps of a run from before an interruption, in the form in which they are repeated."""
 
-    begun: Begun | None = None
+    begun: BegunStep | None = None
     """The model and the tools of the run; None if it had not been admitted."""
     finished: FinishedRun | None = None
     """The result of the run; None if it has not ended."""
@@ -337,11 +337,11 @@ class Recording:
         return recording
 
     def _add(self, step: Step) -> None:
-        if isinstance(step, Begun):
+        if isinstance(step, BegunStep):
             self.begun = step
             return
         self.seconds = max(self.seconds, step.seconds)
-        if isinstance(step, Planned | Started | Done):
+        if isinstance(step, PlannedStep | StartedStep | DoneStep):
             self._add_call_step(step)
         elif isinstance(step, ReplyStep):
             if step.number != len(self.replies):
@@ -353,25 +353,25 @@ class Recording:
                 image_place=step.image_place,
             )
             self.replies.append((step, recorded))
-        elif isinstance(step, Summary):
+        elif isinstance(step, SummaryStep):
             self.summaries.setdefault(step.number, []).append(step.reply)
-        elif isinstance(step, Ended):
+        elif isinstance(step, EndedStep):
             self.finished = _finished_run(step)
         else:
             for number in step.dropped:
                 reply, recorded = self.replies[number]
                 self.replies[number] = reply, attrs.evolve(recorded, is_dropped=True)
 
-    def _add_call_step(self, step: Planned | Started | Done) -> None:
+    def _add_call_step(self, step: PlannedStep | StartedStep | DoneStep) -> None:
         self.call_seconds[step.number] = step.seconds
-        if isinstance(step, Planned):
+        if isinstance(step, PlannedStep):
             self.calls[step.number] = {call.place: _recorded_call(call) for call in step.calls}
             return
         call = self.calls.get(step.number, {}).get(step.place)
         if call is None:
             raise ValueError(f"the call {step.place} of the reply {step.number} was not planned")
         call.has_started = True
-        if isinstance(step, Done):
+        if isinstance(step, DoneStep):
             call.result = _recorded_result(step.result)
 
 
@@ -388,7 +388,7 @@ def _recorded_call(call: JournaledCall) -> RecordedCall:
     )
 
 
-def _recorded_result(result: Result) -> RecordedResult:
+def _recorded_result(result: StoredResult) -> RecordedResult:
     return RecordedResult(
         text=result.text, is_error=result.is_error, images=tuple(result.images), seconds=result.seconds
     )
