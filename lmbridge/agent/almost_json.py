@@ -1,14 +1,14 @@
 """Reads JSON that a model wrote with small mistakes, where there is only one way to read it.
 
 These deviations are understood: single, triple and typographic quotes, the literals of Python, keys without quotes,
-trailing and missing commas, comments, line breaks and other control characters in texts, escapes that JSON does not
+trailing and missing commas, comments, line breaks and other control characters in strings, escapes that JSON does not
 have, and closing brackets that are missing or left over. The result is a JSON text and not a value, so that it can be
 read like any other JSON: numbers stay as they were written, and an object with the same key twice is still a mistake.
 
 If a closing bracket is missing, the arguments may have been cut off. So the bracket is added only if the last value is
 complete, and the text either goes on with something that cannot be JSON, such as a closing tag, or is known not to have
-been cut off. Everything else that is incomplete is refused: a text without its closing quote, a key without a value, or
-a comma without a next item.
+been cut off. Everything else that is incomplete is refused: a string without its closing quote, a key without a value,
+or a comma without a next item.
 
 The package `json-repair` was considered. It reads anything as some value: it accepts a text that was cut off, takes the
 second of two objects, and puts an empty text in place of a missing value. With it, calls would be made with arguments
@@ -102,7 +102,7 @@ def repair_arguments(text: str, *, may_be_cut: bool) -> str:
         # Some servers and models write the arguments several times.
         again = read_almost_json(text, end, may_be_cut=may_be_cut)
         if again.text != found.text:
-            raise ValueError("something follows the arguments")
+            raise ValueError("the arguments are followed by something else")
         end = again.end
     return found.text
 
@@ -192,7 +192,7 @@ class _ValueReader:
         if not character or self._text.startswith(_ENDS, self.position):
             self._close_at_end(at_end_of_text=not character)
             return False
-        # A comma is missing. But two texts in the same line may also be one text with quotes in it.
+        # A comma is missing. But two strings on the same line may also be a single string with quotes in it.
         is_new_line = "\n" in self._text[after_item : self.position]
         if character in "\"'{[" and (is_new_line or not self.pieces[-1].startswith('"')):
             self.pieces.append(",")
@@ -226,7 +226,7 @@ class _ValueReader:
             if (string := pattern.match(self._text, self.position)) is not None:
                 self.position = string.end()
                 return _quote(string[1])
-        raise ValueError(f"the text that begins at character {self.position} does not end")
+        raise ValueError(f"the string that begins at character {self.position} has no closing quote")
 
     def _peek(self) -> str:
         return self._text[self.position : self.position + 1]
@@ -240,18 +240,18 @@ class _ValueReader:
 def _quote(inner: str) -> str:
     r"""Returns a string as JSON, given what is written between its quotes.
 
-    Escapes that JSON does not have are taken literally, such as the `\d` of a regular expression. A text that has such
-    escapes as well as valid ones, such as `C:\data\new`, could mean two things.
+    Escapes that JSON does not have are taken literally, such as the `\d` of a regular expression. A string that has
+    such escapes as well as valid ones, such as `C:\data\new`, could mean two things.
 
     Raises:
-        ValueError: The text could mean two things.
+        ValueError: The string could mean two things.
     """
     if "\\" not in inner:
         return json.dumps(inner, ensure_ascii=False)
     escapes = {each[1][0] for each in _ESCAPE.finditer(inner)}
     invalid = escapes - set(_VALID_ESCAPES) - {"'"}
     if invalid and escapes & (set(_VALID_ESCAPES) - set(_PLAIN_ESCAPES)):
-        raise ValueError("a text has escapes of JSON and others")
+        raise ValueError("a string has valid JSON escapes as well as invalid ones")
     pieces: list[str] = []
     position = 0
     for escape in _ESCAPE.finditer(inner):

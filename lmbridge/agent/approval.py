@@ -52,7 +52,7 @@ class Approval:
         for number, each in enumerate(planned, 1):
             if number % ITEMS_PER_STEP == 0:
                 await asyncio.sleep(0)
-            # A search does nothing that somebody could want to refuse.
+            # Nobody would want to refuse a search for tools.
             if isinstance(each.read, ReadyCall) and each.read.call.tool is not self._toolset.finder:
                 decision = await self._ask(approve, each.read.call)
                 if isinstance(decision, ToolCall) and decision != each.read.call:

@@ -1,6 +1,6 @@
 """Checks the arguments of a tool call against the tool's JSON schema, in bounded time.
 
-jsonschema does the work, except for keywords that are unsafe as it implements them: those with patterns (backtracking)
+jsonschema does the work, except for keywords whose implementation in it is unsafe: those with patterns (backtracking)
 and `uniqueItems` (quadratic time). The work of all keywords is counted, because a schema of a few lines can have
 millions of alternatives.
 """
@@ -49,10 +49,10 @@ def build_validator(
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """Returns a function that copies valid arguments, and raises a `ValueError` for invalid ones, with their mistakes.
 
-    The arguments are checked against the original schema, because the simplified version accepts more.
-    Nothing is ever fetched: a reference that cannot be resolved within the schema accepts any value, as does a pattern
-    that is not supported. If the schema is invalid by the rules of the draft that it names, refers to itself without
-    end, or makes jsonschema fail, the arguments are checked against the simplified version, and a warning is logged.
+    The arguments are checked against the original schema, because the simplified version accepts more. Nothing is ever
+    fetched: a reference that cannot be resolved within the schema accepts any value, as does a pattern that is not
+    supported. If the schema is invalid by the rules of the draft that it names, refers to itself without end, or makes
+    jsonschema fail, the arguments are checked against the simplified version, and a warning is logged.
 
     Args:
         schema: A JSON schema of any draft. A schema without `$schema` is taken for one of draft 2020-12.

@@ -1,8 +1,8 @@
-"""Decodes the JSON of tool calls, and notes what would be lost in the values of Python.
+"""Decodes the JSON of tool calls, and notes what is lost when it becomes Python values.
 
-Two things would be lost. 3.10 would become 3.1, which matters if the number is to become a text. And if an object has a
-key twice, only the last value would remain. msgspec decodes the arguments, because it is strict. But it has no hooks
-for integers and objects, so the `json` module reads the text a second time to find these two things.
+Two things are lost. 3.10 becomes 3.1, which matters if the number is then converted to a text. And if an object has a
+key twice, only the last value remains. msgspec decodes the arguments, because it is strict. But it has no hooks for
+integers and objects, so the `json` module reads the text a second time to find these two things.
 """
 
 from __future__ import annotations

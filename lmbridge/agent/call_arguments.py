@@ -57,11 +57,11 @@ def decode_arguments(arguments: Any) -> tuple[Any, str | None, set[float]]:
         return None, f"not valid JSON: {_locate_json_error(arguments, exc)}", set()
 
 
-def without_arguments(tool: Tool) -> tuple[dict[str, Any] | None, str | None]:
-    """Decides about a call without arguments.
+def check_missing_arguments(tool: Tool) -> tuple[dict[str, Any] | None, str | None]:
+    """Decides whether a call without arguments can be made.
 
-    Only a tool without parameters is called. Otherwise the arguments may have been lost on the way, and the tool would
-    do something other than what the model wanted.
+    It can be made only if its tool has no parameters. Otherwise the arguments may have been lost on the way, and the
+    tool would do something other than what the model wanted.
 
     Returns:
         Empty arguments and None; or None, and what is wrong with the call.
@@ -76,7 +76,7 @@ def repaired_call(call: Mapping[str, Any], *, may_be_cut: bool, in_thread: bool)
     """Returns a call with its arguments as valid JSON, or None if they cannot be repaired or are valid already.
 
     Raises:
-        StepLimitError: The arguments are so long that they have to be repaired in a thread.
+        StepLimitError: The arguments are so long that they have to be repaired in a thread, and `in_thread` is False.
     """
     function = call.get("function")
     arguments = function.get("arguments") if isinstance(function, Mapping) else None
@@ -131,8 +131,8 @@ def read_encoded_twice(decoded: Any, inexact: set[float]) -> dict[str, Any]:
 def _locate_json_error(text: str, error: Exception) -> str:
     """Describes why a text is not valid JSON, where the error is, and what the text says there.
 
-    If the `json` module refuses the text as well, the message is that of `json`, because msgspec reports only the
-    number of a byte.
+    If the `json` module refuses the text as well, the message is that of `json`, because msgspec reports only a byte
+    offset.
     """
     try:
         json.loads(text)

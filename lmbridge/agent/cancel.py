@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class OwnTask(Generic[T]):
-    """A task that only lmbridge cancels, and the error that a cancellation becomes.
+    """A task that only lmbridge cancels, and the error that its waiters get if it is cancelled.
 
     Args:
         coroutine: The work of the task.

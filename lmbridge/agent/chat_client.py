@@ -53,7 +53,8 @@ class ChatClient(Protocol):
             messages: The conversation. The client may change the list, but not the messages in it.
             model: The model of the run, or None for the client's default.
             stream: Always True: only a stream makes a server notice that its client has left.
-            **params: Further fields of the request: `max_tokens`, `stream_options`, and `tools` if there are any.
+            **params: Further fields of the request, such as `max_tokens`, `stream_options`, `tools`, `response_format`
+                and the sampling options of the agent.
         """
         ...
 

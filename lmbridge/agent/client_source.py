@@ -43,7 +43,7 @@ class ClientSource:
 
     Args:
         client: The client, or the pool that lends clients.
-        timer: Returns seconds of a monotonic clock; replaced in tests.
+        timer: A monotonic clock that returns seconds. Tests replace it.
 
     Raises:
         LLMValidationError: The object is neither a client nor a pool.
@@ -53,8 +53,8 @@ class ClientSource:
             which the reasoning is sent.
         embeddings: The embeddings of the definitions of tools, by the embedding model and the text.
         models_without_schemas: The models whose server refuses to constrain a reply to the schema of a tool.
-        image_places: For each model that cannot see images, or whose server has refused them in the usual place,
-            where they are sent.
+        image_places: Where images are sent, for each model that cannot see them, and for each model whose server has
+            refused them in a user message.
         server_kinds: For each model, the kind of its server, if the server has been asked.
         text_callers: The models that have written calls as text, which their server did not recognize.
         unloaded_models: The models that were not loaded when their server was asked.

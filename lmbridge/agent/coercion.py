@@ -5,7 +5,7 @@ asks for a text. Coercion follows the schema, and never the value alone, because
 arguments that the model did not mean. A value that the schema accepts is not changed.
 
 The schema is the tool's own, and not the simplified version that servers receive. The simplified version leaves out
-what some servers do not understand, such as a type that contains itself more than twice.
+what some servers do not understand. For example, it writes out a type that contains itself to only two levels.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class Coercer:
         self._root = schema
         # The keys are the ids of schemas, which stay alive because the values contain them.
         self._known: dict[int, tuple[Any, Sequence[_Alternative]]] = {}
-        # The classes of values that stay as they are, for the properties that have been looked up.
-        self._unchanged_types: dict[str, frozenset[type]] = {}
+        # For each property that has been looked up, the classes of the values that stay as they are.
+        self._unchanged_types_of: dict[str, frozenset[type]] = {}
 
     def coerce(self, value: Any, *, inexact: Collection[float] = ()) -> Any:
         """Returns the value, converted to the types of the schema wherever there is only one way to read it.
@@ -148,17 +148,17 @@ class Coercer:
             inexact: Numbers whose text in the JSON differs from their `repr` in Python, such as 3.10. They never become
                 a text.
         """
-        if type(value) is dict and all(type(item) in self._types_unchanged(name) for name, item in value.items()):
+        if type(value) is dict and all(type(item) in self._find_unchanged_types(name) for name, item in value.items()):
             return value
         return self._coerce(value, self._alternatives(self._root), set(inexact))
 
-    def _types_unchanged(self, name: str) -> frozenset[type]:
+    def _find_unchanged_types(self, name: str) -> frozenset[type]:
         """Returns the classes of values of a property that are certain to need no coercion.
 
         This is the fast path of nearly all calls. It is not used for properties that the schema does not list, nor for
         lists and objects.
         """
-        known = self._unchanged_types.get(name)
+        known = self._unchanged_types_of.get(name)
         if known is not None:
             return known
         roots = self._alternatives(self._root)
@@ -170,13 +170,13 @@ class Coercer:
         if not any(each.accepts_blank("") and "pattern" not in each.keywords for each in alternatives):
             # A blank text may stand for the default.
             types.discard(str)
-        return self._unchanged_types.setdefault(name, frozenset(types))
+        return self._unchanged_types_of.setdefault(name, frozenset(types))
 
     def _coerce(self, value: Any, alternatives: Sequence[_Alternative], inexact: set[float]) -> Any:
         spend_steps(1)
         fitting = [each for each in alternatives if each.fits(value)]
         if not fitting:
-            value = self._only_reading(value, alternatives, inexact)
+            value = self._fitting_reading(value, alternatives, inexact)
             fitting = [each for each in alternatives if each.fits(value)]
         if isinstance(value, dict):
             return self._coerce_object(value, fitting, inexact)
@@ -184,7 +184,8 @@ class Coercer:
             return self._coerce_list(value, fitting, inexact)
         return value
 
-    def _only_reading(self, value: Any, alternatives: Sequence[_Alternative], inexact: set[float]) -> Any:
+    def _fitting_reading(self, value: Any, alternatives: Sequence[_Alternative], inexact: set[float]) -> Any:
+        """Returns the first other value that a value may stand for and that fits; the value itself if none does."""
         is_boolean = any(each.fits(truth) for each in alternatives for truth in (True, False))
         # 1 may stand for true, so it does not become a text where the schema accepts a boolean.
         may_be_text = not is_boolean and not (isinstance(value, int | float) and value in inexact)
@@ -216,10 +217,10 @@ class Coercer:
         return first + [self._coerce(item, others, inexact) for item in value[first_count:]]
 
     def _is_possible(self, value: Mapping[str, Any], alternative: _Alternative) -> bool:
-        """Returns whether an object can be meant for an alternative.
+        """Returns whether an object may be meant for an alternative.
 
-        The alternative must allow all properties of the object. Where it lists the only values of a property, the
-        object must have one of these values.
+        The alternative must allow all properties of the object. If it lists the only values that a property may have,
+        the object must have one of these values.
         """
         for name, item in value.items():
             spend_steps(1)
@@ -228,7 +229,7 @@ class Coercer:
                 return False
             listed = self._alternatives_of(schemas)
             if listed and all(each.values is not None for each in listed):
-                reading = self._only_reading(item, listed, set())
+                reading = self._fitting_reading(item, listed, set())
                 if not any(each.fits(item) or each.fits(reading) for each in listed):
                     return False
         return True
@@ -279,7 +280,7 @@ class Coercer:
     def _groups(
         self, schema: Mapping[str, Any], references: tuple[str, ...], parts_left: Iterator[int]
     ) -> Iterator[list[Mapping[str, Any]]]:
-        """Yields the alternatives of each part of a schema that applies together with its other keywords."""
+        """Yields, for each part of a schema that applies beside its other keywords, the alternatives of that part."""
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference not in references and isinstance(self._root, Mapping):
             target = resolve_reference(self._root, reference)

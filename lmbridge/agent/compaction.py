@@ -1,4 +1,4 @@
-"""Makes room in the context of a run, in tiers: old results are shortened, then summarized, then left out.
+"""Makes room in the context of a run, in tiers: old results are shortened, and old turns are summarized or left out.
 
 A run outgrows the context of a local model within a dozen calls. Leaving out only as many of the oldest calls as
 necessary would be simpler. But the model then repeats what it has forgotten, and each request changes the beginning of
@@ -40,9 +40,10 @@ Summarize: TypeAlias = Callable[[list[Message], int], Awaitable[str]]
 """Returns the model's summary of a conversation, within a limit on its tokens, or an empty text if it gave none."""
 
 _SHARE_AFTER_SHORTENING: Final = 0.7
-"""Results are shortened until the messages that may be left out fill only this share of the room for them."""
+"""Results are shortened until the messages that could be left out fill only this share of the room for them."""
 _SHARE_AFTER_LEAVING_OUT: Final = 0.5
-"""Messages are left out until the rest fills only this share. It is smaller, as each summary costs a generation."""
+"""Messages are left out until the rest of them fills only this share. It is smaller, so that fewer summaries, each of
+which costs a generation, are needed."""
 _LONG_RESULT: Final = 1_200
 """The number of characters above which an old result is shortened."""
 _SHORT_RESULT: Final = 600
@@ -73,7 +74,7 @@ class Compactor:
 
     Args:
         history: The conversation.
-        context: Knows how much fits into the context.
+        context: Estimates how much fits into the context.
         mode: The option `compaction` of the run.
         summarize: Asks the model for a summary.
         report: A function that is called with each step that made room.

@@ -1,6 +1,6 @@
 """`ConstrainedRetry`: after an invalid call, the next reply is constrained to the schema of its tool.
 
-A small model often repeats a mistake although it reads what is wrong, or gives up and makes up an answer. Most servers
+A small model often repeats a mistake that it was told about, or gives up and makes up an answer. Most servers
 can constrain a reply to a JSON schema, so that the form of the arguments cannot be wrong again. The schema is sent as
 the `response_format` of the request, and the JSON that comes back becomes the arguments of the call.
 

@@ -20,7 +20,7 @@ Message = dict[str, Any]
 _UNSENDABLE: Final = re.compile(r"[^A-Za-z0-9_-]+")
 """Characters that the name in a call may not have. Servers would refuse every request whose messages contain one.
 
-Capital letters, which only some servers refuse, become small ones.
+Uppercase letters, which only some servers refuse, are converted to lowercase.
 """
 _NAMELESS: Final = "unknown"
 """The name of a call whose own name has no character that may be sent."""

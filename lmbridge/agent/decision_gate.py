@@ -1,8 +1,8 @@
 """`Gate`: a decision about each call before it is made, and `pick_tools`: decisions about which tools a task needs.
 
 Both ask typed questions (`LLMClient.decide`), preferably of a small decision model beside the model of the run. The
-loop of a run knows nothing about gates: it asks `approve` about one call after another, and a gate is wrapped as an
-`approve`.
+loop of a run knows nothing about gates: it asks `approve` about one call after another, and `GatedApproval` makes an
+`approve` of a gate.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Gate:
     question: TrueFalse = attrs.field(converter=_as_question)
     """The question, or its text. The model reads it with the name, the description and the arguments of the call."""
     threshold: float = attrs.field(default=0.5, validator=_check_threshold, kw_only=True)
-    """The lowest probability of the answer "true" with which the call is made. Default: 0.5."""
+    """The call is made only if the answer "true" has at least this probability. Default: 0.5."""
     model: str | None = attrs.field(default=None, kw_only=True)
     """The model that decides. Default: that of the client."""
     fallback: bool = attrs.field(default=True, kw_only=True)

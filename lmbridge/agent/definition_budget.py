@@ -1,7 +1,7 @@
 """`DefinitionBudget`: how much of the model's context the definitions of tools may take.
 
-Every definition is a part of every prompt. A few MCP servers together have more definitions than fit into the context
-of a small model, and long before the context is full, the model gets slow and chooses badly.
+Every definition is a part of every prompt. Even a few MCP servers may have more definitions than fit into the context
+of a small model. And long before the context is full, the model gets slow and chooses badly.
 """
 
 from __future__ import annotations

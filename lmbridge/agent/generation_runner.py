@@ -1,9 +1,9 @@
 """`GenerationRunner`: requests one generation after another for a run, and reads each from its stream.
 
-Every generation is streamed, although only some runs have a listener. Servers notice that a client has left only when
-they write to it next, so a plain request would be generated to its end after the run was cancelled. A client is leased
-for one generation and never across a tool call: otherwise ten agents that wait for their tools would occupy a pool of
-ten clients, and a tool that runs another agent would wait for itself.
+Every generation is streamed, although only some runs have a listener. A server notices that a client has left only when
+it next writes to it, so without a stream, it would generate the whole reply even after the run was cancelled. A client
+is leased for one generation and never across a tool call: otherwise ten agents that wait for their tools would occupy a
+pool of ten clients, and a tool that runs another agent would wait for itself.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class GenerationRunner:
         self._progress = ProgressReporter(source, channel, record.model, record.watch)
         self._cache_watch = PromptCacheWatch()
         self._has_warned_of_overflow = False
-        # Set while a reply arrives whose text may have calls in it.
+        # Set while a reply arrives if its text may contain calls.
         self._held_text: HeldText | None = None
 
     async def run(self) -> ModelReply:
@@ -183,8 +183,8 @@ class GenerationRunner:
         size = len(reply.text) + len(reply.reasoning)
         if settings.read_text_calls == "never" or not may_have_calls(reply.text or reply.reasoning):
             return False
-        # If a reply was cut off while it repeated its only call, nothing is missing. But a model that has results, and
-        # does this all the same, has lost its way, and has to be asked for its answer.
+        # If a reply was cut off while it repeated its only call, nothing is missing. But if the model already has
+        # results and still repeats a call like this, it has lost its way, and has to be asked for its answer.
         is_cut = reply.finish_reason == "length" and settings.deduplicate_calls and not self.has_results
         unit = repeated_unit(reply.text) if is_cut else None
         find = partial(
@@ -197,13 +197,13 @@ class GenerationRunner:
         )
         found = find() if size <= _LARGE_TEXT else await asyncio.to_thread(find)
         if found is not None:
-            logger.info("the model wrote its tool calls as text, and they are read from there")
+            logger.info("the model wrote its tool calls as text; they are read from the text")
             reply.written_calls = reply.text if reply.text.strip() else reply.reasoning
             reply.text, reply.calls = found
             self._source.text_callers.add(self._record.model)
             if settings.deduplicate_calls:
-                # The duplicates can be dropped, because servers demand a result only for each call that they have
-                # parsed themselves. A long list of the same call and the same result would be an example that the model
+                # The duplicates can be dropped, because servers demand results only for calls that they have parsed
+                # themselves. A long list of the same call and the same result would be an example that the model
                 # follows.
                 reply.calls = await _without_duplicates(reply.calls)
         return found is not None
@@ -260,8 +260,8 @@ class GenerationRunner:
                 if splitter is not None:
                     await self._send_chunk(splitter, chunk)
                 elif own is not None and served_model is not None and not reports_progress:
-                    # Nobody wants the further chunks. The stream itself breaks off if another model continues the
-                    # answer, so it can be read to its end without a step here for each of them.
+                    # Nobody needs the remaining chunks one by one. The stream itself breaks off if another model
+                    # continues the answer, so `collect` can read the rest.
                     break
         except BaseException:
             # The caller no longer reads the stream, so the server should stop generating now.

@@ -61,7 +61,7 @@ class RepetitionGuard:
         )
 
     def forgive(self) -> None:
-        """Counts one reply less for each call, because the prompt may no longer contain its result."""
+        """Counts one reply fewer for each call, because the prompt may no longer contain its result."""
         self._counts -= Counter(self._counts.keys())
 
     def end_reply(self) -> None:
@@ -70,7 +70,7 @@ class RepetitionGuard:
 
 
 class BadCallGuard:
-    """Counts consecutive replies without a single valid call.
+    """Counts consecutive replies whose calls were all invalid.
 
     Args:
         limit: How many such replies end the run.

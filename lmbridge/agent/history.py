@@ -1,11 +1,10 @@
 """`History`: the conversation of a run, which is valid at every moment, and the form of it that is sent to the model.
 
-A conversation that a server accepts has rules: one leading system message, a result directly after every call,
-arguments that are valid JSON, and no content that is null. A run would break these rules while its tools are running,
-and a cancelled run would break them for good. So the assistant message whose calls are being made is kept apart, as a
-`Turn`, and joins the conversation only together with all its results; a copy that is taken before that has placeholders
-for the missing results. The alternative was to repair the conversation afterwards, which each caller would have had to
-do.
+Servers accept a conversation only if it follows rules: it has one leading system message, a result directly after every
+call, arguments that are valid JSON, and no content that is null. A run would break these rules while its tools are
+running, and a cancelled run would break them for good. So the assistant message whose calls are being made is kept
+apart, as a `Turn`, and joins the conversation only together with all its results; a copy that is taken before that has
+placeholders for the missing results. The alternative was to let each caller repair the conversation afterwards.
 
 The messages to send and the messages that the user sees are two lists. Compaction changes only the former: it shortens
 results of tools, and leaves out whole groups of messages. A group is an exchange before the task, or a turn with its
@@ -197,7 +196,7 @@ class History:
 
     @property
     def has_calls(self) -> bool:
-        """Whether the conversation has any call, be it of this run or of the one that it continues."""
+        """Whether the conversation has any call, of this run or of the conversation that it continues."""
         return any("tool_calls" in message for message in self._messages)
 
     def to_send(self) -> CheckedList:
@@ -329,7 +328,7 @@ class History:
         return self._turn_with_images is not None and self.image_place != "none"
 
     def move_images(self, place: ImagePlace) -> None:
-        """Puts the images of the last turn, and those of the turns to come, in another place."""
+        """Moves the images of the last turn to another place, and puts those of later turns there as well."""
         self.image_place = place
         if self._turn_with_images is None:
             return
@@ -457,7 +456,7 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 def valid_arguments(arguments: object) -> str:
-    """Returns the arguments of a call as the text of a JSON object, which is "{}" if they are anything else.
+    """Returns the arguments of a call as the text of a JSON object, or "{}" if they are anything else.
 
     A valid text is returned unchanged. Some servers send an object instead of a text, and some models encode their JSON
     twice. The tool is called with the object in both cases, so this function returns the text of the object.

@@ -66,7 +66,7 @@ class RecordedCall:
     """A call of a reply, as a journal records it. Identical calls that are made only once are recorded as one."""
 
     place: int
-    """The place of the call among those of its reply; the first one is 0."""
+    """The index of the call in the list of the calls of its reply, from 0."""
     id: str
     """The id of the call."""
     name: str
@@ -94,7 +94,7 @@ class FinishedRun:
 
 
 class RunJournal(Protocol):
-    """Keeps the steps of one run, and repeats those from before an interruption.
+    """Keeps the steps of one run, and replays those from before an interruption.
 
     Each async method returns when its step is on disk. If the caller is cancelled, the step is written nevertheless.
     """
@@ -112,7 +112,7 @@ class RunJournal(Protocol):
     def seconds(self) -> float:
         """Returns how long the run has been working so far, in seconds.
 
-        While the run repeats recorded steps, this is the time at which the last repeated step was recorded.
+        While recorded steps are replayed, this is the value at which the last replayed step was recorded.
         """
         ...
 
@@ -144,7 +144,7 @@ class RunJournal(Protocol):
         ...
 
     @property
-    def is_repeating(self) -> bool:
+    def is_replaying(self) -> bool:
         """Whether there are more replies from before the interruption."""
         ...
 
@@ -161,7 +161,7 @@ class RunJournal(Protocol):
         ...
 
     def calls_of_reply(self) -> Mapping[int, RecordedCall]:
-        """Returns the calls of the last reply that were planned before the interruption. The keys are their places."""
+        """Returns the calls of the last reply that were planned before the interruption, by their `place`."""
         ...
 
     async def plan(self, calls: Sequence[RecordedCall]) -> None:

@@ -58,7 +58,7 @@ class RunLoop:
     """The rounds of one run.
 
     Args:
-        run_id: The id of the run, for its tools.
+        run_id: The id of the run, which its tools receive.
         source: Lends the client for each generation.
         settings: The options of the run.
         toolset: The tools of the run.
@@ -68,7 +68,7 @@ class RunLoop:
         is_stopping: Returns True if the run has been cancelled. Tools in threads poll it, because threads cannot be
             cancelled.
         gate: Holds the run before each generation and each call while the run is paused.
-        journal: Keeps the steps of the run, and repeats those from before an interruption. None if the run has none.
+        journal: Keeps the steps of the run, and replays those from before an interruption. None if the run has none.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class RunLoop:
             output=self._output,
         )
         # The functions that are passed to the parts of the loop do not refer to the loop itself. Such a reference cycle
-        # would keep all that a run leaves behind in memory until the garbage collector runs.
+        # would keep the whole conversation in memory after the run, until the garbage collector runs.
         self._turns = TurnRunner(
             run_id,
             settings=settings,
@@ -334,7 +334,7 @@ class RunLoop:
             await self._send_nudge(nudge, reply)
         self._history.drop_nudges()
         if first_answer is not None and not reply.calls:
-            # The model has no call to make, so its first answer counts: the last one may be about the nudge.
+            # The model has no call to make, so its first answer is used: the last one may be about the nudge.
             self._record.end_reply(first_answer.text, first_answer.reasoning)
             return first_answer
         if flaw == "missing_call" or (flaw in ("empty", "only_reasoning") and not self._record.calls):
@@ -344,19 +344,19 @@ class RunLoop:
         return reply
 
     async def _find_doubt(self, reply: ModelReply) -> NudgeKind | None:
-        """Returns why a model is asked again although its reply is well-formed; None if the reply counts.
+        """Returns why a model is asked again although its reply is well-formed; None if the reply is used.
 
         A call that the server has recognized may be repeated on purpose, for example because a tool is polled. So the
-        model is only warned, in the result, until `repetition_limit` ends the run.
+        model only gets a warning with the result, until `repetition_limit` ends the run.
         """
         if not reply.may_call:
             return None
         if reply.calls:
-            # Those who allow repetitions may have a tool that is polled, or one that throws a die.
+            # A program that allows repetitions may have a tool that is polled, or one that rolls a die.
             allows_repetitions = self._settings.repetition_limit is None or not self._settings.deduplicate_calls
             if allows_repetitions or not reply.written_calls:
                 return None
-            # A model that fills its reply with calls, the first of which it has made before, has lost its way.
+            # A model has lost its way if it fills its reply with calls, and the result of the first one is known.
             has_lost_its_way = reply.finish_reason == "length" and self._repeats_call(reply)
             is_repeated = has_lost_its_way or await self._turns.repeats_last_calls(reply.calls)
             return "repeated_call" if is_repeated else None

@@ -53,7 +53,7 @@ class ModelReply:
     written_calls: str = ""
     """The text from which the calls were read; empty if the server has recognized them, or if there are none."""
     is_of_text_caller: bool = False
-    """Whether the model has already written calls as text, in this run or in an earlier one of the same agent."""
+    """Whether the model has already written calls as text, in this run or in another one of the same agent."""
     tokens: int = 0
     """The tokens of prompt and reply, as the server counted them, or as they were estimated."""
 
@@ -89,7 +89,7 @@ class ModelReply:
 
     @property
     def may_be_cut(self) -> bool:
-        """Whether the end of the reply may be missing: it reached a limit, or nothing says that it did not."""
+        """Whether the end of the reply may be missing, because of a token limit, a stop text, or an unknown reason."""
         return self.finish_reason in (None, "length") or self.has_stop_texts or self._has_room is False
 
     @property
@@ -112,7 +112,8 @@ class ModelReply:
         """Drops the last call if it was cut off and repeats the beginning of an earlier one.
 
         A small model that writes a call again and again does so until the limit. The earlier calls are complete, and
-        nothing new was cut off, so they can be made. An early cut says nothing, because calls often begin alike.
+        nothing new was cut off, so they can be made. A call of which less than half was written is not dropped, because
+        different calls often begin alike.
         """
         if len(self.calls) > 1 and self.has_cut_call:
             *earlier, last = (each["function"] for each in self.calls)

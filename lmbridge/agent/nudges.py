@@ -9,12 +9,12 @@ user messages in a row, some a second system message, and some a user message di
 messages are removed as soon as the model has replied, so that it does not take its mistake for an example, and the
 conversation that the user sees has only what matters.
 
-Two kinds of replies are well-formed, and doubted all the same. A model that writes its calls as text does not know the
-form in which its template shows results, so it often writes the same call again as if there were none. Making it again
-would show the same result once more, until the run ends without an answer. A model whose calls the server recognizes
-may repeat them for a reason, so it is only warned. And a model that writes its calls as text may make up an answer
-that only a tool can give. It counts as such once one of its calls was read from a text, in any run of the agent, so
-other models are never asked whether they need a tool.
+A model that writes its calls as text is also asked again after two kinds of well-formed replies. The first is a call
+that it has made before. Such a model does not know the form in which its template shows results, so it often repeats a
+call as if there were no result. If the call were made again, this would go on until the run ends without an answer. A
+model whose calls the server recognizes may repeat a call for a reason, so it is only warned. The second is an answer
+that it may have made up, although only a tool can give it. A model counts as one that writes its calls as text once a
+call was read from its text, in any run of the agent, so other models are never asked whether they need a tool.
 
 A false alarm costs a generation, and may replace a good answer by a worse one. So a promise is recognized only in the
 last sentence of a reply, only in English, and only if tools were offered.
@@ -43,8 +43,8 @@ _EMPTY_REPLY: Final = "..."
 A sentence would be an example: asked again after "(The reply was empty.)", a small model answers "The reply was empty."
 """
 AFTER_CALLS: Final = "I have called the tools."
-"""Replaces the model's own reply when it is asked to answer without tools. Since the sentence is true, it does no harm
-if the model repeats it."""
+"""Replaces the model's own reply when it is asked to answer without tools. The sentence is true, so it does no harm if
+the model repeats it."""
 _LONGEST_TASK: Final = 500
 """The number of characters up to which a task is repeated at the end of the conversation."""
 
@@ -74,7 +74,7 @@ _FUTURE: Final = (
     r"(?:I[^\w\s]ll|I will|I am going to|I[^\w\s]m going to|I[^\w\s]m about to|let me|let[^\w\s]s|let us)\s+"
 )
 _FIRST_PERSON: Final = re.compile(r"\b(?:I|let)\b", re.IGNORECASE)
-"""Matches in every sentence in which one of the next three patterns matches, and is faster to search for."""
+"""Matches every sentence that one of the next three patterns matches, and is faster."""
 _PROMISE: Final = re.compile(rf"\b{_FUTURE}{_ADVERBS}{_WORK}", re.IGNORECASE)
 _ANNOUNCEMENT: Final = re.compile(rf"\b{_FUTURE}.*:\W*$", re.IGNORECASE)
 _USE: Final = re.compile(

@@ -3,8 +3,8 @@
 Servers differ in what they do with a request that has both tools and a `response_format`: llama.cpp lets the model
 write nothing but JSON, so that it can no longer call a tool, and others ignore one of the two. So a request has only
 one of them. If the run has tools, the model first answers freely. If its answer is not yet a valid output, the model is
-asked to repeat it as JSON, in a request with the schema and without tools. The alternative that other frameworks use, a
-tool that the model calls with its output, fails with small models: they call it too early, or never.
+asked to repeat it as JSON, in a request with the schema and without tools. Other frameworks offer a tool that the model
+calls with its output. That fails with small models: they call it too early, or never.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ class _Parser:
         return CharPart(self._with_flags(lambda char: char == what) if isinstance(what, str) else what)
 
     def _with_flags(self, test: CharTest) -> CharTest:
-        """Returns a test that disregards the case if the pattern does. Negate the result, and never the test itself."""
+        """Returns a test that ignores the case if the pattern does. Negate this result, and never its argument."""
         if "i" not in self._flags:
             return test
         return lambda char: any(test(each) for each in {char, char.lower(), char.upper()} if len(each) == 1)
@@ -276,7 +276,7 @@ class _Parser:
             if self._peek("-") and not self._peek("-]") and isinstance(low, str):
                 self._next()
                 if not isinstance(high := self._class_char(), str) or high < low:
-                    raise UnsupportedPatternError("it has a range without an end")
+                    raise UnsupportedPatternError("it has a character range that is not valid")
                 ranges.append((low, high))
             elif isinstance(low, str):
                 chars.add(low)

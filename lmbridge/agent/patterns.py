@@ -3,8 +3,8 @@
 `re` backtracks: with `^(a+)+$`, each further "a" of a text that does not match doubles the time, and nothing else runs
 in the meantime. A thread would not help, because `re` does not release the GIL. A process would have to be
 started, waited for and killed, and a package such as RE2 would be a large dependency for a rare keyword. So patterns
-are matched here, by the classic construction of Thompson: the text is read once, with the set of all places in the
-pattern that the match may have reached. The sets are cached, so that most characters cost one look-up.
+are matched here, by Thompson's classic construction: the text is read once, together with the set of all places in
+the pattern that the match may have reached. The sets are cached, so that most characters cost one look-up.
 
 The supported syntax is what Python and Rust have in common with JavaScript, whose regular expressions JSON schema
 prescribes. The rules are those of Python, except that `$` matches only at the very end. Back references and lookbehinds
@@ -96,17 +96,17 @@ class Pattern:
         before = text[position - 1 : position] if position else ""
         for number in range(position, len(text) + 1):
             char = text[number : number + 1]
-            # Of the character before, only the kind matters, because it decides whether there is a boundary.
-            side = before if before in ("", "\n") else "w" if is_word_char(before) else " "
-            step = self._cache.get((reached, side, char)) if can_cache else None
+            # Of the preceding character, only the kind matters, because it decides whether there is a boundary.
+            preceding = before if before in ("", "\n") else "w" if is_word_char(before) else " "
+            step = self._cache.get((reached, preceding, char)) if can_cache else None
             if step is None:
                 spend_steps(len(reached) + 1)
-                has_ended, following = self._step(reached, side, char, partial(self._matches_ahead, text, number))
+                has_ended, following = self._step(reached, preceding, char, partial(self._matches_ahead, text, number))
                 step = has_ended, following | always
                 if can_cache:
                     if len(self._cache) >= _MOST_CACHED_STEPS:
                         self._cache.clear()
-                    self._cache[reached, side, char] = step
+                    self._cache[reached, preceding, char] = step
             elif not number % 16:
                 # A step from the cache takes about a sixteenth of the time of any other.
                 spend_steps(1)
@@ -122,7 +122,7 @@ class Pattern:
     def _step(
         self,
         reached: Iterable[int],
-        side: str,
+        preceding: str,
         char: str,
         matches_ahead: Callable[[_LookaheadState], bool],
     ) -> tuple[bool, frozenset[int]]:
@@ -142,7 +142,7 @@ class Pattern:
             if isinstance(state, _SplitState):
                 further: tuple[int, ...] = state.following
             elif isinstance(state, _BoundaryState):
-                further = (state.following,) if _is_boundary(state.kind, side, char) else ()
+                further = (state.following,) if _is_boundary(state.kind, preceding, char) else ()
             else:
                 further = (state.following,) if matches_ahead(state) else ()
             remaining += [each for each in further if each not in seen]
@@ -151,16 +151,16 @@ class Pattern:
         return False, frozenset(following)
 
 
-def _is_boundary(kind: str, side: str, char: str) -> bool:
+def _is_boundary(kind: str, preceding: str, char: str) -> bool:
     if kind == "start":
-        return not side
+        return not preceding
     if kind == "end":
         return not char
     if kind == "line start":
-        return side in ("", "\n")
+        return preceding in ("", "\n")
     if kind == "line end":
         return char in ("", "\n")
-    return ((side == "w") is not is_word_char(char)) is (kind == "word edge")
+    return ((preceding == "w") is not is_word_char(char)) is (kind == "word edge")
 
 
 def compile_pattern(source: str) -> Pattern:

@@ -1,7 +1,7 @@
 """`PauseGate`: holds a run between two of its steps, for example while a person decides something.
 
-A generation or a tool that is in progress is not interrupted: its result would be lost, and making a call again may
-have an effect twice. So a paused run stops before its next generation or call.
+A generation or a tool that is in progress is not interrupted: its result would be lost, and making the call again could
+have its effect twice. So a paused run stops before its next generation or call.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class PlannedCall:
     read: ReadyCall | InvalidCall
     """The call as it was read."""
     places: list[int]
-    """The places of this call and of its duplicates among the calls of the reply."""
+    """The indices of this call and of its duplicates in the list of the calls of the reply."""
     refusal: str | None = None
     """The refusal that the model reads if the user does not allow the call; None if the call is allowed."""
     edited: ReadyCall | None = None

@@ -1,4 +1,4 @@
-"""`PromptSender`: sends the conversation of a run, and changes it if it is too long or the server refuses a part of it.
+"""`PromptSender`: sends the conversation of a run, and changes it if it is too long or the server refuses part of it.
 
 A run continues with what its server accepts, and does not end with the first refusal. Each change loses nothing, or as
 little as possible: older messages are shortened or left out, images are moved to another message, reasoning is added,
@@ -42,7 +42,7 @@ class PromptSender:
         retry: Decides whether a request is constrained to the schema of a tool.
         generations: Requests each generation.
         gate: Holds the run before each generation while the run is paused.
-        journal: Keeps each reply, and repeats those from before an interruption. None if the run has no journal.
+        journal: Keeps each reply, and replays those from before an interruption. None if the run has no journal.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class PromptSender:
             await self._gate.wait()
         prompt = self._context.compared(self._context.prompt_size)
         is_strict = self._settings.context_overflow == "raise"
-        # A warning has to be right, so an estimate that is only a little too high gives none. If the server then cuts
-        # the prompt, its own count shows that after the reply.
+        # A warning must not be wrong, so there is none if the estimate exceeds the context only a little. If the server
+        # then cuts the prompt, its own count shows that after the reply.
         if prompt is not None and (prompt.is_too_long if is_strict else prompt.is_clearly_too_long):
             self._generations.report_overflow(prompt.describe(), prompt)
         has_made_room = False
@@ -173,7 +173,7 @@ class PromptSender:
         if self._journal is None:
             return await self._generations.run()
         while (recorded := self._journal.next_reply(self._record.rounds)) is not None:
-            self._repeat(recorded)
+            self._replay(recorded)
             if not recorded.is_dropped:
                 return recorded.reply
         reply = await self._generations.run()
@@ -186,8 +186,8 @@ class PromptSender:
         await self._journal.add_reply(record)
         return reply
 
-    def _repeat(self, recorded: RecordedReply) -> None:
-        """Takes a reply from before an interruption as if it had just arrived."""
+    def _replay(self, recorded: RecordedReply) -> None:
+        """Records a reply from before an interruption as if it had just arrived."""
         record, reply = self._record, recorded.reply
         record.served_model = recorded.served_model
         if recorded.image_place != self._history.image_place:

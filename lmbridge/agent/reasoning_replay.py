@@ -18,7 +18,7 @@ DEFAULT_FIELD: Final = "reasoning_content"
 _FIELDS: Final = (DEFAULT_FIELD, "reasoning")
 """The fields of a message in which servers send reasoning: llama.cpp, LM Studio and DeepSeek; vLLM and Ollama."""
 _MOST_CHARACTERS: Final = 5_000
-"""How much of an error is searched for a demand."""
+"""How many characters of an error are searched for a demand."""
 _DEMAND: Final = re.compile(
     r"\bmust (?:be|have|contain|include)\b|\bpass(?:ed)? (?:it |them )?back\b|\bmissing\b|\brequire[sd]?\b"
     r"|必须|缺少|回传"

@@ -63,9 +63,9 @@ NudgeKind = Literal[
 "empty": the reply was empty. "only_reasoning": it had only reasoning. "cut_reasoning": its reasoning was cut off at the
 limit on tokens. "promise": its last sentence promised a call that did not follow. "missing_call": its finish reason
 announced a call, but there was none. "unreadable_call": it had a call in a form that could not be read. "cut_call": it
-had a call that was cut off at the limit on tokens. "repeated_call": it had only calls that the model
-had just made and whose results it has. "no_call": it was the first one and had no call, although the model is known to
-write its calls as text.
+had a call that was cut off at the limit on tokens. "repeated_call": it only repeated calls whose results the model
+already has. "no_call": neither it nor the conversation before it had a call, although the model is known to write its
+calls as text.
 """
 
 
@@ -136,7 +136,7 @@ class ToolRecord:
 
 @attrs.frozen(kw_only=True)
 class Round:
-    """One round of a run: the reply of the model that counts, and the calls in it."""
+    """One round of a run: the model's reply that was used, and the calls in it."""
 
     number: int
     """The number of the round; the first one is 1."""

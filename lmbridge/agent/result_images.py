@@ -1,10 +1,10 @@
 """The images in results of tools, and where they are put in the messages of a run.
 
 Servers differ in what they accept. The specification of chat completions allows images only in user messages, and LM
-Studio answers 400 to a tool message that has one, as vLLM does for some models. llama.cpp accepts both. But some chat
-templates refuse a user message directly after the results of tools. So an image goes into a user message that follows
-the results. If the server refuses that, the image goes into the tool message. If it refuses that as well, or if the
-model does not support images, the result says that the model cannot see the image. A refusal is remembered for the
+Studio answers 400 to a tool message that has one, as vLLM does for some models. So an image first goes into a user
+message that follows the results. But some chat templates refuse a user message in this place. If the server refuses it,
+the image goes into the tool message, which llama.cpp, for example, accepts. If the server refuses that as well, or if
+the model does not support images, the result says that the model cannot see the image. A refusal is remembered for the
 model if the error is clearly about the messages.
 """
 
@@ -41,8 +41,8 @@ _SAYS_WHERE: Final = re.compile(r"\brole|\btool|\bassistant\b", re.IGNORECASE)
 def split_images(result: Any) -> tuple[Any, tuple[Mapping[str, Any], ...]]:
     """Returns the result of a tool without its images, and the images as content parts.
 
-    A result has images if it is an image part (see `image_part`), or a list of texts, text parts and image parts, or a
-    string with an attribute `image_parts`, as the results of MCP tools are.
+    A result has images if it is an image part (see `image_part`), a list of texts, text parts and image parts, or a
+    string with an attribute `image_parts`, such as the results of MCP tools.
     """
     if isinstance(result, str):
         return result, tuple(getattr(result, "image_parts", ()))

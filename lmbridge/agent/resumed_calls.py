@@ -1,6 +1,6 @@
 """Decides what a resumed run does with the calls that its journal has from before the interruption.
 
-- A call that had ended is not made again: its result is repeated.
+- A call that had ended is not made again: its result is replayed.
 - A call that had started may have happened, so the model reads that it is uncertain. Only a call of a tool that is
   idempotent is made again.
 - A call that was only planned is made, or refused, as it was decided before.
@@ -17,7 +17,7 @@ from lmbridge.agent.toolset import ReadyCall
 from lmbridge.errors import JournalError
 
 
-def repeat_decisions(planned: Iterable[PlannedCall], recorded: Mapping[int, RecordedCall], approval: Approval) -> None:
+def replay_decisions(planned: Iterable[PlannedCall], recorded: Mapping[int, RecordedCall], approval: Approval) -> None:
     """Takes over the state that the calls of a reply had before the interruption.
 
     Args:

@@ -240,7 +240,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         return await (self._run_to_result() if self._journal is None else self._run_with_journal(self._journal))
 
     async def _run_observed(self, watch: RunWatch) -> RunResult:
-        """Does the work of the run, and notifies the observers of its beginning and of any kind of end."""
+        """Does the work of the run, and notifies the observers of its beginning and of its end, however it ends."""
         watch.begun(model=self.permit.requested_model, task=_task_text(self._task_text))
         error: BaseException | None = None
         try:
@@ -260,7 +260,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         """
         try:
             if (finished := await journal.open()) is not None:
-                return self._repeat_result(finished)
+                return self._replay_result(finished)
             try:
                 result = await self._run_to_result()
             except RunIncompleteError as error:
@@ -280,8 +280,8 @@ class RunHandle(NotCopyable, Generic[OutputT]):
             await journal.close()
         return result
 
-    def _repeat_result(self, finished: FinishedRun) -> RunResult:
-        """Returns the result of a run that was finished before, or raises the error that it ended with."""
+    def _replay_result(self, finished: FinishedRun) -> RunResult:
+        """Returns the result of a run that was already finished, or raises the error with which it ended."""
         self._stop_reason, self._record.has_last_words = finished.result.stop_reason, finished.has_last_words
         result, output_type = finished.result, self._settings.output_type
         if output_type is not None and (result.stop_reason == "stop" or finished.has_last_words):
@@ -357,8 +357,8 @@ class RunHandle(NotCopyable, Generic[OutputT]):
             self._record.truncate()
             return "budget"
         finally:
-            # A timeout whose block has been left cannot be changed. A caller may still pause or resume the run, whose
-            # result is being prepared, and this must not change the limit.
+            # A timeout whose block has been left can no longer be rescheduled. But while the result of the run is being
+            # prepared, a caller may still pause or resume the run.
             self._time_limit = None
 
     async def _run_when_admitted(self) -> StopReason:
@@ -428,7 +428,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
             self._stop_reason = "cancelled" if self._task.was_cancelled else "error"
         # The permit outlives the run in the contexts of sockets and timers, and must not keep the run alive.
         self.permit.cancel = _ignore_cancel
-        # Text of a cancelled run is dropped: a listener must not take it for part of an answer.
+        # Unread text of a cancelled run is dropped: a listener must not take it for part of an answer.
         self._channel.close(discard=self._stop_reason == "cancelled")
         if self._own_scheduled_run is not None:
             self._own_scheduled_run.end()

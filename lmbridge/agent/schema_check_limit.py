@@ -12,9 +12,9 @@ from typing import Final
 STEPS_AT_ONCE: Final = 20_000
 """The number of steps that a check may take in the event loop, which it blocks for about 20 ms."""
 STEPS_IN_THREAD: Final = 3_000_000
-"""The number of steps that a check may take in a thread, which are about three seconds."""
+"""The number of steps that a check may take in a thread, where they take about three seconds."""
 STEPS_FOR_SCHEMA: Final = 1_000_000
-"""The number of steps that the check of the schema itself may take in a thread, which are about a second."""
+"""The number of steps that the check of the schema itself may take in a thread, where they take about a second."""
 
 
 class StepLimitError(Exception):

@@ -29,7 +29,7 @@ from lmbridge.errors import LLMValidationError
 from lmbridge.observe.observer import Observer, Observers, as_observers
 
 Approve: TypeAlias = Callable[[ToolCall], bool | str | ToolCall | Awaitable[bool | str | ToolCall]]
-"""A function that decides about a call: it returns True, False, the reason of a refusal, or a call to make instead."""
+"""A function that decides about a call: it returns True, False, the reason for a refusal, or a call to make instead."""
 CompactionMode: TypeAlias = Literal["summarize", "shorten", "drop"]
 """How room is made in a full context; see the option `compaction` of `Agent`."""
 MaxTokens: TypeAlias = int | Literal["auto"]
@@ -39,7 +39,7 @@ OnLimit: TypeAlias = Literal["raise", "answer"]
 SendReasoning: TypeAlias = bool | Literal["auto"]
 """Whether the model's reasoning is sent back to it; "auto" sends it to a server that has demanded it."""
 ToolSearch: TypeAlias = Literal["auto", "never"]
-"""Whether the model can search for tools whose definitions do not fit; with "auto", it can if there are any."""
+"""Whether the model can search for tools whose definitions do not fit; with "auto", it can if there are such tools."""
 ReadTextCalls: TypeAlias = Literal["always", "whole", "never"]
 """Which calls are read that a model wrote as text: all, those that are the whole reply, or none."""
 Task: TypeAlias = str | Sequence[Mapping[str, Any]]

@@ -104,9 +104,9 @@ def parameters_of_type(function: Callable[..., Any], wanted: type) -> tuple[str,
 
 
 def first_parameter_is(function: Callable[..., Any], wanted: type) -> bool:
-    """Returns whether the first parameter is positional-only and annotated with a type, or with a union of it.
+    """Returns whether the first parameter is positional-only and annotated with a type, or with a union that has it.
 
-    The answer is False for a function whose hints cannot be read.
+    The result is False for a function whose hints cannot be read.
     """
     try:
         parameters = inspect.signature(function, eval_str=True).parameters
@@ -124,7 +124,7 @@ def _underlying_function(function: Callable[..., Any]) -> Any:
 
 
 def _default_name(code: Any) -> str:
-    # A program that makes functions in a loop names them by `__name__`, which leaves `__qualname__` as it was.
+    # A program that makes functions in a loop names them by setting `__name__`, which does not change `__qualname__`.
     name: str = getattr(code, "__name__", "")
     if name == "__call__":
         # A callable object is named after its class, in snake case.

@@ -37,8 +37,8 @@ class Summarizer:
         toolset: The tools of the run.
         record: Everything that the run has done; the tokens of a summary are added to it.
         token_budget: The tokens that the run may use.
-        estimate: Returns the estimated tokens of a prompt of that many bytes, if the server does not count them.
-        journal: Keeps the summaries, and repeats those from before an interruption. None if the run has no journal.
+        estimate: Estimates the tokens of a prompt from its bytes. It is used if the server does not count them.
+        journal: Keeps the summaries, and replays those from before an interruption. None if the run has no journal.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class Summarizer:
     async def _next_reply(self, messages: list[Message], max_tokens: int) -> ModelReply | None:
         """Returns the reply with the summary: the one that the journal has from before an interruption, or a new one.
 
-        None means that the steps of the run are being repeated, and that it had no summary at this point.
+        None means that the steps of the run are being replayed, and that it had no summary at this point.
         """
         reply = None if self._journal is None else self._journal.next_summary()
         if reply is None:
-            if self._journal is not None and self._journal.is_repeating:
+            if self._journal is not None and self._journal.is_replaying:
                 return None
             reply = await self._generate(messages, max_tokens)
             if self._journal is not None:

@@ -1,10 +1,10 @@
-"""Switches the thinking of a model off for one request, in the fields that each kind of server takes.
+"""Switches the thinking of a model off for one request, with the fields that its kind of server understands.
 
 This is done after a reply that has nothing but reasoning, or whose reasoning did not end before `max_tokens`. A model
 that has lost itself in thought usually does so again if it is asked in the same way.
 
-- llama.cpp: `reasoning_effort: "none"` disables it since mid-2026, and `chat_template_kwargs` reach the template of the
-  model in older versions as well (tools/server/README.md).
+- llama.cpp: `reasoning_effort: "none"`, since mid-2026, and `chat_template_kwargs`, which older versions also pass on
+  to the template of the model (tools/server/README.md).
 - vLLM: `chat_template_kwargs` (docs.vllm.ai, "Reasoning Outputs").
 - Ollama: `reasoning_effort: "none"` (https://docs.ollama.com/api/openai-compatibility).
 

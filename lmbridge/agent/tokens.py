@@ -3,7 +3,7 @@
 The exact number would need the model's own tokenizer and chat template, which the server has and a client does not. So
 the number is estimated from the size of the JSON, and corrected with the server's count in each reply. The alternative
 was to request the exact count before every round. But few servers can count, and the request costs a round trip. So it
-is sent only when the count decides something: when the prompt fills the context, or nearly does, by the estimate.
+is sent only when the count decides something: when, by the estimate, the prompt fills the context or nearly does.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class ContextBudget:
         return self._context_length is None
 
     def learn_context_length(self, tokens: int | None) -> None:
-        """Records the length of the context, which has become known in the middle of the run; None if it has not."""
+        """Records the length of a context whose length was unknown; None if it is still unknown."""
         self._context_length = tokens
 
     @property

@@ -1,8 +1,9 @@
 """Ranks tools by a query: by the words in their names and descriptions, or by embeddings.
 
 The words are ranked by BM25 (S. Robertson and H. Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond",
-2009). The libraries for it need numpy, which would be the largest dependency of this package, only to save the twenty
-lines below. Besides, the last release of rank-bm25 is from 2022, and bm25s is made for millions of documents.
+2009). The libraries for it would save only the twenty lines below, and need numpy, which would be the largest
+dependency of this package. Besides, the last release of rank-bm25 is from 2022, and bm25s is made for millions of
+documents.
 """
 
 from __future__ import annotations

@@ -33,15 +33,15 @@ logger: logging.Logger = logging.getLogger("lmbridge.agent")
 _MOST_FOUND: Final = 5
 """How many tools one search adds at most."""
 _MOST_KNOWN: Final = 3
-"""How many tools that are already offered the result of a search names at most."""
+"""The largest number of tools that the result of a search names although they are already offered."""
 _RESERVE: Final = 4
-"""The budget, divided by this number, is kept free for tools that are found later."""
+"""The budget is divided by this number, and one such part is kept free for tools that are found later."""
 _LISTED_NAMES: Final = 50
-"""How many names of tools a text lists at most."""
+"""The largest number of names of tools that a text lists."""
 _LONGEST_LIST: Final = 1_500
-"""How many characters such a list has at most."""
+"""The largest number of characters of such a list."""
 _LONGEST_LINE: Final = 200
-"""How many characters of a tool's description the result of a search has at most."""
+"""The largest number of characters of a tool's description in the result of a search."""
 _FINDER_NAMES: Final = ("find_tools", "search_tools", "find_more_tools", "search_more_tools")
 _QUERY: Final[Mapping[str, Any]] = {
     "type": "object",
@@ -126,7 +126,7 @@ class SearchableToolset(Toolset):
         called = [name for name in names if name is not None and name in self._hidden]
         for name in called:
             logger.info("the model has called the tool %r, which it had not been offered", name)
-            self._find(name)
+            self._reveal(name)
         await self.prepare()
         return await super().read_all(calls, repairs=repairs, may_be_cut=may_be_cut)
 
@@ -157,7 +157,7 @@ class SearchableToolset(Toolset):
         return offered, [name for name in names if name not in taken]
 
     def _hide(self, names: Sequence[str]) -> None:
-        """Leaves tools to the search, and offers the tool that searches, if it is not offered yet."""
+        """Leaves tools to be found by a search, and offers the tool that searches, if it is not offered yet."""
         self._hidden |= {name: self._tools[name] for name in names}
         if self.finder is None and (finder := self._make_finder(names)) is not None:
             self.finder: Tool | None = finder
@@ -198,7 +198,7 @@ class SearchableToolset(Toolset):
         worst = ranked.index(hits[-1]) if hits else len(ranked)
         known = [name for name in ranked[:worst] if name not in self._hidden][:_MOST_KNOWN]
         logger.info("%s(%r) has found: %s", self.finder.name if self.finder else "", query[:_LONGEST_LINE], hits)
-        lines = [self._find(name) for name in hits]
+        lines = [self._reveal(name) for name in hits]
         await self.prepare()
         if known:
             lines.append(f"Already offered to you: {', '.join(known)}.")
@@ -208,7 +208,7 @@ class SearchableToolset(Toolset):
             )
         return "\n".join(["You can call these tools now:", *lines] if hits else lines)
 
-    def _find(self, name: str) -> str:
+    def _reveal(self, name: str) -> str:
         """Offers a tool if there is room for its definition, and returns the line about it for the model."""
         tool = self._tools[name]
         line = f"- {name}: {shorten(' '.join(tool.description.split()), _LONGEST_LINE)}"

@@ -24,11 +24,11 @@ from lmbridge.agent.call_arguments import (
     LONGEST_PROBLEM,
     arguments_of,
     asked_name,
+    check_missing_arguments,
     decode_arguments,
     describe_parameters,
     read_encoded_twice,
     repaired_call,
-    without_arguments,
 )
 from lmbridge.agent.schema_check_limit import STEPS_AT_ONCE, STEPS_IN_THREAD, StepLimit, StepLimitError
 from lmbridge.agent.settings import ReadTextCalls
@@ -137,7 +137,7 @@ class Toolset:
         """Adds the tools that providers have added since the last time.
 
         Returns:
-            Whether more tools are offered than at the last call of this method. A search of the model adds tools, too.
+            Whether more tools are offered than when this method was last called. A search by the model also adds tools.
 
         Raises:
             LLMError: A provider raised this error.
@@ -270,7 +270,7 @@ class Toolset:
             )
         tool, decoded = self._tools[name], sent
         if decoded is None and problem is None:
-            decoded, problem = without_arguments(tool)
+            decoded, problem = check_missing_arguments(tool)
         if problem is None:
             try:
                 with StepLimit(steps):

@@ -27,7 +27,7 @@ from lmbridge.agent.model_reply import ModelReply, WireCall
 from lmbridge.agent.pause import PauseGate
 from lmbridge.agent.planned_calls import PlannedCall, encode_sorted, to_tool_call, unite_identical
 from lmbridge.agent.result import StopReason, ToolRecord
-from lmbridge.agent.resumed_calls import repeat_decisions
+from lmbridge.agent.resumed_calls import replay_decisions
 from lmbridge.agent.run_record import RunRecord
 from lmbridge.agent.sampling import forbids_calls, request_fields
 from lmbridge.agent.settings import Settings
@@ -42,7 +42,7 @@ _FORBIDDEN: Final = "Not called: this run does not allow calls of tools (tool_ch
 
 
 class _CallKind(NamedTuple):
-    """What a reply is judged by: the properties of a call that many calls have in common."""
+    """The properties of a call by which its reply is judged. Most calls of a reply are of the same kind."""
 
     is_repaired: bool
     """Whether the call had small mistakes that have been repaired."""
@@ -52,15 +52,15 @@ class _CallKind(NamedTuple):
     """The tool, by its name in requests, if the call exists but has wrong arguments; otherwise None."""
 
 
-_USUAL: Final = _CallKind(is_repaired=False, is_invalid=False, wrong_tool=None)
-"""The kind of nearly all calls."""
+_VALID_KIND: Final = _CallKind(is_repaired=False, is_invalid=False, wrong_tool=None)
+"""The kind of a valid call that needed no repair, as nearly all calls are."""
 
 
 class TurnRunner:
     """Makes the calls of the replies of one run.
 
     Args:
-        run_id: The id of the run, for its tools.
+        run_id: The id of the run, which its tools receive.
         settings: The options of the run.
         toolset: The tools of the run.
         record: Everything that the run has done; calls and results are written to it.
@@ -69,7 +69,7 @@ class TurnRunner:
             cancelled.
         gate: Holds the run before each call while the run is paused.
         clock: Returns the seconds since the run first asked its model.
-        journal: Keeps the steps of the run, and repeats those from before an interruption. None if the run has none.
+        journal: Keeps the steps of the run, and replays those from before an interruption. None if the run has none.
 
     Attributes:
         wrong_tool: The tool, by its name in requests, if all calls of the last reply were calls of this one tool with
@@ -128,7 +128,7 @@ class TurnRunner:
         self._last_calls = self._last_records = ()
 
     async def repeats_last_calls(self, calls: Sequence[WireCall]) -> bool:
-        """Returns whether all these calls were also in the last reply with calls, and have results without an error."""
+        """Returns whether each of these calls was also made, without an error, for the last reply that had calls."""
         pairs = zip(self._last_calls, self._last_records, strict=True)
         known = await list_in_slices(_key_of(call) for call, record in pairs if not record.is_error)
         return bool(known) and set(await list_in_slices(map(_key_of, calls))) <= set(known)
@@ -173,13 +173,13 @@ class TurnRunner:
         return turn
 
     def _as_sent(self, call: WireCall) -> WireCall:
-        """Returns a call with the tool's name in requests, in place of another name that the model used for it."""
+        """Returns a call in which the tool has its name in requests, even if the model used another name for it."""
         function = call["function"]
         name = self._toolset.find_request_name(function["name"])
         return call if name in (None, function["name"]) else {**call, "function": {**function, "name": name}}
 
     async def _plan(self, read: Sequence[ReadyCall | InvalidCall]) -> list[PlannedCall]:
-        """Returns the calls to make or to refuse. Identical calls become one, unless each is to be made."""
+        """Returns the calls to make or to refuse. Identical calls become one, unless `deduplicate_calls` is False."""
         if len(read) == 1:
             return [PlannedCall(read[0], [0])]
         if not self._settings.deduplicate_calls:
@@ -187,12 +187,12 @@ class TurnRunner:
         return list(dict.fromkeys(await list_in_slices(unite_identical(read))))
 
     async def _decide(self, planned: Sequence[PlannedCall]) -> None:
-        """Decides which calls are made, or repeats the decisions from before an interruption."""
+        """Decides which calls are made, or replays the decisions from before an interruption."""
         if self._journal is None:
             if self._settings.approve is not None:
                 await self._approval.decide(planned)
         elif recorded := self._journal.calls_of_reply():
-            repeat_decisions(planned, recorded, self._approval)
+            replay_decisions(planned, recorded, self._approval)
         else:
             await self._approval.decide(planned)
             await self._journal.plan(await list_in_slices(map(PlannedCall.for_journal, planned)))
@@ -240,7 +240,7 @@ class TurnRunner:
         """Returns the record of a call, which is made unless its result is known or the call is not allowed."""
         if planned.recorded is not None:
             if read.call.tool is self._toolset.finder:
-                # The tools that a search had found have to be offered again.
+                # The search is repeated, so that the tools that it had found are offered again.
                 await self._toolset.call(read, self._context_of(read.call), timeout=None, max_output=1)
             return planned.made_before(planned.recorded)
         if planned.refusal is not None:
@@ -308,7 +308,7 @@ class TurnRunner:
 def _kind_of(read: ReadyCall | InvalidCall) -> _CallKind:
     if isinstance(read, InvalidCall):
         return _CallKind(is_repaired=False, is_invalid=True, wrong_tool=read.tool)
-    return _CallKind(is_repaired=True, is_invalid=False, wrong_tool=None) if read.call.repaired else _USUAL
+    return _CallKind(is_repaired=True, is_invalid=False, wrong_tool=None) if read.call.repaired else _VALID_KIND
 
 
 def _key_of(call: WireCall) -> tuple[str, bytes]:

@@ -52,8 +52,8 @@ def find_meant_name(asked: str, names: Iterable[str]) -> str | None:
     """Returns the only name that a model can have meant, or None if none or several are possible.
 
     Upper and lower case, the characters between words, a prefix such as `functions.` and a suffix such as
-    `<|channel|>commentary` are disregarded. If no name is equal then, a name may also have one letter that is missing,
-    doubled, wrong, or swapped with its neighbour, if it is so long that this is a slip and not another word.
+    `<|channel|>commentary` are disregarded. If no name matches in this way, one letter may also be missing, doubled,
+    wrong, or swapped with its neighbour, if the name is so long that this is a slip and not another word.
 
     Args:
         asked: The name that the model wrote.

@@ -22,8 +22,8 @@ _RESULT_CHARACTERS: Final = 200
 class AnswerView:
     """The part of the terminal in which one answer appears.
 
-    The text of the answer goes to stdout. Its reasoning is dimmed on a terminal; where there are no styles, it is put
-    between two lines that say what it is. If stdout is a pipe, the reasoning goes to stderr.
+    The text of the answer goes to stdout. Its reasoning is dimmed on a terminal; where there are no styles, the lines
+    "[thinking]" and "[/thinking]" enclose it. If stdout is a pipe, the reasoning goes to stderr.
 
     Args:
         terminal: Where the answer is written.

@@ -21,11 +21,11 @@ from lmbridge.cli.serving import gateway, mcp, serve
 from lmbridge.cli.terminal import Terminal
 
 _WrongArguments: Final[Any] = typer.BadParameter.__mro__[1]
-"""The base class of all errors of usage. Typer does not export it, and where it is defined depends on the version."""
+"""The base class of all usage errors. Typer does not export it, and where it is defined depends on the version."""
 
 
 class _CommandLine(TyperGroup):
-    """The group of all commands. It shows errors of usage as all other errors are shown: one line, and a hint."""
+    """The group of all commands. It shows usage errors in the same form as all other errors: one line, and a hint."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         """Reads the options before the name of the command."""
@@ -45,7 +45,7 @@ class _CommandLine(TyperGroup):
 
 
 def _show_wrong_arguments(error: Any, command: str) -> None:
-    """Shows an error of usage.
+    """Shows a usage error.
 
     Args:
         error: The error.

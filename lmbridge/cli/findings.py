@@ -58,7 +58,7 @@ class Finding:
 
 
 def show_findings(findings: Sequence[Finding], terminal: Terminal) -> None:
-    """Writes a table, and what to do about each finding."""
+    """Writes the findings as a table, and then what to do about them."""
     rows = [(each.check, Text(*_MARKS[each.state]), one_line(each.text)) for each in findings]
     terminal.table(("check", "state", "finding"), rows)
     fixes = [each for each in findings if each.fix]

@@ -1,4 +1,4 @@
-"""The check of `lmbridge doctor` whether the MCP servers of the configuration can be started."""
+"""The check of `lmbridge doctor` that finds out whether the MCP servers of the configuration can be started."""
 
 from __future__ import annotations
 

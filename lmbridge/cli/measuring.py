@@ -90,7 +90,7 @@ class Measurement:
     def prompt_speed(self) -> float:
         """How many prompt tokens the server processes per second, for all requests in flight together.
 
-        The time until the first token of an answer counts as the time for its prompt.
+        The time until the first token of an answer is taken as the time that its prompt needed.
         """
         speeds = [each.prompt_tokens / each.first_token_seconds for each in self.samples]
         return statistics.median(speeds) * self.concurrency
@@ -165,6 +165,6 @@ def make_prompts(tokens: int, seed: int = 0) -> Iterator[str]:
 
 
 def recommended_concurrency(measurements: Sequence[Measurement]) -> int:
-    """Returns the lowest concurrency with (nearly) the highest throughput: with more, answers only become slower."""
+    """Returns the lowest concurrency that has nearly the highest throughput. A higher one only makes answers slower."""
     best = max(each.throughput for each in measurements)
     return min(each.concurrency for each in measurements if each.throughput >= best * _GOOD_ENOUGH)

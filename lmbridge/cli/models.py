@@ -1,4 +1,4 @@
-"""`lmbridge models`: what the servers have, and loading, unloading and downloading models."""
+"""`lmbridge models`: lists, loads, unloads and downloads the models of the servers."""
 
 from __future__ import annotations
 

@@ -33,8 +33,9 @@ def has_terminal() -> bool:
 async def _read_stdin() -> bytes:
     """Returns all that is piped into the command.
 
-    The thread that reads is a daemon, because a signal could otherwise not end the command before the pipe ends. It
-    reads the file itself: a thread that holds the lock of the buffer aborts the interpreter at its end.
+    The thread that reads is a daemon, because otherwise a signal could not end the command before the pipe ends. It
+    reads from the raw file, because a daemon thread that holds the lock of the buffer when the interpreter exits makes
+    the interpreter abort.
     """
     file = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
     whole: Future[bytes] = Future()

@@ -11,7 +11,8 @@ class QueueTimes:
     """Adds up, for each round of one run, the seconds for which its requests waited for their permits.
 
     It has to be an observer of the client, which reports the requests, and of the agent, which reports the rounds. The
-    events of the run itself cannot be used: they wait for the terminal, and the next round may have begun meanwhile.
+    events of the run itself cannot be used: they arrive late if the terminal is slow, when the next round may already
+    have begun.
     """
 
     def __init__(self) -> None:

@@ -36,7 +36,7 @@ _HINTS: Final[Mapping[str, str]] = {
     "budget": "raise --max-seconds",
     "max_rounds": "raise --max-rounds, or give it a smaller task",
 }
-"""What to do, for each stop reason without an answer."""
+"""What the user can do, for each stop reason without an answer."""
 MCP_SERVERS: Final = "mcp_servers"
 """The field of `JournalEntry.extra` with the names of the servers of a run."""
 _ALL: Final = "all"
@@ -127,7 +127,7 @@ def _entry(journal: Path | None, access: ToolAccess) -> JournalEntry | None:
 
 
 def open_tools(options: ToolOptions, view: RunOutput) -> ToolAccess:
-    """Returns the tools of a run. With `--json`, the user is asked nothing, because the output is for a program."""
+    """Returns the tools of a run. With `--json`, nobody is asked for approval, because the output is for a program."""
     return ToolAccess(options, None if view.as_json else view.terminal.ask)
 
 
@@ -181,7 +181,7 @@ async def show_run(events: AsyncIterator[RunEvent], view: RunOutput, queue: Queu
 
 
 def end_run(result: RunResult[Any], terminal: Terminal) -> ExitStatus:
-    """Returns the exit status for a run that has ended, after warnings about what is missing in its answer."""
+    """Shows warnings about what is missing in the answer of a run that has ended, and returns the exit status."""
     from lmbridge.agent.result import ENDINGS  # noqa: PLC0415 - as in `make_agent`
 
     if result.stop_reason in ENDINGS:

@@ -1,4 +1,4 @@
-"""The checks of `lmbridge doctor` whether strangers can use a server."""
+"""The checks of `lmbridge doctor` that find out whether strangers can use a server."""
 
 from __future__ import annotations
 

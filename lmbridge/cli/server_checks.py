@@ -83,7 +83,7 @@ async def check_cancelling(connection: ServerConnection) -> Finding:
         return _now() - started
 
     async def leave_a_stream() -> float | None:
-        """Returns the seconds that the rest of the answer would have taken, or None if the answer ended before."""
+        """Returns the seconds that a long answer would have taken, or None if the answer ended too early."""
         question = _question(_LONG_QUESTION)
         async with connection.client.stream_chat(question, max_tokens=_LONG_ANSWER) as stream:
             await anext(stream)
@@ -100,9 +100,10 @@ async def check_cancelling(connection: ServerConnection) -> Finding:
     measured = [rest for rest in rests if rest is not None]
     if len(measured) < slots:
         fix = "try a model that writes longer answers, or look for a proxy that collects the answer"
-        return Finding("cancelling", "skipped", "an answer ended before its stream could be left", fix)
+        return Finding("cancelling", "skipped", "an answer ended before its stream could be closed", fix)
     after = await seconds_of_short_answer()
-    what = f"{after:.2f} s for a short answer after {slots} that were left, {usual:.2f} s before"
+    streams = "1 stream was" if slots == 1 else f"{slots} streams were"
+    what = f"{after:.2f} s for a short answer after {streams} closed early, {usual:.2f} s before"
     # If the server went on generating, the short answer had to wait for the rest of a long one.
     if after - usual > max(min(measured) / 2, _JITTER_SECONDS):
         fix = "the server goes on generating for clients that have left: update it, or lower max_tokens"
@@ -153,7 +154,7 @@ async def check_structured_output(connection: ServerConnection) -> Finding:
 
 
 async def check_embeddings(connection: ServerConnection) -> Finding:
-    """Checks whether the server makes embeddings, which many servers do not."""
+    """Checks whether the server offers embeddings, as many servers do not."""
     model = next((each.id for each in connection.info.models if only_embeds(each)), connection.model)
     try:
         reply = await connection.client.embeddings("hello", model=model)
@@ -165,7 +166,7 @@ async def check_embeddings(connection: ServerConnection) -> Finding:
 
 
 async def check_truncation(connection: ServerConnection) -> Finding:
-    """Checks whether a prompt that does not fit into the context is refused, or cut off without an error."""
+    """Checks whether a prompt that does not fit into the context is refused, and not cut off without an error."""
     context = connection.context_length
     if context is None:
         fix = "find out how long the context is: prompts that do not fit may be cut off without an error"

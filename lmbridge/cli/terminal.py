@@ -1,4 +1,4 @@
-"""What is written to the terminal: the only module of the command line that writes to stdout and stderr.
+"""Writes to the terminal. No other module of the command line writes to stdout or stderr.
 
 Every text goes through `printable`, because texts of models and servers may contain control characters.
 
@@ -136,7 +136,7 @@ class Terminal:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Shows until the end of the block that something is being waited for, but only on a terminal.
+        """Shows what is being waited for, until the end of the block. In a pipe, nothing is shown.
 
         The context manager yields a function that replaces the text.
         """

@@ -1,4 +1,4 @@
-"""The tools of MCP servers for a run, and the question whether a call may be made.
+"""The tools of MCP servers for a run, and the decision whether a call may be made.
 
 The modules of agents and of MCP are imported when a tool is first used: they take longer than everything else that
 `lmbridge chat` imports, and most answers need no tools.
@@ -107,6 +107,9 @@ class ToolAccess:
 
 
 def may_destroy(tool: Tool) -> bool:
-    """Returns whether a tool may change or delete something: always, unless the hints of its server deny it."""
+    """Returns whether calls of a tool need an approval.
+
+    They do, unless a hint of its server says that the tool only reads, or that it is not destructive.
+    """
     hints = tool.annotations
     return hints.get("readOnlyHint") is not True and hints.get("destructiveHint") is not False

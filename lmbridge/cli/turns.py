@@ -47,7 +47,7 @@ class ChatTurn:
             tools: The tools that the model may use, or None.
 
         Raises:
-            LLMError: The server, or a tool server, failed.
+            LLMError: The model server or an MCP server failed.
         """
         if tools is None or not tools.names:
             await stream_answer(connection.client, self._asked, view, self.answer, params)
@@ -91,7 +91,7 @@ class ChatTurn:
         return " · ".join(parts)
 
     def exit_status(self, terminal: Terminal) -> ExitStatus:
-        """Returns the exit status for the turn, after a warning if the answer is not complete."""
+        """Shows a warning if the answer is not complete, and returns the exit status for the turn."""
         reason = self.answer.finish_reason if self._result is None else self._result.stop_reason
         if reason == "length":
             terminal.problem("the answer was cut off", _CUT_HINT, kind="warning")

@@ -1,4 +1,4 @@
-"""Runs one task of a fleet. If the run fails, it is tried again, and resumed from the checkpoint if there is one."""
+"""Runs one task of a fleet. A run that fails is tried again; with a checkpoint, it is resumed from there."""
 
 from __future__ import annotations
 
@@ -131,5 +131,5 @@ async def _run(agent: RunsTasks, task: Task, options: Mapping[str, Any]) -> RunR
         current = asyncio.current_task()
         if current is None or current.cancelling():
             raise
-        # With this error, a task group would ignore the end of the child task, and the fleet would lose the outcome.
+        # A task group ignores a child task that ends with a CancelledError, so the fleet would lose the outcome.
         raise TaskCancelledError("the run was cancelled, but not by the fleet", error) from error

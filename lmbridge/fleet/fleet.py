@@ -165,7 +165,7 @@ class Fleet:
             if getting.done():
                 outcome = getting.result()
             else:
-                # The work has ended, and no outcome is left: each outcome wakes the reader before the work ends.
+                # The work has ended. No outcome is left, because each outcome wakes this reader before the work ends.
                 getting.cancel()
                 self._raise_failure()
                 return None

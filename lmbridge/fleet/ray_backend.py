@@ -59,13 +59,13 @@ class _Keeper:
         self._store = FileStore(path)
 
     async def open_run(self, run_id: str, start: RunStart) -> Any:
-        return await _returned(self._store.open_run(run_id, start))
+        return await _result_or_error(self._store.open_run(run_id, start))
 
     async def add_step(self, run_id: str, number: int, step: Step, state: JournalState | None) -> Any:
-        return await _returned(self._store.add_step(run_id, number, step, state))
+        return await _result_or_error(self._store.add_step(run_id, number, step, state))
 
     async def release_run(self, run_id: str) -> Any:
-        return await _returned(self._store.release_run(run_id))
+        return await _result_or_error(self._store.release_run(run_id))
 
 
 class _RemoteStore:
@@ -80,14 +80,14 @@ class _RemoteStore:
         return self._path
 
     async def open_run(self, run_id: str, start: RunStart) -> list[StoredStep]:
-        steps: list[StoredStep] = _raised(await self._keeper.open_run.remote(run_id, start))
+        steps: list[StoredStep] = _raise_if_error(await self._keeper.open_run.remote(run_id, start))
         return steps
 
     async def add_step(self, run_id: str, number: int, step: Step, state: JournalState | None) -> None:
-        _raised(await self._keeper.add_step.remote(run_id, number, step, state))
+        _raise_if_error(await self._keeper.add_step.remote(run_id, number, step, state))
 
     async def release_run(self, run_id: str) -> None:
-        _raised(await self._keeper.release_run.remote(run_id))
+        _raise_if_error(await self._keeper.release_run.remote(run_id))
 
 
 @attrs.frozen
@@ -102,7 +102,7 @@ class _RemoteEntry(JournalEntry):
 
 @attrs.frozen
 class _Checkpoint:
-    """The path of the checkpoint, and the name of its actor, because a handle would not survive a restart."""
+    """The path of the checkpoint, and the name of its actor. A handle of the actor would not survive a restart."""
 
     path: str
     keeper: str
@@ -188,7 +188,7 @@ class RayBackend:
 
     def _start(self) -> None:
         if not ray.is_initialized():
-            # Set first, so that the processes are ended even if only a part of them could be started.
+            # Set before `ray.init`, so that the processes are ended even if only some of them could be started.
             self._owns_connection = True
             ray.init(log_to_driver=False)
         checkpoint = None
@@ -264,16 +264,16 @@ async def _awaited(reference: Awaitable[Any]) -> None:
         return
 
 
-async def _returned(work: Awaitable[Any]) -> Any:
-    """Returns the result of some work, or its error."""
+async def _result_or_error(work: Awaitable[Any]) -> Any:
+    """Returns the result of some work, or the error that it raised."""
     try:
         return await work
     except LLMError as error:
         return error
 
 
-def _raised(value: Any) -> Any:
-    """Returns a value, or raises it if it is an error."""
+def _raise_if_error(value: Any) -> Any:
+    """Returns a value that `_result_or_error` has returned, or raises it if it is an error."""
     if isinstance(value, LLMError):
         raise value
     return value
@@ -334,7 +334,7 @@ def _portable_error(error: Exception) -> Exception:
 
 
 def _pickling_error(value: Any) -> Exception | None:
-    """Returns the error with which a value cannot be pickled as Ray does it, or None if it can."""
+    """Returns the error that is raised if a value is pickled as Ray does it, or None if it can be pickled."""
     # The functions of Ray's pickler have no types.
     pickler: Any = cloudpickle
     try:

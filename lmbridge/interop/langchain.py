@@ -48,7 +48,7 @@ _ERRORS: Final[tuple[tuple[type[lmbridge.errors.LLMError], type[exceptions.Model
     (lmbridge.errors.TaskCancelledError, exceptions.ModelError),
     (lmbridge.errors.LLMResponseError, exceptions.ModelAPIError),
 )
-"""The class of LangChain for each error class of lmbridge. The first class that an error is an instance of counts."""
+"""The class of LangChain for each error class of lmbridge. The first entry whose class an error belongs to is used."""
 _USAGE: Final[dict[str, Any]] = {"stream_options": {"include_usage": True}}
 
 

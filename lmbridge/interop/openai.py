@@ -1,8 +1,8 @@
 """A client of openai-python whose requests go through an `LLMClient`.
 
 Many frameworks already translate their messages, tools and outputs for openai-python, and handle its errors. To reuse
-that, the transport below openai-python is replaced by one that hands each request to the `LLMClient`. The schedule,
-retries, time limits and checks of the client apply, and its errors are raised as those of openai-python.
+that code, the transport below openai-python is replaced by one that hands each request to the `LLMClient`. The
+schedule, retries, time limits and checks of the client apply, and its errors are raised as those of openai-python.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _STATUSES: Final[tuple[tuple[type[LLMError], int, str | None], ...]] = (
     (ModelLoadError, 503, None),
     (LLMResponseError, 502, None),
 )
-"""The status and the code by which openai-python and the frameworks recognize an error. The status is used if the
-server reported the error inside a stream or with status 200."""
+"""The status and the code by which openai-python and the frameworks recognize an error. This status is used only if the
+server reported the error without an error status, for example inside a stream."""
 _OWN_HEADERS: Final = re.compile(
     "accept|accept-encoding|authorization|connection|content-.*|host|user-agent|openai-.*|x-stainless-.*"
 )

@@ -29,8 +29,8 @@ class LMBridgeModel(OpenAIChatCompletionsModel):
             result = await agents.Runner.run(agent, "What is the weather in Oslo?")
 
     Model scheduling, retries, timeouts and `model_mismatch` are those of the client. Errors are those of openai-python,
-    as with the other models of openai-agents; `__cause__` is the `LLMError`. openai-agents sends traces to OpenAI if it
-    has a key for it; `agents.set_tracing_disabled(True)` stops that.
+    as with the other models of openai-agents; `__cause__` is the `LLMError`. If openai-agents has a key of OpenAI, it
+    sends traces there; `agents.set_tracing_disabled(True)` stops that.
 
     Args:
         client: The client. It has to be open as long as the model is used, and the program closes it.

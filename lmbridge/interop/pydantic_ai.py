@@ -65,14 +65,14 @@ class LMBridgeModel(OpenAIChatModel):
             agent = pydantic_ai.Agent(LMBridgeModel(client, "qwen3-4b"), tools=[...])
             print((await agent.run("What is the weather in Oslo?")).output)
 
-    Model scheduling, retries, timeouts and `model_mismatch` are those of the client. What lmbridge raises arrives as
+    Model scheduling, retries, timeouts and `model_mismatch` are those of the client. Errors of lmbridge are raised as
     pydantic-ai's `ModelHTTPError` or `ModelAPIError`, so that `FallbackModel` works. The `LLMError` itself is further
     down the chain of `__cause__`.
 
     Args:
         client: The client. It has to be open as long as the model is used, and the program closes it.
         model: The name of the model. Default: the client's model; if it has none, the server chooses.
-        profile: What the model can do. Default: what LM Studio, llama.cpp and vLLM understand.
+        profile: What the server and the model support. Default: what LM Studio, llama.cpp and vLLM support.
         settings: Settings of every request, such as `temperature`. Default: none.
     """
 

@@ -60,9 +60,9 @@ def _params(params: Any, options: dict[str, Any]) -> Any:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
     params.n_ctx = options["n_ctx"]
     params.n_parallel = options["n_parallel"]
-    # With this, a single request may use the whole context instead of only one n_parallel-th of it.
+    # With this, a single request may use the whole context. Otherwise the context would be divided by n_parallel.
     params.kv_unified = True
-    # The batches are small, because the server notices only between two of them that a client has disconnected.
+    # The batches are small, because only between two batches does the server notice that a client has disconnected.
     params.n_batch = 512
     # The size of the cache for the prompts of earlier requests, whose default is 8 GiB.
     params.cache_ram_mib = 256

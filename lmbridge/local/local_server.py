@@ -31,7 +31,7 @@ logger: logging.Logger = logging.getLogger("lmbridge.local")
 _FOLDER = Path(__file__).parent
 # The default host of llama.cpp.
 _HOST = "127.0.0.1"
-# The child exits as soon as it notices that its stdin has ended. It has this much time to notice.
+# How long the child may take to exit by itself after its stdin was closed.
 _EXIT_GRACE_SECONDS = 1.0
 _LIBGOMP_HINT = "install the system's OpenMP library: apt install libgomp1, dnf install libgomp, or apk add libgomp"
 # The instruction sets for which xllamacpp's wheels for x86-64 are compiled.
@@ -71,7 +71,8 @@ class LocalServer(NotCopyable):
         port: The TCP port to listen on. The default, 0, chooses any free port.
         progress: A function that is called in the event loop about ten times a second while the default model is
             downloaded. It gets the number of bytes that have arrived and the total number of bytes. It is not called if
-            nothing has to be downloaded. By default, only one line in the log announces the download.
+            nothing has to be downloaded. By default, the progress is not reported, and one line in the log announces
+            the download.
         start_timeout: How many seconds the server may take to load the model, not counting the download. The default is
             120. None switches the limit off.
 

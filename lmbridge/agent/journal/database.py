@@ -1,13 +1,14 @@
 """The SQLite database behind a journal, and the translation of its errors.
 
-A journal is an ordinary SQLite database, so that `sqlite3 runs.db` and other tools can read it. Its steps are rows that
-are only ever added, in the order in which they happened. Nothing is updated except the state of a run.
+A journal is an ordinary SQLite database, so that `sqlite3 runs.db` and other tools can read it. Each step of a run is a
+row, added when the step happens. Nothing is ever updated except the state of a run.
 
 The file is recognized by its first bytes, before SQLite opens it: SQLite would create its own files beside a database
 of another program, and would take an empty file for a new database. A new journal is created under a temporary name and
 then linked to its real name, so that a program that is killed in between does not leave half a journal. Renaming it
 could replace a journal that another process has created in the meantime. File systems such as exFAT, and some folders
-of the host in a container, have no hard links. There, an empty file takes the name first, and the journal replaces it.
+of a host that are mounted in a container, have no hard links. There, an empty file is created under the real name, and
+the journal then replaces it.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ _PROBLEMS: Final[dict[int, tuple[JournalProblem, str]]] = {
     sqlite3.SQLITE_READONLY: ("unwritable", "the file and its folder must be writable for this user"),
     sqlite3.SQLITE_CANTOPEN: ("unwritable", "the folder must exist, and must be writable for this user"),
     sqlite3.SQLITE_PERM: ("unwritable", "the file and its folder must be writable for this user"),
-    sqlite3.SQLITE_BUSY: ("busy", "another process holds the file for minutes; look for a program that has it open"),
-    sqlite3.SQLITE_LOCKED: ("busy", "another process holds the file for minutes; look for a program that has it open"),
+    sqlite3.SQLITE_BUSY: ("busy", "another process keeps the file locked; look for a program that has it open"),
+    sqlite3.SQLITE_LOCKED: ("busy", "another process keeps the file locked; look for a program that has it open"),
     sqlite3.SQLITE_CORRUPT: ("damaged", "a part of it is missing or was overwritten; nothing was written to it"),
     sqlite3.SQLITE_NOTADB: ("damaged", "a part of it is missing or was overwritten; nothing was written to it"),
 }
@@ -294,7 +295,8 @@ def _give_name(draft: Path, path: Path) -> None:
 def _sync(folder: Path) -> None:
     """Makes sure that the entries of a folder are on the disk, if the system can do that.
 
-    Windows cannot open folders, and does it by itself. Some file systems, such as those on the network, cannot do it.
+    On Windows, a program cannot open a folder, and the system does this by itself. Some file systems, such as those on
+    the network, do not support it.
     """
     if sys.platform == "win32":
         return

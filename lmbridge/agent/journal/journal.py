@@ -214,7 +214,7 @@ def read_step(run_id: str, stored: StoredStep, *, path: str) -> Step:
 
 
 def read_recording(run_id: str, stored: Sequence[StoredStep], *, path: str) -> Recording:
-    """Returns the steps of a run in the journal at a path, in the form in which they are repeated.
+    """Returns the steps of a run in the journal at a path, in the form in which they are replayed.
 
     Raises:
         JournalError: The steps cannot be read, or contradict each other.

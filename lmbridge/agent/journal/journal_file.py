@@ -2,8 +2,8 @@
 
 A run waits until each of its steps is on disk, which takes milliseconds, and a connection of SQLite belongs to one
 thread. So each journal has one thread for all runs of the process. The thread takes all steps that wait for it, and
-writes them in one transaction: tools of a reply that end at the same time, or the steps of a hundred runs, share one
-flush of the disk. In a pool, each thread would need its own connection and flushes.
+writes them in one transaction. So the results of tools that end at the same time, or the steps of a hundred runs, need
+only one flush of the disk. In a pool of threads, each would need its own connection and its own flushes.
 
 The thread ends when the journal is no longer used. It is a daemon, so that it never keeps a program from ending. Steps
 that are lost when the program ends do no harm, because a run continues only after its step has been written.
@@ -27,7 +27,7 @@ from lmbridge.agent.journal.database import Database
 _T = TypeVar("_T")
 
 _MOST_AT_ONCE: Final = 500
-"""The largest number of pieces of work in one transaction."""
+"""The largest number of pieces of work that share one transaction."""
 
 
 @attrs.define(eq=False)

@@ -1,9 +1,9 @@
 """`RunLocks`: marks the runs of a journal that are in progress, so that all processes see it until this one ends.
 
 Two programs that resumed the same run would make its calls twice. A flag in the database would survive a program that
-was killed, and a flag with a time limit would have to be renewed while a tool takes hours. So each run in progress
-holds a lock on a byte of a file beside the journal. The operating system releases the lock when the process ends,
-however it ends. SQLite's own file cannot be used for this, because closing it anywhere in the process would also
+was killed, and a flag with a time limit would have to be renewed again and again while a tool takes hours. So each run
+in progress holds a lock on a byte of a file beside the journal. The operating system releases the lock when the process
+ends, however it ends. SQLite's own file cannot be used for this, because closing it anywhere in the process would also
 release the locks of SQLite.
 """
 
@@ -62,7 +62,7 @@ class RunLocks:
         self._owners: dict[str, object] = {}
 
     def claim(self, run_id: str, owner: object) -> bool:
-        """Marks a run as in progress. Returns False if another owner, in any process, has already marked it."""
+        """Marks a run as in progress. Returns False if another owner, in this or another process, has marked it."""
         if run_id in self._owners:
             return self._owners[run_id] is owner
         if self._file is None:

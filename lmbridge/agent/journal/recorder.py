@@ -1,4 +1,4 @@
-"""`RunRecorder`: writes the steps of one run to a journal, and repeats the steps from before an interruption."""
+"""`RunRecorder`: writes the steps of one run to a journal, and replays the steps from before an interruption."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class RunRecorder:
         self._run_id = run_id
         self._start = start
         self._recording = Recording()
-        # The number of replies so far, and how many of them were repeated from the journal.
+        # The number of replies so far, and how many of them were replayed from the journal.
         self._replies = 0
-        self._repeated = 0
+        self._replayed = 0
         self._next_number = 0
         # The numbers of the replies without calls since the last one with calls. If the run fails because of them, the
         # model is asked again when the run is resumed.
         self._without_calls: list[int] = []
-        self._repeated_seconds = 0.0
+        self._replayed_seconds = 0.0
         self._resumed_at = time.monotonic()
 
     @property
@@ -63,8 +63,8 @@ class RunRecorder:
 
     def seconds(self) -> float:
         """See `RunJournal`."""
-        if self.is_repeating:
-            return self._repeated_seconds
+        if self.is_replaying:
+            return self._replayed_seconds
         return self._recording.seconds + time.monotonic() - self._resumed_at
 
     async def open(self) -> FinishedRun | None:
@@ -89,25 +89,25 @@ class RunRecorder:
 
     def next_reply(self, round_number: int) -> RecordedReply | None:
         """See `RunJournal`."""
-        if self._repeated == len(self._recording.replies):
+        if self._replayed == len(self._recording.replies):
             return None
-        reply, recorded = self._recording.replies[self._repeated]
+        reply, recorded = self._recording.replies[self._replayed]
         if recorded.round != round_number and not recorded.is_dropped:
             raise self._mismatch(
                 f"reply {reply.number + 1} of the run {self._run_id!r} belongs to round {recorded.round}, and not to"
                 f" round {round_number}",
                 f"the run was begun by lmbridge {self._start.version}; resume it with that version",
             )
-        self._repeated += 1
-        self._replies = self._repeated
-        self._repeated_seconds = self._recording.call_seconds.get(reply.number, reply.seconds)
+        self._replayed += 1
+        self._replies = self._replayed
+        self._replayed_seconds = self._recording.call_seconds.get(reply.number, reply.seconds)
         self._note_calls(reply.number, has_calls=bool(reply.reply.calls) or recorded.is_dropped)
         return recorded
 
     @property
-    def is_repeating(self) -> bool:
+    def is_replaying(self) -> bool:
         """See `RunJournal`."""
-        return self._repeated < len(self._recording.replies)
+        return self._replayed < len(self._recording.replies)
 
     def next_summary(self) -> ModelReply | None:
         """See `RunJournal`."""

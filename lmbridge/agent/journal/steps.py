@@ -1,4 +1,4 @@
-"""The steps of a run, as they are stored in JSON, and `Recording`, the form in which a resumed run repeats them.
+"""The steps of a run, as they are stored in JSON, and `Recording`, the form in which a resumed run replays them.
 
 A journal has these kinds of steps:
 
@@ -6,7 +6,7 @@ A journal has these kinds of steps:
 begun     the run was admitted: its model, and the names of its tools
 reply     the model has replied: the whole reply, with its calls and its usage
 summary   the model has written a summary, because its context was full
-planned   the calls of the last reply are about to be made, or will not be made, with the reason
+planned   for each call of the last reply: it will be made, or the reason why not
 started   a call is about to be made
 done      a call has ended: its result
 failed    the run ended with an error, and can be resumed
@@ -307,7 +307,7 @@ def _finished_run(ended: EndedStep) -> FinishedRun:
 
 @attrs.define
 class Recording:
-    """The steps of a run from before an interruption, in the form in which they are repeated."""
+    """The steps of a run from before an interruption, in the form in which they are replayed."""
 
     begun: BegunStep | None = None
     """The model and the tools of the run; None if it had not been admitted."""

@@ -1,7 +1,7 @@
 """`CallReader`: reads the tool calls at a position of a text, in any of the syntaxes of `syntaxes`.
 
 It knows nothing about tools, and nothing about the text around the calls: `finding` decides whether the calls are to
-be made. The text is read from its beginning to its end, and its rest is not copied for each call, so that the time is
+be made. The text is read once from beginning to end, and what is left of it is never copied, so the time is
 proportional to its length.
 """
 
@@ -222,14 +222,14 @@ class CallReader:
         self._is_repaired = False
         match = heading.match(self._text, self._position)
         if match is None:
-            raise UnreadableCallError("an opening has no name of a tool")
+            raise UnreadableCallError("an opening does not name a tool")
         position = self._skip(self._discard(match.end()))
         if self._text.startswith("{", position):
             return self._read_named(match[1], position)
         if any(each.opening.match(self._text, position) for each in PARAMETERS):
             return TextCall(match[1], self._read_parameters(position))
         if CLOSING.match(self._text, position) is None:
-            raise UnreadableCallError("a call has neither arguments nor an end")
+            raise UnreadableCallError("a call has neither arguments nor a closing")
         self._position = position
         return TextCall(match[1], None)
 
@@ -289,7 +289,7 @@ class CallReader:
                 break
             end = self._text.find(syntax.closing, opening.end())
             if end < 0:
-                raise UnreadableCallError("a parameter does not end")
+                raise UnreadableCallError("a parameter has no closing")
             value = self._text[opening.end() : end]
             key = opening["key"].strip()
             read = _read_parameter(value, is_json=bool(opening.groupdict().get("json")))
@@ -305,7 +305,7 @@ class CallReader:
         calls = self._read_python_calls(position + 1)
         position = self._skip(self._position)
         if not self._text.startswith("]", position):
-            raise UnreadableCallError("a list of calls does not end")
+            raise UnreadableCallError("a list of calls has no closing bracket")
         self._position = position + 1
         return calls
 
@@ -318,7 +318,7 @@ class CallReader:
             if is_printed:
                 position = self._skip(self._position)
                 if not self._text.startswith(")", position):
-                    raise UnreadableCallError("print() does not end")
+                    raise UnreadableCallError("print() has no closing parenthesis")
                 self._position = position + 1
             calls.append(TextCall(name[1].removesuffix(".call"), arguments))
             position = self._position
@@ -349,7 +349,7 @@ class CallReader:
             if self._text.startswith(",", position):
                 position += 1
             elif not self._text.startswith(")", position):
-                raise UnreadableCallError("a call in Python's syntax does not end")
+                raise UnreadableCallError("a call in Python's syntax has no closing parenthesis")
 
 
 def _read_parameter(value: str, *, is_json: bool) -> Any:
@@ -407,8 +407,8 @@ def _call_in(value: Any, *, name_as_key: bool) -> tuple[str, str | None]:
 def arguments_in(call: Mapping[str, Any]) -> Any:
     """Returns the arguments of a call, or None if it has none.
 
-    A call may have arguments under two keys. If they differ, both are returned as a list. No tool accepts a list, so
-    the model reads that the arguments are wrong, and neither of the two is chosen for it.
+    A call may have arguments under two keys. If they differ, both are returned as a list, because choosing one of them
+    would be a guess. No tool accepts a list, so the model reads that the arguments are wrong.
     """
     given = [call[key] for key in ARGUMENT_KEYS if call.get(key) is not None]
     if not given:

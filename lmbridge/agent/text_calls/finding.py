@@ -1,7 +1,8 @@
 """Finds the tool calls in a reply that a model wrote as text, because the server did not parse them.
 
 A call in a text may be only quoted, and not meant to be made. `quotations` recognizes that by the text around the
-call. Then the whole reply counts as an ordinary answer, because its other calls may depend on the one that is quoted.
+call. If one call is quoted, the whole reply counts as an ordinary answer, because its other calls may depend on that
+one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _BEGINNING_OF_HARMONY: Final = re.compile(
 LONGEST_TEXT_OF_CALLS: Final = 500_000
 """The number of characters beyond which a reply is not searched for calls. It has more than 100,000 tokens."""
 _MOST_MISTAKEN_CANDIDATES: Final = 50
-"""How many pieces of JSON or code that turn out not to be calls are read before the search is given up."""
+"""After this many pieces of JSON or code that turned out not to be calls, no more of them are read."""
 
 
 class TextCalls(NamedTuple):
@@ -66,11 +67,11 @@ class _Fence(NamedTuple):
     end: int
     """The position after the line that closes the block."""
     info: str
-    """The text behind the opening fence, such as "json", in lower case."""
+    """The text after the opening fence, such as "json", in lower case."""
 
 
 class _Fences:
-    """Finds the fenced code blocks around positions of a text, which have to be asked for in ascending order."""
+    """Finds the fenced code block around a position of a text. Positions have to be passed in ascending order."""
 
     def __init__(self, text: str) -> None:
         self._text = text

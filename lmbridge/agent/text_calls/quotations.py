@@ -1,13 +1,13 @@
-"""Decides by the text around a tool call whether it is only quoted, and not meant to be made.
+"""Decides from the text around a tool call whether the call is only quoted, and not meant to be made.
 
 An answer may explain the syntax of calls, quote a log, or show an example. The calls in it look exactly like others, so
 only the text around them makes the difference: a call is quoted if it is within a sentence, a list, a quotation or a
 structure, or next to a sentence that speaks about calls in general ("for example", "the server returns"). Only English
-words for that are recognized; in other languages, only the form of the text decides.
+sentences of this kind are recognized; in other languages, only the form of the text decides.
 
 A call that is taken for a quotation by mistake costs one more question to the model. A call that is made by mistake may
-delete a file. The alternatives were to make only calls that are the whole reply, which misses most calls of small
-models, because they announce them; and to make every call that can be read.
+delete a file. One alternative was to make only calls that are the whole reply. That misses most calls of small models,
+because they announce their calls. The other was to make every call that can be read.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def speaks_about_calls(prose: str) -> bool:
 
 
 def is_quoted(before: str, after: str, *, is_bare: bool) -> bool:
-    """Returns whether calls are part of a sentence, a list, a quotation, a log, or of a larger structure.
+    """Returns whether calls are part of a sentence, a list, a quotation, a log, or a larger structure.
 
     Args:
         before: The text before the calls, from the end of earlier calls on.

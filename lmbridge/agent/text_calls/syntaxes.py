@@ -58,15 +58,15 @@ CALL_SYNTAXES: Final = (
     # Granite 20B (vLLM, granite_20b_fc_tool_parser.py) and fine-tuned models; Glaive's data set writes `functioncall`.
     CallSyntax("<function_call>", _NAME_AND_MORE, ("</function_call>",)),
     CallSyntax("<functioncall>", _NAME_AND_MORE, ("</functioncall>", "<|endoftext|>")),
-    # Olmo 3 (vLLM, olmo3_tool_parser.py) has calls in Python's syntax in it, Claude and DeepSeek 3.2 `<invoke name=`.
+    # Olmo 3 (vLLM, olmo3_tool_parser.py) puts Python's syntax into it, and Claude and DeepSeek 3.2 `<invoke name=`.
     CallSyntax("<function_calls>", _NAME_AND_MORE, ("</function_calls>",)),
     # MiniMax M2 (vLLM, minimax_m2_tool_parser.py) and Seed-OSS (seed_oss_tool_parser.py).
     CallSyntax("<minimax:tool_call>", _END_OR_JSON, ("</minimax:tool_call>",)),
     CallSyntax("<seed:tool_call>", _END_OR_JSON, ("</seed:tool_call>",)),
     # LongCat (vLLM, longcat_tool_parser.py).
     CallSyntax("<longcat_tool_call>", _END_OR_JSON, ("</longcat_tool_call>",)),
-    # Llama 3 (https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1, "custom tools"), with JSON in it, and
-    # Qwen3-Coder (vLLM, qwen3coder_tool_parser.py), with `<parameter=`.
+    # Llama 3 puts JSON into it (https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1, "custom tools"),
+    # and Qwen3-Coder puts `<parameter=` into it (vLLM, qwen3coder_tool_parser.py).
     CallSyntax(
         "<function=",
         re.compile(rf"[\"']?{NAME}[\"']?\s*(?:\Z|\{{|>\s*(?:\Z|[{{<]|[^<]{{0,200}}</f))"),
@@ -84,7 +84,7 @@ CALL_SYNTAXES: Final = (
     # Llama 3.1 to 3.3 (vLLM, llama_tool_parser.py) and Llama 4 (llama4_pythonic_tool_parser.py).
     CallSyntax("<|python_tag|>", _PYTHON_OR_JSON, ("<|eom_id|>", "<|eot_id|>")),
     CallSyntax("<|python_start|>", _PYTHON_OR_JSON, ("<|python_end|>",)),
-    # Mistral, in both forms, a list of calls, or a name and then its arguments:
+    # Mistral, in both of its forms: a list of calls, or a name and then its arguments.
     # https://github.com/mistralai/mistral-common (tokens/instruct); vLLM, mistral_tool_parser.py.
     CallSyntax("[TOOL_CALLS]", _NAME_AND_MORE),
     # Harmony, the format of gpt-oss: https://developers.openai.com/cookbook/articles/openai-harmony

@@ -124,10 +124,10 @@ def repeats_its_call(text: str) -> bool:
 
 
 def repeated_unit(text: str) -> str | None:
-    """Returns the beginning of a text that consists of one JSON call, again and again, until it was cut off somewhere.
+    """Returns the repeated part of a text that consists of the same JSON call, again and again, until it was cut off.
 
     Returns:
-        The first of the calls, with what separates it from the next one. None if the text is anything else.
+        The first call, with the text that separates it from the second one. None if the text is anything else.
     """
     text = text.strip()
     call = first_json_call(text)
@@ -139,7 +139,7 @@ def repeated_unit(text: str) -> str | None:
 
 
 def _only_calls(text: str, tool_names: Collection[str]) -> str | None:
-    """Returns "JSON" for an answer that consists of several calls in JSON, of which the first one names a tool.
+    """Returns "JSON" for an answer that consists of several calls in JSON, if the first of them names a tool.
 
     The other calls need not name a tool: a small model that writes call after call makes up tools, and arguments that
     are not JSON.
@@ -161,7 +161,7 @@ def _last_mentions(text: str, words: str) -> Iterator[int]:
 
 
 def _is_last(text: str, content: int, closings: Sequence[str] = ()) -> bool:
-    """Returns whether a call is cut off, or only punctuation follows it. Otherwise the call is only quoted."""
+    """Returns whether a call is cut off or followed only by punctuation. A call that text follows is only quoted."""
     ends = [end + len(closing) for closing in closings if (end := text.rfind(closing, content)) >= 0]
     if ends:
         return not _WORD.search(_without_closing_tags(text[max(ends) :]))
