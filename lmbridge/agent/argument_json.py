@@ -22,7 +22,7 @@ class DuplicateKeyError(ValueError):
 
 
 class WrittenNumber(NamedTuple):
-    """A number in JSON as it was written. It equals only a number that was written in the same way."""
+    """A number of a JSON text, as it was written. It equals only a number that was written in the same way."""
 
     text: str
 

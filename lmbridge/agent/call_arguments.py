@@ -18,7 +18,7 @@ _QUOTED_CHARACTERS: Final = 200
 _LISTED_NAMES: Final = 50
 """How many parameters an error text lists."""
 LONGEST_PROBLEM: Final = 2_000
-"""How many characters a description of wrong arguments may have. It may quote their values, so it is cut off there."""
+"""The number of characters after which a description of wrong arguments, which may quote their values, is cut off."""
 _LARGE_REPAIR: Final = 10_000
 """The number of characters of malformed arguments beyond which they are repaired in a thread."""
 _MOST_ENCODINGS: Final = 3

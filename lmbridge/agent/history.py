@@ -45,7 +45,7 @@ _INTERRUPTED_RESULT: Final = (
     " its effect."
 )
 _OMISSION_BYTES: Final = 60
-"""The bytes that the note about omitted characters takes at most."""
+"""The largest number of bytes that the note about omitted characters takes."""
 
 
 @attrs.define
@@ -384,7 +384,7 @@ class History:
 
         Args:
             goal: The size to reach.
-            kept: The number of characters that are kept of a result in any case.
+            kept: The smallest number of characters to which a result is shortened.
 
         Returns:
             How many results were shortened.

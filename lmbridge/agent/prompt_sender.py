@@ -152,7 +152,7 @@ class PromptSender:
 
         Args:
             place: The place in which the images were sent first.
-            refusals: The errors after each of which they were sent in another place.
+            refusals: The errors, in order. After each of them, the images were sent in another place.
         """
         learned = place_after(place, refusals)
         if learned != place and not self._has_shown_images:

@@ -189,7 +189,8 @@ class RunResult(Generic[OutputT]):
     output: OutputT = attrs.field(default=None)
     """The answer as an instance of the run's `output_type`; None if the run has no `output_type` or has not ended."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
-    """The errors of tool sources, such as MCP servers, without which the run went on. The keys are their names."""
+    """The errors of the tool sources, such as MCP servers, that failed; the run went on without these. The keys are
+    their names."""
     log: tuple[Round, ...] = attrs.field(default=(), repr=False)
     """The rounds that have ended."""
     warnings: tuple[str, ...] = ()

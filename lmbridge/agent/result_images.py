@@ -77,7 +77,7 @@ def place_after(place: ImagePlace, errors: Sequence[LLMError]) -> ImagePlace:
 
     Args:
         place: The place in which images were sent first.
-        errors: The errors after each of which they were sent in the `next_place`.
+        errors: The errors, in order. After each of them, the images were sent in the `next_place`.
     """
     for error in errors:
         following = next_place(place, error)

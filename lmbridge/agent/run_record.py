@@ -41,7 +41,7 @@ class RunRecord:
     calls: list[ToolCall] = attrs.field(factory=list)
     """The calls that the model has requested, in order."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
-    """The errors of tool sources without which the run goes on. The keys are the names of the sources."""
+    """The errors of the tool sources that failed; the run goes on without these. The keys are their names."""
     warnings: list[str] = attrs.field(factory=list)
     """What may be wrong with the result although the run ended without an error."""
     has_last_words: bool = False

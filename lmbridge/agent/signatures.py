@@ -93,8 +93,7 @@ def read_signature(function: Callable[..., Any], *, injected: type, name: str | 
 def parameters_of_type(function: Callable[..., Any], wanted: type) -> tuple[str, ...]:
     """Returns the names of the parameters that are annotated with a type, or with a union that contains it.
 
-    The result is empty if the hints of the function cannot be read, as they need not be in a `Tool` with its own
-    schema.
+    The result is empty if the hints of the function cannot be read. A `Tool` with its own schema does not need them.
     """
     try:
         hints = _parameter_hints(function, "")

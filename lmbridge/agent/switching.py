@@ -57,7 +57,7 @@ class RunPermit:
     model: str | None = None
     """The model of a run, fixed when it is admitted."""
     cancelled_by: RunPermit | None = None
-    """The run or the switch because of which this run was cancelled; None if it was not."""
+    """The run or the switch that caused this run to be cancelled; None if it was not cancelled."""
 
     def ancestors(self) -> Iterator[RunPermit]:
         """Yields the run whose tool started this one, the run that started that one, and so on."""

@@ -42,7 +42,7 @@ class TokenEstimate:
         self._tokens_per_byte = 1 / BYTES_PER_TOKEN
 
     def tokens(self, size: int) -> int:
-        """Returns the estimated tokens of a prompt of that many bytes of JSON, tools included."""
+        """Estimates the tokens of a prompt from its size in bytes of JSON, tools included."""
         return max(0, self._known_tokens + round((size - self._known_size) * self._tokens_per_byte))
 
     def is_known(self, size: int) -> bool:
@@ -50,7 +50,7 @@ class TokenEstimate:
         return size == self._known_size
 
     def size(self, tokens: int) -> int:
-        """Returns about how many bytes of a prompt make up that many tokens."""
+        """Estimates how many bytes of a prompt a number of tokens takes."""
         return round(tokens / self._tokens_per_byte)
 
     def learn(self, size: int, tokens: int | None) -> None:
@@ -93,7 +93,7 @@ class ContextBudget:
         return max(_MIN_MAX_TOKENS, min(_DEFAULT_MAX_TOKENS, left))
 
     def tokens_of(self, prompt_size: int) -> int:
-        """Returns the estimated tokens of a prompt of that many bytes."""
+        """Estimates the tokens of a prompt from its size in bytes."""
         return self._estimate.tokens(prompt_size)
 
     def learn(self, prompt_size: int, prompt_tokens: int | None) -> None:
@@ -117,7 +117,7 @@ class ContextBudget:
         return self._estimate.tokens(self.prompt_size) > _NEARLY_FULL * self._room(self._context_length)
 
     def compared(self, prompt_size: int) -> PromptSize | None:
-        """Returns the tokens of a prompt of that many bytes with the context length; None if the length is unknown."""
+        """Returns the tokens of a prompt of this size, and the context length; None if the context length is unknown."""
         if self._context_length is None:
             return None
         exact = self._estimate.is_known(prompt_size)
@@ -128,7 +128,7 @@ class ContextBudget:
         return self._context_length is None or self._context_length < tokens
 
     def size_of(self, tokens: int) -> int:
-        """Returns about how many bytes of a prompt make up that many tokens."""
+        """Estimates how many bytes of a prompt a number of tokens takes."""
         return self._estimate.size(tokens)
 
     def tokens_left(self, messages_size: int) -> int:

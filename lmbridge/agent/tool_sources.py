@@ -48,7 +48,8 @@ class RunTools:
     note: str = ""
     """A text that is added to the leading system message, for example about tools that are missing. Default: none."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
-    """The errors of tool sources without which the run goes on, by name. They become `RunResult.errors`."""
+    """The errors of the tool sources that failed, by their names. The run goes on without these sources, and the errors
+    become `RunResult.errors`."""
 
 
 OpenTools: TypeAlias = Callable[[RunInfo], AbstractAsyncContextManager[RunTools]]

@@ -241,7 +241,7 @@ async def _info_of(client: LLMClient) -> ServerInfo:
     except (LLMConnectionError, LLMAuthenticationError, LLMTimeoutError):
         raise
     except LLMError:
-        # A server without a list of models may answer chats all the same.
+        # A server without a list of models may still answer chats.
         return ServerInfo(kind="unknown")
 
 

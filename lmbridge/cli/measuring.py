@@ -46,7 +46,7 @@ class Sample:
     first_token_seconds: float
     """The seconds until the first piece of the answer."""
     seconds: float
-    """The seconds until its end."""
+    """The seconds until the end of the answer."""
     prompt_tokens: int
     """The tokens of the prompt, as the server counted them."""
     answer_tokens: int
@@ -68,7 +68,7 @@ class Measurement:
     samples: tuple[Sample, ...]
     """The requests."""
     seconds: float
-    """How long they took together."""
+    """How long all of them took together, in seconds."""
 
     @property
     def first_token_seconds(self) -> float:
@@ -113,7 +113,7 @@ async def measure(
     """Sends requests, a fixed number of them at the same time, and measures them.
 
     Args:
-        client: A client that lets that many requests go at the same time.
+        client: A client whose limits allow so many requests at the same time.
         kind: The kind of the server.
         concurrency: The number of requests at the same time.
         workload: What is asked.

@@ -24,7 +24,7 @@ from rich.text import Text
 from lmbridge._printable import one_line, printable
 
 _UNSAFE_IN_JSON: Final = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What `printable` replaces, apart from the control characters that the encoder of JSON escapes."""
+"""The characters that `printable` replaces, except for the control characters that the JSON encoder escapes."""
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:

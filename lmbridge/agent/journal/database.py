@@ -36,7 +36,7 @@ _HEADER_BYTES: Final = 100
 _MAGIC: Final = b"SQLite format 3\x00"
 _MODE: Final = 0o600
 _BUSY_SECONDS: Final = 60.0
-"""How long a write waits until another process has finished its own, in seconds. Each takes milliseconds."""
+"""How long a write waits for the writes of other processes, in seconds. Each of them takes milliseconds."""
 
 _SCHEMA: Final = f"""
 PRAGMA application_id = {_APPLICATION_ID};

@@ -162,7 +162,7 @@ class FailedStep:
     kind: str
     """The name of the class of the error."""
     dropped: list[int]
-    """The numbers of the replies because of which the run failed. The model is asked for them again."""
+    """The numbers of the replies that made the run fail. A resumed run asks the model again in their place."""
 
 
 @attrs.frozen(kw_only=True)

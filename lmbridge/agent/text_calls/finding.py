@@ -25,7 +25,7 @@ _TEMPLATE_TOKEN: Final = re.compile(
 )
 _LONGEST_TOKEN: Final = 44
 _MOST_TOKENS: Final = 1_000
-"""How many tokens of a chat template are removed at most at the end of a text."""
+"""The largest number of tokens of a chat template that are removed from the end of a text."""
 _SPACES_AT_ONCE: Final = 1_000
 """How many characters are searched for white space at a time, so that the whole text need not be copied."""
 _FENCE_LINE: Final = re.compile(r"^[ \t]{0,3}(`{3,}+|~{3,}+)[ \t]*+([^\n`]*+)$", re.MULTILINE)

@@ -24,7 +24,7 @@ class CallSyntax(NamedTuple):
     opening: str
     """The text with which a call begins."""
     content: re.Pattern[str]
-    """Matches what follows the opening if it begins a call, and not if it is merely mentioned."""
+    """Matches what follows the opening if the opening begins a call, and not if it is only mentioned."""
     closings: tuple[str, ...] = ()
     """The texts that may end a call. A call may also end without them."""
     heading: re.Pattern[str] | None = None
