@@ -1,8 +1,8 @@
 """`ConstrainedRetry`: after an invalid call, the next reply is constrained to the schema of its tool.
 
-A small model often repeats a mistake that it was told about, or gives up and makes up an answer. Most servers
-can constrain a reply to a JSON schema, so that the form of the arguments cannot be wrong again. The schema is sent as
-the `response_format` of the request, and the JSON that comes back becomes the arguments of the call.
+A small model often repeats a mistake that it was told about, or gives up and makes up an answer. Most servers can
+constrain a reply to a JSON schema, so that the form of the arguments cannot be wrong again. The schema is sent as the
+`response_format` of the request, and the JSON that comes back becomes the arguments of the call.
 
 `tool_choice` was the alternative. llama.cpp ignores a choice that names a tool, and with "required" it still accepts
 any text before a call; LM Studio refuses an object. Offering only that one tool would change the beginning of the

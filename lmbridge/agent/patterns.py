@@ -1,10 +1,10 @@
 """Matches the regular expressions in schemas from untrusted sources, in time proportional to the text.
 
 `re` backtracks: with `^(a+)+$`, each further "a" of a text that does not match doubles the time, and nothing else runs
-in the meantime. A thread would not help, because `re` does not release the GIL. A process would have to be
-started, waited for and killed, and a package such as RE2 would be a large dependency for a rare keyword. So patterns
-are matched here, by Thompson's classic construction: the text is read once, together with the set of all places in
-the pattern that the match may have reached. The sets are cached, so that most characters cost one look-up.
+in the meantime. A thread would not help, because `re` does not release the GIL. A process would have to be started,
+waited for and killed, and a package such as RE2 would be a large dependency for a rare keyword. So patterns are matched
+here, by Thompson's classic construction: the text is read once, together with the set of all places in the pattern that
+the match may have reached. The sets are cached, so that most characters cost one look-up.
 
 The supported syntax is what Python and Rust have in common with JavaScript, whose regular expressions JSON schema
 prescribes. The rules are those of Python, except that `$` matches only at the very end. Back references and lookbehinds

@@ -117,7 +117,7 @@ class ContextBudget:
         return self._estimate.tokens(self.prompt_size) > _NEARLY_FULL * self._room(self._context_length)
 
     def compared(self, prompt_size: int) -> PromptSize | None:
-        """Returns the tokens of a prompt of this size, and the context length; None if the context length is unknown."""
+        """Returns the tokens of a prompt of this size, and the context length; None if that length is unknown."""
         if self._context_length is None:
             return None
         exact = self._estimate.is_known(prompt_size)
