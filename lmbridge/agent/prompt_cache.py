@@ -1,9 +1,9 @@
 """`PromptCacheWatch`: notices when a server has evaluated a part of a prompt again that it had in its cache.
 
 A server keeps the tokens of the last prompt of a slot. If the next prompt begins in the same way, it evaluates only the
-rest. So a run sends its messages unchanged, and adds new ones at the end. If the server nevertheless evaluates much more
-than the new messages, either an earlier message has changed, which this module finds, or the server has dropped its
-cache, for example because another conversation needed the slot.
+rest. So a run sends its messages unchanged, and adds new ones at the end. If the server nevertheless evaluates much
+more than the new messages, either an earlier message has changed, which this module finds, or the server has dropped
+its cache, for example because another conversation needed the slot.
 """
 
 from __future__ import annotations

@@ -373,7 +373,7 @@ class Toolset:
         return asked if asked in self._tools else self._request_names.get(asked)
 
     def resolve_name(self, asked: str) -> str | None:
-        """Returns the name in requests of the tool that a name is meant for, if there is exactly one; otherwise None."""
+        """Returns the name in requests of the tool that a name is meant for, if it is exactly one; otherwise None."""
         exact = self.find_request_name(asked)
         if exact is not None or not asked:
             return exact
