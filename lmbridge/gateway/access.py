@@ -1,9 +1,9 @@
-"""Who may use a gateway: which names a request may address it by, where it may come from, and with which key.
+"""Who may use a gateway: by which names it may be addressed, from which sites, and with which key.
 
-A browser lets any web page send requests to any address, the loopback interface included. The page cannot read the
-answers of another site, unless its owner makes a domain name point to 127.0.0.1 (DNS rebinding): then the browser takes
-the gateway for a part of the page's own site. `lmbridge._http_access` has the check against that. The gateway sends no
-CORS headers, so other sites are never allowed to read its answers.
+A browser lets any web page send requests to any address, including the loopback interface. A page cannot read the
+answers of another site. But its author can make a domain name point to 127.0.0.1 (DNS rebinding), and the browser then
+takes the gateway for the page's own site. `lmbridge._http_access` has the check against that. The gateway sends no CORS
+headers, so other sites are never allowed to read its answers.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ class Access:
         host = headers.get("Host", "")
         if not self._names.accepts(host):
             shown = host[:100]
-            raise Problem(403, f"this gateway is not {shown!r}", code="host_not_allowed", hint=_HOST_HINT)
+            message = f"this gateway does not accept the host name {shown!r}"
+            raise Problem(403, message, code="host_not_allowed", hint=_HOST_HINT)
         origin = headers.get("Origin")
         if origin is not None and not is_same_origin(origin, host):
             message = "requests from the pages of other sites are refused"
             raise Problem(403, message, code="origin_not_allowed", hint="send the request without a browser")
         if method == "OPTIONS":
-            raise Problem(403, "this gateway offers nothing to other sites (CORS)", code="cors_not_allowed")
+            raise Problem(403, "this gateway does not allow requests from other sites (CORS)", code="cors_not_allowed")
 
     def check_key(self, headers: Mapping[str, str]) -> None:
         """Checks the key of a client.

@@ -18,10 +18,11 @@ _MINUTE: Final = 60
 _TOKEN_SECONDS: Final = 10
 """The seconds over which the rate of tokens is averaged."""
 _NAMED_MODELS: Final = 100
-"""The number of models that are counted by name. Clients choose the names, and each name takes memory forever."""
+"""The number of models that are counted by name. It is limited because clients choose the names, and the memory for a
+name is never freed."""
 _OTHER_MODELS: Final = "other"
 BUCKETS: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-"""The upper bounds, in seconds, of the classes in which durations are counted."""
+"""The upper bounds of the buckets of a histogram of durations, in seconds."""
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -63,10 +64,10 @@ class Entry:
 
 
 class RateCounter:
-    """Counts the events of the last seconds.
+    """Counts the events of a period that ends now, such as the last minute.
 
     Args:
-        seconds: How many seconds count.
+        seconds: The length of the period in seconds.
     """
 
     def __init__(self, seconds: int) -> None:
@@ -83,7 +84,7 @@ class RateCounter:
             self._drop_old(second)
 
     def total(self, now: float) -> int:
-        """Returns how many events the last seconds had."""
+        """Returns the number of events in the period that ends now."""
         self._drop_old(int(now))
         return sum(count for _, count in self._counts)
 
@@ -94,10 +95,10 @@ class RateCounter:
 
 @attrs.define
 class Histogram:
-    """Durations, counted in classes."""
+    """A histogram of durations."""
 
     counts: list[int] = attrs.field(factory=lambda: [0] * (len(BUCKETS) + 1))
-    """The number of durations in each class of `BUCKETS`, and last the number of durations above all of its bounds."""
+    """The number of durations in each of the `BUCKETS`. The last number counts the durations above all bounds."""
     total: float = 0.0
     """The sum of all durations."""
 
@@ -126,7 +127,7 @@ class Activity:
         self.request_seconds: Final = Histogram()
         """How long requests have taken from arrival to end."""
         self.answered_models: Final[set[str]] = set()
-        """The models that have answered a request."""
+        """The models that have answered a request; no more than the number of models that are counted by name."""
         self._ids = itertools.count(1)
         self._requests = RateCounter(_MINUTE)
         self._recent_tokens = RateCounter(_TOKEN_SECONDS)
@@ -146,7 +147,8 @@ class Activity:
         Args:
             entry: The request.
             size: The number of bytes.
-            tokens: The number of events in it, which is about the number of tokens; 0 if it is not an event stream.
+            tokens: The number of events in the part, which is about the number of tokens; 0 if the body is not an event
+                stream.
         """
         entry.chunks += 1
         entry.bytes += size
@@ -158,8 +160,8 @@ class Activity:
 
         Args:
             entry: The request.
-            counts_tokens: Whether its tokens are added to the rate of tokens now. Those of a stream were added as they
-                arrived.
+            counts_tokens: Whether the tokens of the request are added to the rate of tokens now. The tokens of a stream
+                were added as they arrived.
         """
         del self.entries[entry.id]
         now = entry.ended_at = time.monotonic()

@@ -1,25 +1,27 @@
 """The order of requests of several clients: each client in turn, however many requests each of them has waiting.
 
-Each request gets a *round* when it arrives: the round after the one that was admitted last, or after that of the
-client's last request that is still waiting, whichever is later. Requests are admitted by round, and within a round in
-the order of their arrival. So if a client sends a hundred requests at once, only one of them is admitted in each round,
-and the first request of another client waits for about one request of each client that came before it. This is
-self-clocked fair queueing (S. J. Golestani, 1994) with requests of equal weight.
+Each request gets a number, its *round*, when it arrives. If the client has no waiting request, the round is one more
+than that of the request that was admitted last. If the client has waiting requests, the round is also at least one more
+than that of the latest of them. Requests are admitted by round, and within a round in the order of their arrival. So if
+a client sends a hundred requests at once, only one of them is admitted in each round, and the first request of another
+client waits for about one request of each client that came before it. This is self-clocked fair queueing (S. J.
+Golestani, 1994) with requests of equal weight.
 
 No client can starve: a request that arrives now belongs to a later round than the current one, so only requests that
-were there before, or that arrive before its round is reached, are admitted earlier. The scheduler has a bound on how
-long a request waits, in which the earlier requests for its model are counted. Here, these are the requests of earlier
-rounds.
+were there before, or that arrive before its round is reached, are admitted earlier. The scheduler bounds how long a
+request waits, and this bound includes the earlier requests for the same model. In a gateway, the earlier requests are
+those of earlier rounds.
 
-Only requests that compete for the same turn are counted together: those of one priority and, if the number of loaded
-models is limited, for one model. They are a *group*, and each group has its own current round. With one round for all,
-twenty urgent requests would move the round on by twenty while none of the normal requests is admitted, and the next
-client would wait for twenty normal requests of a client that came before it.
+Rounds are counted separately for each *group* of requests that compete for the same turn: requests of the same priority
+and, if the number of loaded models is limited, for the same model. If all requests had the same rounds, twenty urgent
+requests would advance the round by twenty while no normal request is admitted. The next client would then have to wait
+for twenty normal requests of a client that came before it.
 
-A group whose requests have all been admitted is forgotten, and begins again at the latest round of all groups. So the
-rounds of two groups differ only by what one of them was admitted while requests of the other were waiting. This matters
-if the requests of both become comparable, because two models are loaded or a request has waited for so long that its
-priority rises: then the group that has waited goes first, until it has caught up.
+A group is forgotten once all of its requests have been admitted. If it is needed again, it begins at the latest round
+of all groups. So the rounds of two groups can differ only because requests of one group were admitted while requests of
+the other were waiting. This matters when the requests of both groups become comparable, because two models are loaded,
+or because a request has waited for so long that its priority rises: then the group that has waited goes first, until it
+has caught up.
 
 The alternative was one queue for each client, which the scheduler would visit in turn. But the scheduler already sorts
 by model, priority and age, and then by a number that a request may bring along. A round is such a number.
@@ -41,7 +43,7 @@ class _Group:
     round: int
     """The round of the request that was admitted last."""
     waiting: dict[str, dict[int, None]] = attrs.field(factory=dict)
-    """The rounds of the waiting requests of each client, the latest last."""
+    """The rounds of the waiting requests of each client, in ascending order."""
 
 
 class FairPlace(ScheduledRun):

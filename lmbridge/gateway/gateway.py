@@ -72,11 +72,11 @@ class Gateway(NotCopyable):
         host: The address to listen on. By default only programs on the same machine can connect. Any other address
             needs an `api_key`.
         port: The port to listen on. With 0, the default, the system chooses one.
-        limits: How many requests and models may be in flight at each server. With "auto", the default, each server is
-            asked when its first request arrives.
+        limits: How many requests, and requests for how many models, may be in flight at each server. With "auto", the
+            default, each server is asked for its limits when its first request arrives.
         api_key: The key that clients have to send, as a bearer token or in the header `X-Api-Key`. It is never passed
-            on. By default clients need none; the keys that they send are then passed on, unless the gateway itself has
-            a key for a server.
+            on. By default clients need no key. The keys that they send anyway are then passed on, unless the gateway
+            itself has a key for one of the servers.
         upstream_api_key: The key that is sent to the servers. By default it is the environment variable `LM_API_TOKEN`.
         timeout: The time limits of each request to a server, as `Timeouts` or as a number of seconds. The default is
             `Timeouts()`.
@@ -191,7 +191,7 @@ class Gateway(NotCopyable):
     # Opening and closing
 
     async def open(self) -> None:
-        """Begins to accept connections. `async with` does it as well.
+        """Begins to accept connections. `async with` calls this method.
 
         On cancellation of the caller, nothing is left open.
 
@@ -211,7 +211,7 @@ class Gateway(NotCopyable):
         logger.info("the gateway listens on %s", self._server_url)
 
     async def drain(self) -> None:
-        """Refuses new requests, and waits until those that have arrived before are over."""
+        """Refuses new requests, and waits until the requests that arrived earlier have ended."""
         self._is_draining = True
         while self._accepted:
             self._idle.clear()
@@ -235,7 +235,7 @@ class Gateway(NotCopyable):
                     if http is not None:
                         await http.close()
                 finally:
-                    # A request that was accepted in the meantime would have opened the upstream connections again.
+                    # A request that was accepted during the steps above may have opened upstream connections again.
                     if self._is_own:
                         await self._upstream.close()
 
@@ -266,13 +266,13 @@ class Gateway(NotCopyable):
             Problem: The gateway does not have the path or the method, it is draining, or the client lacks the key.
         """
         method, path = incoming.method, incoming.path
-        # These pages need no key. The status page contains no data; its script asks for the key that the data needs.
+        # These pages need no key. The status page contains no data; its script asks the user for the key to the data.
         if method == "GET" and path in self._open_pages:
             return self._open_pages[path]
         self._access.check_key(incoming.headers)
         if path in ENDPOINTS or path in COUNTS:
             if method != "POST":
-                raise Problem(405, f"{path} takes only POST", code="method_not_allowed")
+                raise Problem(405, f"{path} accepts only POST", code="method_not_allowed")
             if self._is_draining:
                 raise Problem(503, "the gateway is about to stop", code="draining", retry_after=RETRY_AFTER)
             return self._answer_generation
@@ -280,7 +280,7 @@ class Gateway(NotCopyable):
             return self._pages[path]
         if method == "GET" and path.startswith(f"{MODELS_PATH}/"):
             return self._catalog.answer_entry
-        raise Problem(404, f"the gateway has no {method} {path[:200]}", code="unknown_url", hint=_UNKNOWN_HINT)
+        raise Problem(404, f"the gateway does not offer {method} {path[:200]}", code="unknown_url", hint=_UNKNOWN_HINT)
 
     async def _answer_generation(self, incoming: IncomingRequest) -> None:
         self._accepted += 1

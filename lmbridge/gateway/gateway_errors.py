@@ -1,7 +1,7 @@
 """The errors of the gateway itself, for requests that no server has answered, in the shape that clients expect.
 
 The errors have the shape of OpenAI's API, with a `hint` beside the message, or Anthropic's below `/v1/messages`.
-Inside an event stream, an error is sent as an event of the form on which the official clients of both APIs raise their
+Inside an event stream, an error is sent as an event whose form makes the official clients of both APIs raise their
 `APIError`.
 """
 

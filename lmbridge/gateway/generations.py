@@ -1,4 +1,4 @@
-"""Answers a request for a generation: admits it by the model in its body, and passes it on byte for byte."""
+"""Answers requests for generations: schedules each by the model that its body names, and passes it on byte for byte."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ENDPOINTS: Final = frozenset(
         "systemone",
     )
 )
-"""The paths whose requests are admitted by model."""
+"""The paths whose requests are scheduled by model."""
 COUNTS: Final = frozenset(
     {
         "/v1/chat/completions/input_tokens",
@@ -63,10 +63,12 @@ COUNTS: Final = frozenset(
         "/tokenize",
     }
 )
-"""The paths of requests about the tokens of a prompt: of llama.cpp, of Anthropic's and OpenAI's API, and of vLLM. They
-take a server milliseconds and no slot, so they need no permit, but they go to the server that has the model."""
+"""The paths of requests about the tokens of a prompt: of llama.cpp, of Anthropic's and OpenAI's API, and of vLLM. Such
+a request takes the server only milliseconds and no slot, so it needs no permit. But it has to go to the server that has
+the model."""
 _STORING: Final = "/v1/responses"
-"""The path whose answers a server keeps unless the request forbids it, so that sending one twice creates two."""
+"""The path whose answers a server stores unless the request forbids it. Sending such a request twice would store two
+answers."""
 _NEVER_STREAMED: Final = frozenset({"/v1/embeddings", *COUNTS})
 """The paths that are never answered with a stream, even if a request asks for one. Comments would corrupt an answer."""
 PRIORITY_HEADER: Final = "X-Lmbridge-Priority"
@@ -97,7 +99,7 @@ class ForwardingOptions:
     passes_credentials: bool
     """Whether the keys that clients send are passed on to the server."""
     comment_seconds: float
-    """The seconds after which a client that waits for a stream gets the first comment."""
+    """The seconds after which a client that waits for a stream gets the first comment, and then the next one."""
 
 
 class Generations:
@@ -143,13 +145,13 @@ class Generations:
             place=self._order.enter(client, priority, fields.model if self._waits_by_model else None),
             arrived_at=time.monotonic(),
         )
-        # A response that the server keeps must not be created twice by a retry. The client decides it in the same way.
+        # A retry must not make the server store a second response. `LLMClient.create_response` has the same rule.
         repeatable = incoming.path != _STORING or fields.forbids_storing
         request = self._request(incoming, body, headers, entry, repeatable=repeatable)
         if incoming.path in COUNTS:
             self._admit_at_once(entry, request)
-        # The transport drops the body when the response has begun. This reference would keep the long prompts of many
-        # open streams in memory.
+        # The transport drops the body when the response has begun. Without `del`, this reference would keep the long
+        # prompts of many open streams in memory.
         del body
         with self._recorded(entry):
             await self._forward(incoming, entry, request)
@@ -216,7 +218,8 @@ class Generations:
         self._order.leave(entry.place)
         request.queued = False
         request.below_root = not entry.endpoint.startswith("/v1/")
-        # Loading a model could unload that of a generation, so llama.cpp's router must not do that without a permit.
+        # Loading a model could unload the model of a running generation, so llama.cpp's router must not load one for a
+        # request that has no permit.
         request.query = {**request.query, "autoload": "false"}
 
     def _headers_for_server(self, incoming: IncomingRequest, *, streams: bool) -> dict[str, str]:
@@ -301,7 +304,7 @@ class Generations:
 
 
 def _accepts_encoding(header: str, encoding: str) -> bool:
-    """Returns whether an `Accept-Encoding` names an encoding, and not with the weight 0, which refuses it."""
+    """Returns whether an `Accept-Encoding` names an encoding, unless it refuses the encoding with the weight 0."""
     for entry in header.lower().split(","):
         name, _, weight = entry.partition(";")
         if name.strip() == encoding:
@@ -328,7 +331,10 @@ async def _report_problem(incoming: IncomingRequest, entry: Entry, problem: Prob
 
 
 def _late_event(path: str, response: ForwardedResponse, whole: bytes | None, redact: Redact) -> bytes:
-    """Returns an event that reports a response which is not a readable stream, after the client's stream has begun."""
+    """Returns the event that ends a client's stream, which has already begun, if the response is not a readable stream.
+
+    The event reports the error in the response, or that the response is not an event stream.
+    """
     plain = decompressed_beginning(whole or b"", response.headers.get("Content-Encoding"))
     error = parse_error_body(plain, redact)
     is_other = response.status < 400 and not is_event_stream(response)

@@ -5,7 +5,7 @@ gateway answers; when its client leaves, the task that answers it is cancelled.
 
 aiohttp's `Application` with its router and middlewares is not used: there are a dozen fixed paths, and every request is
 checked in the same way. What aiohttp does not limit is limited here: how long a client may take to send the body of a
-request, and how long it may leave a response unread. The time for the head of a request is aiohttp's
+request, and how long it may leave a response unread. The time limit for the head of a request is aiohttp's
 `keepalive_timeout`.
 """
 
@@ -67,7 +67,7 @@ class IncomingRequest:
         self._timer = timer
         self._client_seconds = client_seconds
         self.deadline: float = math.inf
-        """The time until which the client has to read what is being written to it, or infinity."""
+        """The time until which the client has to read what is being written to it; infinity if nothing is."""
 
     @property
     def method(self) -> str:
@@ -156,7 +156,7 @@ class IncomingRequest:
         return self._send(self.begun_response().write(data))
 
     async def finish(self) -> None:
-        """Sends the end of the response. aiohttp would wait forever for a client that does not read it."""
+        """Sends the end of the response, within a time limit: a client that does not read would hold up aiohttp forever."""
         await self._send(self.begun_response().write_eof())
 
     def abort(self) -> None:
@@ -166,7 +166,8 @@ class IncomingRequest:
 
     def on_deadline(self) -> None:
         """Breaks the connection to a client that does not read. The timer calls this method."""
-        logger.warning("%s has not read its response for %g s; it is cut off", self.address, self._client_seconds)
+        text = "%s has not read its response for %g s, so its connection is closed"
+        logger.warning(text, self.address, self._client_seconds)
         self.abort()
 
     def begun_response(self) -> web.StreamResponse:
@@ -221,7 +222,7 @@ class HttpServer:
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, host, port, backlog=_BACKLOG)
         try:
-            # If asyncio were cancelled here, it would forget the socket on which it has just begun to listen.
+            # If this step were cancelled, asyncio would lose the socket on which it has just begun to listen.
             await settle(self._site.start())
         except BaseException:
             await self._runner.cleanup()

@@ -1,6 +1,6 @@
 """`ModelCatalog`: the models of the servers behind a gateway.
 
-It answers `GET /v1/models` and `GET /v1/models/NAME`, and the status page shows what it knows.
+It answers `GET /v1/models` and `GET /v1/models/NAME`, and tells the status page which models the servers have.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ModelCatalog:
     async def answer_list(self, incoming: IncomingRequest) -> None:
         """Answers `GET /v1/models`. The answer of a single server is passed on byte for byte.
 
-        Only the gateway's own keys are replaced if the server quotes them in an error.
+        There is one exception: if the server quotes one of the gateway's own keys in an error, the key is replaced.
         """
         if len(self._servers) == 1:
             headers, server = self._client_credentials(incoming), self._servers[0]

@@ -1,13 +1,16 @@
-"""Passes a response on to a client as it arrives, and looks at it in passing.
+"""Passes a response on to a client as it arrives, and reads two things from it on the way.
 
-Bytes are not changed, with two exceptions: a compressed body that follows a response which has already begun
-uncompressed, and a key of the gateway that the server quotes in the event of an error. Two things are read on the way:
-whether the server reports an error, such as that it has dropped the model, and how many tokens it has generated. Both
-are found by searching each part for a word, which costs little; a part is parsed only if the word is there.
+The two things are whether the server reports an error, such as that it has dropped the model, and how many tokens it
+has generated. Both are found by searching each part for a word, which costs little; a part is parsed only if the word
+is there.
 
-An event stream is passed on by whole lines. A line that has not ended is of no use to any client; and if the rest of it
-never comes, the event that reports the error must not be taken for a part of it. An event whose lines have all arrived,
-but not the empty line behind them, is ended before the error is reported; see `PassingBody.separator`.
+The bytes are not changed, with two exceptions. If the gateway has already begun the response to the client, without
+compression, a compressed body is decompressed. And if the server quotes a key of the gateway in an error event, the key
+is replaced.
+
+An event stream is passed on by whole lines, because a client cannot use a part of a line. And if the rest of a line
+never comes, the client must not take the event that reports the error for a part of that line. If only the empty line
+that ends an event is missing, it is added before the error is reported; see `PassingBody.separator`.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ def end_to_end(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 def headers_for_client(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yields the headers of a response that are passed on.
 
-    Those of CORS are not: a server may allow every web page to read its responses, but the gateway does not.
+    The headers of CORS are left out: a server may allow every web page to read its responses, but the gateway does not.
     """
     return (each for each in end_to_end(headers) if not each[0].lower().startswith(_CORS))
 
@@ -111,7 +114,7 @@ class PassingBody:
         if not self._last_part.endswith((b"\n", b"\r")):
             return b"\n\n" if self._last_part else b""
         *_, last_event = b"\n".join([*self._last_part.splitlines(), b""]).rpartition(b"\n\n")
-        # If the last event has only a name so far, the error event continues it, and its own name replaces that one.
+        # If the last event has only a name so far, the error event continues it and replaces its name.
         return b"\n" if any(line.startswith(b"data") for line in last_event.splitlines()) else b""
 
     async def next_part(self) -> bytes:
@@ -126,7 +129,7 @@ class PassingBody:
                 if self._decompressor is not None:
                     _decompressed_part(self._decompressor, b"")
                 rest, self._line = self._line, b""
-                return self._look_at(rest)
+                return self._inspect_lines(rest)
             if self._decompressor is not None:
                 part = _decompressed_part(self._decompressor, part)
             if self._is_stream and self.is_readable:
@@ -137,7 +140,7 @@ class PassingBody:
                     end = max(part.rfind(b"\n"), part.rfind(b"\r")) + 1
                     if len(part) - end <= _LONGEST_LINE:
                         part, self._line = part[:end], part[end:]
-                part = self._look_at(part)
+                part = self._inspect_lines(part)
             if part:
                 self._last_part = part
                 return part
@@ -153,8 +156,8 @@ class PassingBody:
         found = [tokens for data in _data_lines(self._last_usage) if (tokens := _tokens_in(data)) is not None]
         return found[-1] if found else None
 
-    def _look_at(self, part: bytes) -> bytes:
-        """Looks for the two things in whole lines of events, and returns the lines as they are passed on."""
+    def _inspect_lines(self, part: bytes) -> bytes:
+        """Looks for token counts and errors in whole lines of events, and returns the lines that are passed on."""
         if b'"usage"' in part or b'"timings"' in part:
             self._last_usage = part
         return self._with_redacted_errors(part) if b'"error"' in part else part
@@ -169,7 +172,7 @@ class PassingBody:
 
 
 def begins_with_error(data: bytes) -> bool:
-    """Returns whether the beginning of a body, plain or as events, reports an error.
+    """Returns whether a body begins with an error, either as plain JSON or as an event.
 
     If it does, the transport does not count the model as loaded.
     """

@@ -1,8 +1,8 @@
 """Keeps the gateway's own keys for the servers out of what clients get.
 
-Some servers quote the key that they refuse, and the clients of a gateway need not know that key. Only errors are
-searched: an answer is passed on byte for byte, and no server writes a key into it. Of an error, only the secrets are
-replaced, so an error without one is passed on byte for byte as well.
+Some servers quote the key that they refuse, and the clients of a gateway must not learn that key. Only errors are
+searched: any other answer is passed on byte for byte, because no server writes a key into it. In an error, only the
+secrets are replaced, so an error without a secret is passed on byte for byte as well.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from lmbridge.transport.decompression import BrokenCompression, UnsupportedEncod
 _STEP: Final = 512 * 1024
 """The number of characters that are searched before other tasks get their turn. It takes about ten milliseconds."""
 _OVERLAP: Final = 64 * 1024
-"""The number of characters that are searched again with the next step. No secret is longer, even if it is escaped."""
+"""The number of characters at the end of a step that the next step searches again, because a secret may lie across the
+boundary. No secret is longer, even if it is escaped."""
 _LARGEST_DECOMPRESSED: Final = 16 * 1024**2
-"""The most bytes of a compressed error that are decompressed. A larger one is passed on as it is."""
+"""The maximum size of a compressed error after decompression, in bytes. A larger error is passed on unchanged."""
 
 
 def redacted_bytes(text: bytes, redact: Redact) -> bytes:

@@ -1,4 +1,4 @@
-"""Reads the three fields of a request's body that the gateway needs, and leaves everything else alone."""
+"""Reads the three fields of a request's body that the gateway needs, and ignores all others."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ The page in status.html reads this object. All times are in seconds, and `at` sa
       "draining": bool,
       "servers": [{
         "url": str,                     # without credentials
-        "healthy": bool,                # whether the last request reached it
+        "healthy": bool,                # false while it gets no requests, or if it did not answer when last asked
         "limits": {"max_concurrency": int, "max_loaded_models": int | null},
         "in_flight": int, "queued": int, "swaps": int, "retries": int
       }],
@@ -26,7 +26,7 @@ The page in status.html reads this object. All times are in seconds, and `at` sa
       }],
       "waiting": [{
         "id": int, "model": str | null, "endpoint": str, "priority": str, "client": str, "age": float,
-        "place": int                    # from 1, in the order in which they will be admitted if nothing arrives
+        "place": int                    # from 1, roughly in the order of admission if no other request arrives
       }],
       "rates": {"tokens_per_second": float | null, "requests_per_minute": float},
       "swaps": [{"at": float, "server": str, "from": str | null, "to": str | null}],

@@ -16,7 +16,7 @@ from typing import Final
 import attrs
 
 _ELEMENT: Final = "<{0}>(.*?)</{0}>"
-"""An element without attributes, of which the page has one for the style and one for the script."""
+"""Matches an element without attributes. The page has one such element for its style, and one for its script."""
 
 
 @attrs.frozen

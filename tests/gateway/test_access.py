@@ -358,7 +358,7 @@ async def test_a_client_that_does_not_read_the_end_is_cut_off(
     async with Gateway(scripted_server.api_base, limits=Limits(), client_timeout=1) as gateway:
         client = await Client.connect(gateway)
         client.post(BODY)
-        while "it is cut off" not in caplog.text:
+        while "its connection is closed" not in caplog.text:
             await turns()
         while gateway.stats().in_flight:
             await turns()
