@@ -156,7 +156,7 @@ class IncomingRequest:
         return self._send(self.begun_response().write(data))
 
     async def finish(self) -> None:
-        """Sends the end of the response, within a time limit: a client that does not read would hold up aiohttp forever."""
+        """Sends the end of the response. It has a time limit, unlike aiohttp's own wait for a client that does not read."""
         await self._send(self.begun_response().write_eof())
 
     def abort(self) -> None:

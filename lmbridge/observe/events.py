@@ -1,4 +1,4 @@
-"""The events of requests and of runs that observers get.
+"""The events that observers get: what happens to requests and to the runs of agents.
 
 Each event names the request or the run that it belongs to, so an observer can follow any number of them at the same
 time. `at` is always the time of the event in seconds, by `time.monotonic`.
@@ -185,7 +185,7 @@ class PromptProgressed:
     run_id: str
     """The id of the run."""
     processed: int
-    """How many tokens of the prompt are done, those from the prompt cache included."""
+    """How many tokens of the prompt have been processed, including those from the prompt cache."""
     total: int
     """How many tokens the prompt has."""
     cached: int
@@ -226,7 +226,7 @@ class ToolCallBegun:
 
 @attrs.frozen(kw_only=True)
 class McpRequestSent:
-    """A call of a tool has sent a request to an MCP server. If it is sent again, there is another event."""
+    """A tool call has sent a request to an MCP server. If the request is sent again, there is another event."""
 
     at: float
     """When it happened."""
@@ -252,7 +252,7 @@ class McpRequestSent:
 
 @attrs.frozen(kw_only=True)
 class ToolCallEnded:
-    """A call has ended."""
+    """A tool call has ended."""
 
     at: float
     """When it happened."""

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("lmbridge.observe")
 
-# Observers are called synchronously, so a `CancelledError` is never the cancellation of the task that calls them. It is
-# a bug like any other, such as the `result()` of a future that was cancelled.
+# Observers are called synchronously, so a `CancelledError` never means that the task which calls them was cancelled. It
+# comes from a bug of the observer, for example a call of `result()` on a cancelled future.
 _FAILURES: Final = (Exception, asyncio.CancelledError)
 _HINT = "pass a list of objects with a method on_event(event), such as [TimelineObserver()]"
 
 
 @runtime_checkable
 class Observer(Protocol):
-    """An object that is notified of what requests and runs do.
+    """An object that is notified of what happens to requests and runs.
 
     ::
 
@@ -57,8 +57,8 @@ class ContextPropagator(Protocol):
         is called like `on_event`, once for each attempt.
 
         Args:
-            request_id: The id of a request to a model server. None stands for whatever the current task does, which
-                is a call of a tool.
+            request_id: The id of a request to a model server. None stands for the tool call that the current task
+                makes.
         """
         ...
 

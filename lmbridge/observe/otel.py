@@ -1,6 +1,6 @@
 """`OpenTelemetryObserver`: spans and metrics of requests, runs and tool calls. Only this file imports opentelemetry.
 
-It uses OpenTelemetry's API alone. Where the spans go is decided by the SDK that the program has set up; without one,
+It uses only OpenTelemetry's API. The SDK that the program has set up decides where the spans go; without an SDK,
 nothing is recorded.
 """
 
@@ -54,14 +54,14 @@ class _RequestSpan:
 
 @attrs.define(eq=False)
 class _OpenScope:
-    """A run or the call of a tool, whose span is the current one of its task."""
+    """A run or a tool call, whose span is the current span of its task."""
 
     span: Span
     token: Token[context.Context]
 
 
 class _Metrics:
-    """The metrics of requests. Those of embeddings have other names."""
+    """The metrics of requests. The metrics of embeddings have other names."""
 
     def __init__(self, meter: metrics.Meter) -> None:
         def histogram(name: str, unit: str, text: str, buckets: Sequence[float]) -> metrics.Histogram:
@@ -110,7 +110,7 @@ class _Metrics:
 
 
 class OpenTelemetryObserver:
-    """Records spans and metrics by the semantic conventions for generative AI.
+    """Records spans and metrics according to the semantic conventions for generative AI.
 
     ::
 
@@ -118,17 +118,17 @@ class OpenTelemetryObserver:
         async with LLMClient(observers=[observer]) as client:
             agent = Agent(client, tools=[...], observers=[observer])
 
-    A request has a span `chat MODEL`, `text_completion MODEL` or `embeddings MODEL`, a run has `invoke_agent`, and the
-    call of a tool has `execute_tool NAME`. The span of a run is the parent of those of its requests and calls, and the
-    span of a call is the current one in the tool, even if the tool runs in a thread. The span of a call to an MCP
-    server has the attributes of MCP as well. Metrics are the durations, the times to the first chunk of streams, and
-    the tokens.
+    A request has a span `chat MODEL`, `text_completion MODEL` or `embeddings MODEL`, a run has `invoke_agent`, and a
+    tool call has `execute_tool NAME`. The span of a run is the parent of the spans of its requests and tool calls.
+    While a tool runs, the span of its call is the current span, even if the tool runs in a thread. The span of a call
+    to an MCP server has the attributes of MCP as well. The metrics are the durations, the times to the first chunk of
+    streams, and the numbers of tokens.
 
     Args:
         capture_content: Whether the arguments and results of tools are recorded, which may be confidential. Prompts and
             answers never are. Default: False.
-        propagate: Whether servers get the context of the trace: model servers and the gateway as headers such as
-            `traceparent`, and MCP servers as metadata of a call. Default: True.
+        propagate: Whether the context of the trace is sent to servers. Model servers and the gateway get it as headers
+            such as `traceparent`, MCP servers as metadata of a call. Default: True.
         provider: The value of `gen_ai.provider.name`. Default: "openai_compatible", because the conventions have no
             name for the servers that people run themselves.
         tracer_provider: Where spans go. Default: OpenTelemetry's global provider.
@@ -259,7 +259,10 @@ class OpenTelemetryObserver:
         self._enter((event.run_id, None), names.INVOKE_AGENT, attributes)
 
     def _note_load(self, event: ModelLoadProgressed) -> None:
-        """Adds an event to the span of the run when a load begins. A span may have 128 events, and a load hundreds."""
+        """Adds an event to the span of the run when a load begins.
+
+        Further progress is not added: by default a span keeps only 128 events, and a load may report hundreds.
+        """
         scope = self._scopes.get((event.run_id, None))
         if scope is not None and event.fraction is None:
             scope.span.add_event(names.LOAD_EVENT, {} if event.model is None else {names.REQUEST_MODEL: event.model})
@@ -318,7 +321,7 @@ class OpenTelemetryObserver:
         scope.span.end()
 
     def _enter(self, key: tuple[str, str | None], name: str, attributes: Mapping[str, Any]) -> None:
-        """Begins a span and makes it the current one of this task, and of the threads and tasks that it starts."""
+        """Begins a span, and makes it the current span of this task and of the threads and tasks that it starts."""
         span = self._tracer.start_span(name, kind=SpanKind.INTERNAL, attributes=attributes)
         self._scopes[key] = _OpenScope(span, context.attach(trace.set_span_in_context(span)))
 

@@ -1,12 +1,12 @@
 """The names of OpenTelemetry's semantic conventions for generative AI, and lmbridge's own, in one place.
 
-The conventions are in development and change. These are of semantic-conventions-genai v0.1.0:
+The conventions are in development and change. The names here are those of semantic-conventions-genai v0.1.0:
 https://github.com/open-telemetry/semantic-conventions-genai/tree/v0.1.0/docs/gen-ai
 
 The names of the metrics are those in the contents of `client-inference.md` and `gen-ai-metrics.md` at that tag. Their
 instruments, units and attributes, and those of embeddings, were compared with commits of the same repository: 024a4f9
-(`client-inference.md`), 27f82f0 (`gen-ai-token-metrics.md`) and 88eccb1 (`client-embeddings.md`). What v1.41 had and is
-gone is listed in `non-normative/migration.md`, read at 32c328e.
+(`client-inference.md`), 27f82f0 (`gen-ai-token-metrics.md`) and 88eccb1 (`client-embeddings.md`). The names of v1.41
+that no longer exist are listed in `non-normative/migration.md`, which was read at 32c328e.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ OPERATIONS: Final[Mapping[str, str]] = {
     "text completion": "text_completion",
     "embeddings": EMBEDDINGS,
 }
-"""The names of lmbridge's operations. Others, such as model lists, do not generate anything and have no span."""
+"""The names that the conventions have for lmbridge's operations. Other operations, such as model lists, do not generate
+anything and have no span."""
 
 UNKNOWN_MODALITY: Final = "unknown"
-"""The modality of all tokens, as model servers do not say which tokens of a prompt are text and which are images."""
+"""The modality of all tokens, because model servers do not say which tokens of a prompt are text or images."""
 
 INFERENCE_DURATION_METRIC: Final = "gen_ai.client.inference.duration"
 FIRST_CHUNK_METRIC: Final = "gen_ai.client.inference.time_to_first_chunk"
@@ -71,7 +72,7 @@ QUEUE_SECONDS: Final = "lmbridge.queue.seconds"
 ATTEMPTS: Final = "lmbridge.attempts"
 """How often the request was sent."""
 OUTCOME: Final = "lmbridge.outcome"
-"""How the request or the call of a tool ended."""
+"""How the request or the tool call ended."""
 ROUNDS: Final = "lmbridge.rounds"
 """How many rounds the run had."""
 STOP_REASON: Final = "lmbridge.stop_reason"

@@ -1,7 +1,8 @@
 """`Timeline`: bars on a time axis, as one HTML file that needs nothing else.
 
-The page is made here, element by element, and its script only shows the text of the bar that is clicked. A script that
-draws the data with a library was the alternative; it would need the library in every file, or a network.
+The page is made here, element by element, and its script only shows the text of the bar that is clicked. The
+alternative was a script that draws the data with a library. But then every file would have to contain the library, or
+load it from the network.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lmbridge._checks import check_path
 
 BarKind: TypeAlias = Literal["round", "queue", "prompt", "tokens", "reply", "tool", "retry", "swap", "error"]
 """What a bar stands for: a round of a run, a wait for a permit, the time until the first token, the tokens, a whole
-reply, the call of a tool, a wait before another attempt, a swap of models, or the error that ended something."""
+reply, a tool call, a wait before another attempt, a swap of models, or the error that ended something."""
 
 _MOST_ROWS: Final = 60
 """How many rows a page shows at most. If there are more, it shows the rows that failed and the longest ones."""
@@ -43,9 +44,9 @@ class Bar:
     kind: BarKind
     """The kind of thing that happened."""
     start: float
-    """When it began, in seconds; all bars of a timeline have the same clock."""
+    """When it began, in seconds, by a clock that all bars of a timeline share."""
     end: float
-    """When it ended. A moment has the same start and end."""
+    """When it ended. It is equal to `start` if the bar stands for a moment."""
     label: str
     """A few words about it, such as the name of a tool."""
     text: str = ""
@@ -125,7 +126,7 @@ class Timeline:
 
 
 def _most_interesting(rows: Sequence[Row]) -> list[Row]:
-    """Returns the rows to show, in the order of their beginning: all, or those that failed and the longest ones."""
+    """Returns the rows to show, ordered by their start: all of them, or those that failed and the longest others."""
     ranked = sorted(rows, key=lambda row: (not row.has_failed, row.start - row.end))
     return sorted(ranked[:_MOST_ROWS], key=lambda row: row.start)
 

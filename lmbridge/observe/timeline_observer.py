@@ -91,7 +91,7 @@ class _OpenRequest:
 
 
 class TimelineObserver:
-    """An observer that shows what happened on a time axis.
+    """An observer that shows on a time axis what happened.
 
     ::
 

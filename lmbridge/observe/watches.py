@@ -1,4 +1,4 @@
-"""`RequestWatch`, `RunWatch` and `CallWatch` notify the observers of a request, a run or the call of a tool."""
+"""`RequestWatch`, `RunWatch` and `CallWatch` notify the observers of a request, a run or a tool call."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from lmbridge.observe.events import (
 from lmbridge.observe.observer import Observers
 
 observed_run: Final[ContextVar[str | None]] = ContextVar("lmbridge_observed_run", default=None)
-"""The id of the run with observers to which the current task belongs, or None."""
+"""The id of the run to which the current task belongs, if that run has observers; otherwise None."""
 observed_call: Final[ContextVar[CallWatch | None]] = ContextVar("lmbridge_observed_call", default=None)
-"""The call of a tool to which the current task belongs, if its run has observers."""
+"""The tool call to which the current task belongs, if its run has observers; otherwise None."""
 _numbers: Final = itertools.count(1)
 _OUTCOMES: Final[Mapping[str, RequestOutcome]] = {
     "closed early": "cancelled",
@@ -42,7 +42,7 @@ _OUTCOMES: Final[Mapping[str, RequestOutcome]] = {
     "GeneratorExit": "cancelled",
     "MovedToAnotherServer": "moved",
 }
-"""The outcomes of requests without a status, by the argument of `Call.finish`. All others are errors."""
+"""The outcomes of requests without a status, by the argument of `Call.finish`. Any other argument means an error."""
 
 
 class RequestWatch:
@@ -101,8 +101,8 @@ class RequestWatch:
         Args:
             outcome: The status of the reply, or why there is no reply, as it is passed to `Call.finish`.
             attempts: How often the request was sent.
-            tokens: The tokens of the prompt and of the completion, and those of the prompt that came from the cache,
-                or None if they are not known.
+            tokens: The numbers of tokens in the prompt, in the completion, and in the part of the prompt that came from
+                the cache; None if they are not known.
         """
         if self._has_ended:
             return
@@ -131,7 +131,7 @@ class RequestWatch:
 
 
 class CallWatch:
-    """Lets the code that makes the call of a tool notify the observers of the run."""
+    """Lets the code that makes a tool call notify the observers of the run."""
 
     __slots__ = ("_call_id", "_observers", "_run_id")
 
@@ -222,7 +222,7 @@ class RunWatch:
     def call_ended(
         self, call_id: str, name: str, outcome: Literal["result", "error", "cancelled"], text: str = ""
     ) -> None:
-        """Notifies the observers that the call of a tool has ended."""
+        """Notifies the observers that a tool call has ended."""
         observed_call.set(None)
         self._observers.notify(
             ToolCallEnded(at=monotonic(), run_id=self.run_id, call_id=call_id, name=name, outcome=outcome, text=text)
@@ -231,7 +231,7 @@ class RunWatch:
     def ended(
         self, stop_reason: str, error: BaseException | None, *, model: str | None, rounds: int, usage: Mapping[str, Any]
     ) -> None:
-        """Notifies the observers that the run has ended, and before that the round that was open."""
+        """Notifies the observers that the open round has ended, if there is one, and that the run has ended."""
         self.round_ended("", is_complete=False)
         self._observers.notify(
             RunEnded(

@@ -38,7 +38,8 @@ from lmbridge.transport.http_interface import ConnectionFailed, HttpRequest, Htt
 from lmbridge.transport.interception import Send, interceptors, link_makers
 
 CassetteMode: TypeAlias = Literal["none", "once", "all"]
-"""What a cassette does with a request: only replay, record if the file does not exist, or record in any case."""
+"""What a cassette does with requests: "none" only replays them, "once" records them if the file does not exist, and
+"all" always records them."""
 Matcher: TypeAlias = Callable[[CassetteRequest, CassetteRequest], bool]
 """A function `(recorded, new) -> bool` that decides whether a recorded exchange answers a new request."""
 
@@ -64,13 +65,14 @@ class Cassette:
 
     It applies to all requests over sockets that lmbridge makes in this process while the block is open: those of
     clients, pools and agents, including the blocking ones. If several cassettes are open, the last one alone applies.
-    MCP servers on stdio whose sessions begin in the block are recorded as well, and a replay does not start them. A
-    request to an MCP server that has no recorded exchange fails, and the block ends with a `CassetteError`. Requests to
-    MCP servers on HTTP are not recorded.
+    MCP servers on stdio whose sessions begin in the block are recorded as well, and a replay does not start them. If a
+    request to an MCP server has no recorded exchange, the request fails, and the block ends with a `CassetteError`.
+    Requests to MCP servers on HTTP are not recorded.
 
-    Each exchange is replayed once, in the order of the recording; a GET, such as a health check, any number of times. A
-    request that has no recorded exchange raises a `CassetteError` that says how it differs from the closest one. The
-    recording is written when the block ends. If an exception leaves the block, the file stays as it was.
+    Each exchange is replayed once, in the order of the recording. Only a GET, such as a health check, may be replayed
+    any number of times. A request that has no recorded exchange raises a `CassetteError` that says how it differs from
+    the closest one. The recording is written when the block ends. If an exception leaves the block, the file stays as
+    it was.
 
     The file contains prompts and answers, but no header of a request. Keys are redacted wherever a request or a
     response quotes them.
@@ -130,7 +132,7 @@ class Cassette:
 
     @property
     def all_played(self) -> bool:
-        """Whether every recorded exchange has been replayed, so that no request of the recording is missing now."""
+        """Whether every recorded exchange has been replayed: the program has made every request of the recording."""
         return not self._unplayed and not self._mcp.unplayed
 
     def __enter__(self) -> Self:
@@ -235,19 +237,19 @@ class _RecordedResponse:
             raise
         if not data:
             self._end = "complete"
-        self._keep(data)
+        self._record_part(data)
         return data
 
     def take_arrived(self) -> bytes:
         data = self._response.take_arrived()
-        self._keep(data)
+        self._record_part(data)
         return data
 
     def close(self) -> None:
         self._is_closed = True
         self._response.close()
 
-    def _keep(self, data: bytes) -> None:
+    def _record_part(self, data: bytes) -> None:
         now = monotonic()
         if data:
             self._parts.append(RecordedPart(now - self._last, data))

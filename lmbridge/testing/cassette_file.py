@@ -1,7 +1,7 @@
 """The file of a `Cassette`: requests, and the parts of their responses as they arrived.
 
-A cassette is one JSON file, so that it can be read, compared in a review and edited by hand. Of a request it has the
-method, the URL and the body, but no header, because headers contain keys.
+A cassette is one JSON file, so that it can be read, compared in a review and edited by hand. It contains the method,
+the URL and the body of each request, but none of its headers, because headers contain keys.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lmbridge.transport.headers import secret_pattern, secrets_in
 from lmbridge.transport.http_interface import HttpRequest
 
 FORMAT: Final = 1
-"""The version of the format, which the file names."""
+"""The version of the file format. Each cassette contains the version with which it was written."""
 REDACTED: Final = "[redacted]"
 """The text that replaces a secret in a cassette."""
 _SECRET_PARAMETER: Final = re.compile(r"key|token|secret|password|auth|sig", re.IGNORECASE)
@@ -39,7 +39,7 @@ class CassetteError(RuntimeError):
 
 @attrs.frozen(kw_only=True)
 class CassetteRequest:
-    """A request as a cassette keeps and compares it: without its headers, and with secrets redacted."""
+    """A request in the form in which a cassette stores and compares it: without headers, and with secrets redacted."""
 
     method: str
     """The HTTP method in capital letters."""
@@ -69,7 +69,7 @@ class RecordedPart:
     """A part of a body, as one read returned it."""
 
     seconds: float
-    """The seconds between the head of the response, or the part before, and this part."""
+    """The seconds since the previous part arrived, or since the head of the response if this is the first part."""
     data: bytes
     """The bytes of the part."""
 
@@ -111,7 +111,7 @@ class Redactor:
         return redacted(text, secret_pattern(self._texts))
 
     def read(self, request: HttpRequest) -> CassetteRequest:
-        """Returns a request in the form in which a cassette keeps it."""
+        """Returns a request in the form in which a cassette stores it."""
         pattern = self.pattern_for(request)
         body = None
         if request.body:
@@ -182,7 +182,7 @@ def read_cassette(path: Path) -> Tape | None:
 
 
 def write_cassette(path: Path, tape: Tape) -> None:
-    """Writes a cassette. A reader sees the file as it was before, or the whole new one."""
+    """Writes a cassette. The file is replaced as a whole, so a reader never sees a part of it."""
     content: dict[str, Any] = {
         "lmbridge_cassette": FORMAT,
         "exchanges": [_exchange_to(each) for each in tape.exchanges],

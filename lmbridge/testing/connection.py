@@ -202,11 +202,11 @@ class Connection(asyncio.Protocol):
         self._note_client_left()
 
     def pause_writing(self) -> None:
-        """Records that there are bytes which the client has not read yet."""
+        """Records that there are written bytes which the kernel has not taken yet."""
         self._unsent = True
 
     def resume_writing(self) -> None:
-        """Records that all bytes have been sent."""
+        """Records that the kernel has taken all written bytes."""
         self._unsent = False
         self._notify()
 

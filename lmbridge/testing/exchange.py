@@ -25,7 +25,8 @@ class Exchange:
         started: Whether a part of the reply has been sent.
         streamed: Whether the body uses chunked transfer encoding.
         ended: Whether the reply is complete, or the behaviour has closed the connection before that.
-        closes: Whether the connection is closed after the reply. Either its head says so, or its body has no other end.
+        closes: Whether the connection is closed after the reply, because the head of the reply says so, or because the
+            body has no other end.
     """
 
     def __init__(

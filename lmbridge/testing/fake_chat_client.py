@@ -48,8 +48,8 @@ class FakeReply:
     model: str | None = None
     """The model that the reply names. By default it is the model that was asked for."""
     error: BaseException | None = None
-    """An error that breaks off a stream after everything else, in place of its finish reason. Without a stream, it is
-    raised in place of the reply."""
+    """An error that a stream raises at its end, in place of the finish reason. If the reply is not a stream, the error
+    is raised in place of the reply."""
 
 
 FakeAnswer: TypeAlias = (

@@ -63,8 +63,8 @@ class FaultProxy:
             proxy.script(WireFault("reset", at=300))
             client = LLMClient(proxy.api_base)
 
-    Each connection takes the next fault of the script (`script`), or `fault` when the script has ended. A fault that
-    lies behind the last byte of a connection does nothing. The proxy relays TCP connections, so requests reach the
+    Each connection takes the next fault of the script (`script`), or `fault` once the script is used up. A fault whose
+    offset is behind the last byte of a connection does nothing. The proxy relays TCP connections, so requests reach the
     server unchanged, with the proxy's address as the host. When the client leaves, the connection to the server is
     closed.
 
@@ -234,7 +234,7 @@ class _Damage:
         self._repeated = b""
 
     def feed(self, data: bytes) -> list[bytes | _Ending]:
-        """Returns what is sent for the next bytes of the server: pieces, and perhaps what ends the connection."""
+        """Returns what the client gets for the next bytes of the server: pieces, and perhaps a kind of ending."""
         fault, start = self._fault, self._offset
         self._offset += len(data)
         if fault is None:

@@ -2,7 +2,7 @@
 
 The tape sits between the session and the process of the server, so a replay starts no process, and everything above it
 is real: the SDK, the checks of what a server sends, time limits and cancellation. A recorded exchange is a request with
-all messages up to its answer. The ids of requests are random, so the tape has the answers without them.
+all messages up to its answer. The ids of requests are random, so the answers are recorded without them.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class McpTape:
     """The exchanges with MCP servers that a cassette records or replays.
 
     Args:
-        exchanges: What is replayed; None to record.
+        exchanges: The exchanges to replay; None to record new ones.
         redact: Replaces the secrets that the cassette knows.
         time_scale: The factor by which the recorded waits are multiplied.
     """
 
     def __init__(self, exchanges: Sequence[McpExchange] | None, redact: Redact, time_scale: float) -> None:
         self.is_recording: Final = exchanges is None
-        """Whether the tape records real servers, and does not replay."""
+        """True if the tape records real servers; False if it replays."""
         self.exchanges: list[McpExchange] = list(exchanges or ())
         """The exchanges in the order of their requests."""
         self.unplayed: list[McpExchange] = list(self.exchanges)
@@ -91,7 +91,7 @@ class McpTape:
         return None
 
     def scaled(self, seconds: float) -> float:
-        """Returns how long the replay waits."""
+        """Returns how long the replay waits where the recording has a wait of `seconds`."""
         return seconds * self._time_scale
 
 
@@ -122,10 +122,10 @@ class _RecordingLink:
                 exchange.ended = monotonic() - began, str(self._redact(self._real.stderr_excerpt) or "it ended")
             self._pending.clear()
         else:
-            self._keep(message)
+            self._record_message(message)
         return message
 
-    def _keep(self, message: dict[str, Any]) -> None:
+    def _record_message(self, message: dict[str, Any]) -> None:
         params = message.get("params")
         token = read_id(params.get("progressToken")) if isinstance(params, Mapping) else None
         answered_id = read_id(message.get("id")) if is_answer(message) else None
@@ -227,7 +227,7 @@ def _without_meta(params: Any) -> Any:
 
 
 def _with_id(recorded: dict[str, Any], request_id: Any) -> dict[str, Any]:
-    """Returns a recorded message as it answers a request with this id."""
+    """Returns a recorded message. If it is an answer or a report of progress, it gets the id of the replayed request."""
     if "method" not in recorded and "id" not in recorded:
         return {**recorded, "id": request_id}
     params = recorded.get("params")

@@ -5,9 +5,9 @@ cancellation work through it as they do with a server. What it cannot show is wh
 anywhere, connections that are kept or lost, a server that notices that its client has disconnected. For those, use
 `lmbridge.testing.ScriptedServer`, which listens on a real socket.
 
-`MockTransport` replaces the `HttpSession` of a `Transport`. There were two alternatives: a test that replaces the
-methods of the client tests only the replacements, and a test that patches aiohttp may break with any release of
-aiohttp.
+`MockTransport` replaces the `HttpSession` of a `Transport`. There were two alternatives. A test can replace the methods
+of the client, but then it tests only the replacements. And a test can patch aiohttp, but then it may break with any
+release of aiohttp.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ MockEvents: TypeAlias = Iterable[MockEvent] | AsyncIterable[MockEvent]
 
 @attrs.define(eq=False)
 class MockResponse:
-    """A response that the handler of a `MockTransport` returns if it has to set more than a dict or a stream can.
+    """A response that the handler of a `MockTransport` returns if a dict or a stream is not enough.
 
     Set at most one of `json`, `body` and `events`.
 
     Raises:
-        LLMValidationError: More than one of them is set.
+        LLMValidationError: More than one of these three is set.
     """
 
     status: int = 200
@@ -132,7 +132,8 @@ class MockTransport(Transport):
         api_base: The base URL of the requests. Nothing has to listen there.
         api_key: The key that the handler finds in the headers. By default it is the environment variable
             `LM_API_TOKEN`.
-        limits: How many requests and models may be in flight at the same time. By default it is `Limits()`.
+        limits: How many requests, and requests for how many models, may be in flight at the same time. The default is
+            `Limits()`.
 
     Raises:
         LLMValidationError: An argument cannot be used.
@@ -192,7 +193,7 @@ class _MockSession:
             raise faults.connection_failed(faults.BROKEN_BEFORE_RESPONSE)
         task = self._start(_await(answer))
         if isinstance(answer, Coroutine):
-            # A task that was cancelled before its first step has not awaited it, which Python would warn about.
+            # A task that was cancelled before its first step has not awaited the coroutine, and Python would warn.
             task.add_done_callback(lambda _: answer.close())
         try:
             await asyncio.wait((task,))

@@ -43,7 +43,7 @@ class OneModelServer(ScriptedServer):
     Args:
         models: The names of the models that the server has.
         capacity: The number of models that the server holds at the same time. If it is more than one, idle models are
-            dropped before busy ones, and the least recently used of them first, as in llama.cpp's router.
+            dropped before busy ones, and among these the least recently used first, as in llama.cpp's router.
         load_seconds: The seconds that loading a model takes.
         token_seconds: The seconds that generating a token takes.
         tokens: The number of tokens in an answer.
@@ -153,7 +153,7 @@ class OneModelServer(ScriptedServer):
         model = min(self._instances, key=lambda model: bool(self._instances[model].generations))
         self.swaps += 1
         for generation, exchange in self._instances.pop(model).generations.items():
-            # A plain reply whose head was sent has been generated already.
+            # If the head of a plain reply has been sent, the whole reply has been generated already.
             is_generated = exchange.started and not exchange.streamed
             if not is_generated and generation.cancel():
                 self.kills.append(exchange.request)

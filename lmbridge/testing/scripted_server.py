@@ -33,8 +33,8 @@ class ScriptedServer:
     The first of these behaviours that exists answers a request:
 
     1. the behaviour for its path (`on_path`), whatever its method;
-    2. for a GET: `/v1/models` lists `models`, and any other path gets status 404, as does a request that counts
-       tokens;
+    2. for a GET, the list of `models` if the path is `/v1/models`, and otherwise status 404; for a request that counts
+       tokens, status 404;
     3. the next behaviour of the script (`script`);
     4. the behaviour for its model (`on_model`);
     5. `default`, or status 404 if OpenAI's API does not have the path.
@@ -57,10 +57,11 @@ class ScriptedServer:
         models: The names of the models. The list may be changed at any time.
         default: The behaviour that answers all other requests.
         hang_up_reused: Set it to N to make the next N requests on reused connections fail: the server closes the
-            connection instead of replying, as if it had been dead. These requests are recorded as `refused`, and take
-            no behaviour from the script.
-        requests: All requests in the order in which they arrived, except those by which a client without `limits` finds
-            out what the server can do, and those that count tokens, as long as no behaviour is set for their path.
+            connection instead of replying, as if the connection had been dead. These requests are recorded as
+            `refused`, and take no behaviour from the script.
+        requests: All requests in the order in which they arrived. Two kinds of requests are left out, unless a
+            behaviour is set for their path: those by which a client without `limits` finds out what the server can do,
+            and those that count tokens.
         aborts: The requests whose client disconnected before the reply was complete.
         errors: The exceptions that behaviours have raised. `close` raises them, so clear the list if you expected them.
         in_flight: The number of requests that are being answered, not counting GETs.

@@ -61,7 +61,7 @@ class RecordedRequest:
     path: str
     """The percent-encoded path, without the query."""
     query: str = ""
-    """The part of the target after the question mark. It is empty for a target without one."""
+    """The part of the target after the question mark; empty if there is none."""
     version: str = "HTTP/1.1"
     """The version of HTTP in the request line."""
     headers: Headers = attrs.field(factory=Headers, repr=False)
@@ -73,7 +73,8 @@ class RecordedRequest:
     aborted: bool = False
     """Whether the client disconnected before the reply was complete."""
     finished: bool = False
-    """Whether everything that the behaviour replied was sent. That includes a reply that it broke off on purpose."""
+    """Whether everything that the behaviour replied was sent. A reply that the behaviour broke off on purpose counts as
+    well."""
     refused: bool = False
     """Whether the connection was closed without a reply, because of `ScriptedServer.hang_up_reused`."""
 
