@@ -156,7 +156,10 @@ class IncomingRequest:
         return self._send(self.begun_response().write(data))
 
     async def finish(self) -> None:
-        """Sends the end of the response. It has a time limit, unlike aiohttp's own wait for a client that does not read."""
+        """Sends the end of the response.
+
+        The sending has a time limit, because aiohttp would wait forever for a client that does not read.
+        """
         await self._send(self.begun_response().write_eof())
 
     def abort(self) -> None:

@@ -27,7 +27,7 @@ _BACKLOG_LIMIT: Final = 256
 """The number of unhandled messages beyond which reading pauses."""
 _MESSAGE_START: Final = re.compile(r'\{\s*"(?:jsonrpc|id|method|params|result|error)"')
 _JSON_ESCAPE: Final = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>\\u[dD][89a-fA-F]..)|\\.")
-"""An escape in a JSON string: a whole surrogate pair, half of one (the group `lone`), or any other."""
+"""An escape in a JSON string: a whole surrogate pair, half of a pair (the group `lone`), or any other escape."""
 _SURROGATE_START: Final = re.compile(r"\\u[dD][89a-fA-F]")
 _DECODER: Final = json.JSONDecoder()
 _ANSWER_ID: Final = re.compile(rb'"id"\s*:\s*(?P<id>\d{1,18})\s*[,}]')
@@ -153,7 +153,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _salvage_objects(line: bytes) -> list[Any]:
-    """Returns the objects in a line that is not valid JSON, because a reply that is dropped leaves its call hanging.
+    """Returns the objects in a line that is not valid JSON. If they were dropped, calls would wait in vain for replies.
 
     Such a line occurs when a program prints from two threads, so that other text surrounds the message; when it
     contains a byte that is not UTF-8; when JavaScript has cut a string in the middle of an emoji, which leaves half of
@@ -162,7 +162,7 @@ def _salvage_objects(line: bytes) -> list[Any]:
     text = line.decode(errors="replace")
     if _MESSAGE_START.search(text) is None:
         return []
-    # Going through all escapes of a long text takes seconds.
+    # Going through all escapes of a long text takes seconds, so it is done only if one of them is a surrogate.
     if _SURROGATE_START.search(text) is not None:
         text = _JSON_ESCAPE.sub(_replace_lone_surrogate, text)
     found: list[Any] = []

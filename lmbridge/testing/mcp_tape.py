@@ -227,7 +227,7 @@ def _without_meta(params: Any) -> Any:
 
 
 def _with_id(recorded: dict[str, Any], request_id: Any) -> dict[str, Any]:
-    """Returns a recorded message. If it is an answer or a report of progress, it gets the id of the replayed request."""
+    """Returns a recorded message. An answer, or a report of progress, gets the id of the replayed request."""
     if "method" not in recorded and "id" not in recorded:
         return {**recorded, "id": request_id}
     params = recorded.get("params")

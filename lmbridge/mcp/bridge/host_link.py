@@ -74,7 +74,7 @@ class HostLink:
     @property
     def can_host_read(self) -> bool:
         """Whether the host can still read what is sent. For a file, which has no reader, it is always True."""
-        # Windows does not have `poll`. There, it becomes known only when the next message cannot be sent.
+        # Windows does not have `poll`. There, a host that has left is noticed only when a message cannot be sent.
         if self._is_write_end_broken or not hasattr(select, "poll"):
             return not self._is_write_end_broken
         poll = select.poll()

@@ -1,8 +1,8 @@
-"""Lets the requests that a host has sent be answered after the host has closed its end of the pipe.
+"""Keeps a session open after the host has closed its end of the pipe, until the host's requests have been answered.
 
 The SDK cancels everything that is in progress once there are no more messages. That is right when the host has ended,
-but not in `lmbridge-mcp < requests.jsonl`, where the input ends long before the answers are ready. So the end of the
-input is reported to the SDK only when each request has been answered, or when the answers can no longer be read.
+but not in `lmbridge-mcp < requests.jsonl`, where the input ends long before the answers are ready. So the SDK learns of
+the end of the input only when each request has been answered, or when nobody can read the answers any longer.
 
 The wait is limited, because a host that wants this process to end closes stdin and may then wait for the exit. Requests
 that are still open at the limit are answered with an error, so that no request is left without an answer.
@@ -25,7 +25,7 @@ _HOST_CHECK_SECONDS: Final = 0.1
 _LAST_ERRORS_SECONDS: Final = 1.0
 """How long the host may take to read the errors of the requests that are still open at the limit, in seconds."""
 _UNANSWERED_METHODS: Final = frozenset({"subscriptions/listen"})
-"""The requests that stay open as long as the session does, so that waiting for their answers would be in vain."""
+"""The requests that stay open as long as the session does, so their answers are not waited for."""
 _INTERNAL_ERROR: Final = -32603
 
 

@@ -1,8 +1,8 @@
 """A parser for JSON as people write it in configuration files: with comments, and with a comma after the last item.
 
 Comments and surplus commas are replaced by spaces, and the rest is left to the standard library, so that the line and
-the column of a syntax error are those of the file. A library for JSON with comments would be one more dependency
-that saves two regular expressions.
+the column of a syntax error are those of the file. The alternative, a library for JSON with comments, would save two
+regular expressions but add a dependency.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class ServerSpec:
         return is_allowed and not any(fnmatchcase(tool, pattern) for pattern in self.deny)
 
     def timeout_of(self, tool: str) -> float | None:
-        """Returns the time limit of a call of a tool in seconds, or None if the configuration does not set it.
+        """Returns the time limit of a tool's calls in seconds, or None if the configuration does not set it.
 
         The exact name of a tool takes precedence over patterns, and an earlier pattern in the file over later ones.
         """
@@ -312,7 +312,7 @@ def _resolve_command(reader: _EntryReader, folder: Path) -> str:
 
 
 def _is_command_line(command: str) -> bool:
-    """Returns whether a command contains arguments, which belong in `args`, and its slash is in one of them."""
+    """Returns whether a command contains arguments, which belong in `args`, so that its slash is in an argument."""
     program, *arguments = command.split()
     is_runner = program in ("npx", "uvx", "bunx", "docker", "node", "python", "python3", "deno")
     return bool(arguments) and "/" not in program and (is_runner or any(each[0] in "-@" for each in arguments))
@@ -458,7 +458,7 @@ class _EntryReader:
         return float(value)
 
     def _fill_in(self, key: str, value: Any) -> str:
-        """Returns a string with its variables expanded. Variables within the values are not expanded."""
+        """Returns a string with its variables expanded. A variable in the value of another variable is not expanded."""
         if not isinstance(value, str):
             raise self.error(key, f"is {_show_value(value)}", "make it a string")
         filled = _PLACEHOLDER.sub(self._variable_lookup(key), value)

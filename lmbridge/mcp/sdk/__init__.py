@@ -1,8 +1,8 @@
 """The adapter to the official MCP SDK (the package `mcp`), with one interface for both of its major versions.
 
-Only this folder imports the SDK, and only inside functions, because that import takes half a second and 60 MB. Of
-`lmbridge.mcp`, this folder imports only `config` and `jsonrpc`. `servers` uses what is exported here, for the client's
-side; `bridge` and `lmbridge.mcp.__main__` use `sdk.server_session`, for the server's side.
+Only this folder imports the SDK, and only inside functions, because that import takes half a second and 60 MB. From
+the rest of `lmbridge.mcp`, it imports only `config` and `jsonrpc`. On the client's side, `servers` uses the names that
+are exported here. On the server's side, `bridge` and `lmbridge.mcp.__main__` use `sdk.server_session`.
 """
 
 from lmbridge.mcp.sdk.client_session import UNUSABLE_REASON, McpSession, open_mcp_session

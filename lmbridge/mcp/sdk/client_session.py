@@ -115,7 +115,7 @@ async def open_mcp_session(
             opening = _open_v2(spec, streams, exchange) if is_v2() else _open_v1(streams, exchange)
             session = await stack.enter_async_context(opening)
         except Exception as exc:
-            # The exchange and the connection know the reason, whichever exception the SDK has turned it into.
+            # Whatever the SDK raises, the exchange and the connection know the original reason.
             if (reason := exchange.failure or connection.end) is not None:
                 raise reason from exc
             raise
@@ -218,7 +218,7 @@ class _SessionBase:
         except UrlsRequiredError as exc:
             if not await self._exchange.questions.have_urls_visited(exc.questions, listener):
                 raise
-        # The server has not processed the call before the user has visited the URLs.
+        # The server has refused the first call without processing it, so the call can be made again.
         return await self._call_once(tool, arguments, listener)
 
     async def _call_once(self, tool: str, arguments: Mapping[str, Any], listener: CallListener) -> Mapping[str, Any]:
@@ -262,7 +262,7 @@ class _SessionBase:
             error: Any = getattr(exc, "error", exc)
             if isinstance(exc, error_class) and error.code != _CONNECTION_CLOSED_CODE:
                 raise RefusedError(str(exc)) from exc
-            # The SDK raises the others by itself only when its streams have ended.
+            # The SDK raises the other errors of its own accord only when its streams have ended.
             raise self._lost_error() from exc
         except (ValueError, RuntimeError) as exc:
             raise BadReplyError(describe_error(exc)) from exc
@@ -271,8 +271,8 @@ class _SessionBase:
                 self._exchange.forget(request)
 
     def _lost_error(self) -> Exception:
-        # The connection may have ended because another request was rejected. That error would claim that this request
-        # has not run, so only its text is used.
+        # The connection may have ended because another request was rejected. The error of that request would claim that
+        # this one has not run, so only its text is used.
         return SessionLostError(str(self.connection.end or _CONNECTION_CLOSED))
 
     async def _sdk_list_tools(self, cursor: str | None, request: SentRequest) -> Any:

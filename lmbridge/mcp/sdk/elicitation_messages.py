@@ -1,9 +1,9 @@
 """`Questions`: the questions that a server asks the user (elicitation), in all revisions of the protocol.
 
 In the revision 2026-07-28, a question is part of the result of a call, and reaches `ask_in_call` through the SDK. In
-earlier revisions, it is a request of the server that does not say to which call it belongs. So it stays open as long as
-any of the calls that were in flight when it arrived. A server can also refuse a call until the user has visited URLs;
-such a call is made again after the visit.
+earlier revisions, it is a request of the server that does not say to which call it belongs. So the question stays open
+until all calls that were in flight when it arrived have ended. A server can also refuse a call until the user has
+visited URLs; such a call is made again after the visit.
 
 The specification: https://modelcontextprotocol.io/specification/2026-07-28/client/elicitation
 """
@@ -81,7 +81,7 @@ class Questions:
     ) -> None:
         self._ask_user, self._on_visited, self._report, self._reply = ask, on_visited, report, reply
         self._open: dict[str | int, _OpenQuestion] = {}
-        # One dict for each refused call that waits, because several calls may need a visit with the same id.
+        # Each refused call that waits has its own dict, because several calls may wait for a visit with the same id.
         self._visits: list[Mapping[str, asyncio.Future[None]]] = []
         self._visited: deque[str] = deque(maxlen=_REMEMBERED_VISITS)
         self._replies: set[asyncio.Task[None]] = set()

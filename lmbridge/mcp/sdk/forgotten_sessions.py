@@ -1,8 +1,9 @@
 """Recognizes answers of a server that may have forgotten the session.
 
-Whether a server has forgotten a session is not guessed from its words. By the protocol, a status 404 without a JSON-RPC
-error means that it has. After any other refusal that may have this reason, a `ping` finds out. If the status is one of
-success, the server has accepted the request, so a ping is sent only if the error mentions an unknown session.
+Whether a server has forgotten a session is not guessed from the words of its answer. According to the protocol, the
+status 404 without a JSON-RPC error means that it has. After any other refusal that may have this reason, lmbridge sends
+a `ping` to find out. If the status reports success, the server has accepted the request. Then a ping is sent only if
+the error in the answer mentions an unknown session.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def error_words(error: Any) -> str:
 
 
 def shows_forgotten(values: list[Any], ping_id: int) -> bool | None:
-    """Returns whether the answer to a ping shows that the session is not known, or None if it shows neither."""
+    """Returns whether the answer to a ping shows that the server has forgotten the session; None if it does not say."""
     for value in values:
         if isinstance(value, dict) and is_answer(value):
             error = value.get("error")

@@ -2,7 +2,7 @@
 
 The SDK implements both transports, but lmbridge does not use them, for three reasons. First, the two majors of the SDK
 differ in how they treat a refusal, a session that the server has forgotten, and a response that ends without the reply;
-in some of these cases they wait forever, or go on using a dead session. Second, they hide what the server said behind
+in some of these cases they wait forever, or go on using a dead session. Second, they replace what the server said by
 their own text. Third, they reject an answer with a wrong id, although the HTTP response in which it arrives shows which
 request it belongs to.
 """
@@ -183,7 +183,7 @@ class HttpConnection:
                 self._modern_requests.add(message["id"])
             task = self._start(self._post_request(message, headers))
             self._requests[message["id"]] = task
-            # The coroutine never runs if its task is cancelled before its first step.
+            # This is a callback, because the coroutine never runs if its task is cancelled before its first step.
             task.add_done_callback(partial(self._on_request_over, message["id"]))
         elif method == "notifications/cancelled":
             await self._cancel(message, headers)
@@ -225,7 +225,7 @@ class HttpConnection:
         """Ends the connection: `receive` returns None once the messages that have arrived are handled."""
         if self.end is None:
             self.end = end
-            # A full queue is not waited for, because its reader looks at `end` when it is empty.
+            # If the queue is full, None need not be added: `receive` looks at `end` once the queue is empty.
             with suppress(asyncio.QueueFull):
                 self._arrived.put_nowait(None)
 
@@ -452,7 +452,8 @@ class HttpConnection:
     async def _has_forgotten_session(self) -> bool:
         """Returns whether the server refuses a ping because it does not know the session.
 
-        After any other outcome, such as a server that is busy, the request before the ping may have run.
+        Any other outcome, such as a refusal because the server is busy, counts as False: the request before the ping
+        may have run.
         """
         ping_id = secrets.randbits(_ID_BITS)
         ping = {"jsonrpc": "2.0", "id": ping_id, "method": "ping"}

@@ -58,7 +58,7 @@ class _RefreshedHeaders:
         version = await self._refresh(0)
         request.headers.update(self._headers)
         response = yield request
-        # Headers that were refused although they had just been fetched are not fetched again for each further request.
+        # If the server refuses headers that have just been fetched, further requests do not fetch them again.
         if response.status_code == HTTPStatus.UNAUTHORIZED and version != self._refused_version:
             version = await self._refresh(version)
             request.headers.update(self._headers)
@@ -78,9 +78,9 @@ class _RefreshedHeaders:
 class _ClientCredentialsFlow:
     """Gets a token through the SDK's own implementation of the grant, and sends it.
 
-    The SDK's provider would hold a lock while each request waits for its answer, so that a call of one minute would
-    delay all others. So requests do not pass through the provider: it gets only the refusals, one at a time, and
-    returns a token.
+    The SDK's provider holds a lock while a request waits for its answer, so a call of one minute would delay all other
+    calls. Therefore requests do not pass through the provider. It gets only the refusals, one at a time, and returns a
+    token.
     """
 
     def __init__(self, spec: ServerSpec, credentials: ClientCredentials) -> None:
@@ -140,7 +140,7 @@ class _ClientCredentialsFlow:
         return token
 
 
-class _Tokens:
+class _TokenStorage:
     """Keeps the token of a server in memory, for as long as the connection lasts."""
 
     def __init__(self, spec: ServerSpec) -> None:
@@ -155,11 +155,11 @@ class _Tokens:
         self._tokens = tokens
 
     async def get_client_info(self) -> Any:
-        """Returns None, because the configuration already names the client, so that it is not registered."""
+        """Returns None, because a client that the configuration names need not be registered."""
         return None
 
     async def set_client_info(self, client_info: Any) -> None:
-        """Does nothing, for the same reason."""
+        """Does nothing, because the client is never registered."""
 
 
 def _make_provider(spec: ServerSpec, credentials: ClientCredentials) -> Any:
@@ -172,11 +172,11 @@ def _make_provider(spec: ServerSpec, credentials: ClientCredentials) -> Any:
         raise RequestRejectedError(
             "the installed version of mcp does not check who gets the client secret", hint="pip install -U mcp"
         )
-    # SDK 1.x has the plural.
+    # In SDK 1.x, the argument is called `scopes`.
     scope = {"scope" if "scope" in names else "scopes": credentials.scope}
     return provider(
         spec.url,
-        _Tokens(spec),
+        _TokenStorage(spec),
         credentials.client_id,
         credentials.client_secret,
         issuer=credentials.issuer,

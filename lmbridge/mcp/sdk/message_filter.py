@@ -1,11 +1,11 @@
 """`MessageExchange`: decides what happens to each message of a server, before the SDK sees any of it.
 
 The SDK is given only what it needs to match an answer to a request: a handshake that is valid, a list of tools reduced
-to their names, and empty results. The data bypasses the SDK. Otherwise one bad definition would make the SDK reject a
-whole list of tools, and one bad field the result of a call that has already run; and its two major versions differ in
-what they reject. Notifications and requests of the server are handled here as well, because the SDK starts a task for
-each of them, and logs a traceback for each that is not valid. A server that floods its client with them would slow
-everything down.
+to their names, and empty results. The data bypasses the SDK. Otherwise the SDK would reject a whole list of tools
+because of one bad definition, and the result of a call that has already run because of one bad field; and its two major
+versions differ in what they reject. Notifications and requests of the server are handled here as well, because the SDK
+starts a task for each of them, and logs a traceback for each that is not valid. A server that floods its client with
+them would slow everything down.
 
 Requests are sent under ids that cannot be guessed. So an answer to a request that has not been sent yet is recognized
 as forged, even while the session is being opened.
@@ -58,7 +58,7 @@ _KNOWN_NOTIFICATIONS: Final = (
     "notifications/roots/list_changed",
     "notifications/tasks/status",
 )
-"""The notifications of the protocol that mean nothing to lmbridge."""
+"""The notifications of the protocol that lmbridge ignores without reporting them as unexpected."""
 _HEADER_KEYS: Final = ("type", "x-mcp-header")
 """The keys of a property's schema that decide whether an argument is also sent as an HTTP header."""
 _HEADER_DEPTH: Final = 16
@@ -120,9 +120,9 @@ class MessageExchange:
     # Messages to the server.
 
     def outgoing(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        """Returns a message of the SDK in the form that is sent, with another id if it is a request or refers to one.
+        """Returns a message of the SDK in the form in which it is sent. The ids of requests in it are replaced.
 
-        It returns None for the cancellation of a request that is already over.
+        For the cancellation of a request that is already over, the method returns None.
         """
         method, params = message.get("method"), message.get("params") or {}
         if method is None:
@@ -147,7 +147,7 @@ class MessageExchange:
             meta = {**meta, _CAPABILITIES_KEY: self._with_elicitation(meta[_CAPABILITIES_KEY] or {})}
             params = {**params, "_meta": meta}
         if request.meta:
-            # SDK 2.x may have added the trace context of a span that it created below ours; that one takes precedence.
+            # SDK 2.x may have created a span below ours and added its trace context. Then that context is kept.
             meta = {**request.meta, **meta}
             params = {**params, "_meta": meta}
         if "progressToken" in meta:
@@ -166,7 +166,7 @@ class MessageExchange:
         return secrets.randbits(_ID_BITS) | 1 << (_ID_BITS - 1)
 
     def _finish_sdk_id(self, sdk_id: Any) -> Any:
-        """Ends a request that the SDK has given up. Returns the id that it was sent with, or None if it has ended."""
+        """Ends a request that the SDK has given up. Returns the id with which it was sent, or None if it is over."""
         for wire_id, (request, pending_sdk_id) in self._pending.items():
             if pending_sdk_id == sdk_id:
                 del self._pending[wire_id]
@@ -227,7 +227,7 @@ class MessageExchange:
         self._finished.append(wire_id)
         if answer.result is None:
             request.failure = self.failure = refusal_error(answer.refusal, answer.error)
-            # Only in a handshake does the SDK act on what the error says.
+            # The SDK acts on the content of an error only in a handshake.
             is_call = request.method in ("tools/call", "tools/list")
             return {"jsonrpc": "2.0", "id": sdk_id, "error": _PLACEHOLDER_ERROR if is_call else answer.error}
         self.failure = None
@@ -343,7 +343,7 @@ def has_name(definition: Any) -> bool:
 
 
 def _cache_hints(page: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields besides `tools` that a modern session requires of a page. They make the SDK not cache it."""
+    """Returns the fields besides `tools` that a page in a modern session needs. They keep the SDK from caching it."""
     cursor = page.get("nextCursor")
     return {"ttlMs": 0, "cacheScope": "private"} | ({"nextCursor": cursor} if isinstance(cursor, str) else {})
 

@@ -49,7 +49,7 @@ class ServerAnswer:
     error: Mapping[str, Any] = attrs.field(factory=dict)
     """The error as the protocol specifies it, with `code` and `message`; empty if there is a result."""
     notes: set[str] = attrs.field(factory=set)
-    """What had to be changed, each in a few words."""
+    """Notes on what had to be changed, each of a few words."""
 
 
 def read_answer(message: Mapping[str, Any], method: str) -> Generator[None, None, ServerAnswer]:
@@ -93,7 +93,7 @@ def _read_tool_page(result: Any, notes: set[str]) -> Generator[None, None, Serve
 
 
 def _unreadable(problem: str, notes: set[str]) -> ServerAnswer:
-    """Returns the refusal that stands for an answer without anything that could be used."""
+    """Returns a refusal in place of an answer that contains nothing usable."""
     return ServerAnswer(refusal=problem, error={"code": 0, "message": problem}, notes=notes)
 
 

@@ -48,7 +48,7 @@ class CallTimer:
             async with asyncio.timeout_at(self._deadline()) as self._timeout:
                 await future
         except TimeoutError:
-            # The caller notices that the work behind the future is not done, and stops it.
+            # The caller sees that the request behind the future is not done, and cancels the request.
             self._was_suspended = bool(self._open_questions)
         finally:
             self._timeout = None
@@ -59,7 +59,7 @@ class CallTimer:
         self._reschedule()
 
     def suspend(self) -> None:
-        """Suspends the limit while the server waits for the user. Each call needs a call of `resume` that ends it."""
+        """Suspends the limit while the server waits for the user. Each use must be followed by one use of `resume`."""
         self._open_questions += 1
         self._reschedule()
 
@@ -77,7 +77,7 @@ class CallTimer:
         if self._has_progressed and self._limit is not None:
             return CallTimeoutError(f"reported no progress for {self._limit:g} seconds")
         if self._limit is None:
-            return CallTimeoutError("gave up the request without an answer")
+            return CallTimeoutError("did not answer before the request was cancelled")
         return CallTimeoutError(f"did not answer within {self._limit:g} seconds")
 
     def _reschedule(self) -> None:

@@ -115,18 +115,18 @@ class ChangingHeaders:
             await settle(starting)
         except BaseException:
             if not starting.cancelled() and starting.exception() is None:
-                await _end(starting.result())
+                await _end_helper(starting.result())
             raise
         process = starting.result()
         try:
             process_groups.add(process.pid)
-            output = await _read(process)
+            output = await _read_helper_output(process)
             status = await process.wait()
         except MCPError as exc:
-            await _end(process)
+            await _end_helper(process)
             raise RequestRejectedError(f"{self._source} cannot be run: {exc.message}", hint=exc.hint or "") from exc
         except BaseException:
-            await _end(process)
+            await _end_helper(process)
             raise
         process_groups.discard(process.pid)
         if output is None:
@@ -140,17 +140,17 @@ class ChangingHeaders:
             raise self._error("did not write a JSON object to stdout") from exc
 
 
-async def _read(process: asyncio.subprocess.Process) -> bytes | None:
-    """Returns what a process writes to stdout, or None if it is too much, in which case the process is ended."""
+async def _read_helper_output(process: asyncio.subprocess.Process) -> bytes | None:
+    """Returns what a command writes to stdout. If it writes too much, the process is ended and None is returned."""
     output = b""
     while process.stdout is not None and (piece := await process.stdout.read(_LARGEST_OUTPUT)):
         output += piece
         if len(output) > _LARGEST_OUTPUT:
-            await _end(process)
+            await _end_helper(process)
             return None
     return output
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _end_helper(process: asyncio.subprocess.Process) -> None:
     await end_group(process.pid, patience=0.0)
     await process.wait()

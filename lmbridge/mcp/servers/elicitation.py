@@ -136,7 +136,7 @@ class Elicitor:
         try:
             answer = await call_function(self._callback, elicitation)
         except Exception:
-            # The question belongs to a call of a tool, and the call can go on without an answer.
+            # The question belongs to a tool call, which can go on without an answer.
             logger.exception(
                 "MCP server %r: on_elicitation raised an exception, so the question is cancelled", self._server
             )

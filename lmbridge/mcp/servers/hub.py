@@ -4,9 +4,9 @@ A run asks the hub for the tools of the servers that it needs, and gets a lease,
 lease, the tools do not change and an idle server is not closed. Servers belong to the hub and not to the run, so that a
 hundred runs start one process for each server and not a hundred.
 
-The configuration file is checked at each use, by its modification time and size, and not watched. A watcher would need
-a thread or a platform's own interface, and a change only matters when a run starts. Servers whose entry is unchanged
-keep their session.
+The configuration file is not watched. Instead, its modification time and size are checked at each use. A watcher would
+need a thread or a platform's own interface, and a change only matters when a run starts. Servers whose entry is
+unchanged keep their session.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class McpHub(NotCopyable):
         self._servers, self._retired = {}, []
 
     def _load_config(self) -> McpConfig:
-        """Returns the current configuration: the object in use if the file has not changed. The method blocks."""
+        """Returns the current configuration, which is the object in use if the file has not changed. It blocks."""
         path, untrusted = find_config(self._config_path, trust_project=self._trust_project)
         seen = (untrusted, None if path is None else file_fingerprint(path))
         if self._config is not None and seen == self._loaded_fingerprint:

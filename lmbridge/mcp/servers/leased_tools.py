@@ -96,7 +96,8 @@ class McpTools(NotCopyable):
         )
         changed = [(server, each) for server, each in zip(servers, newer, strict=True) if each is not None]
         added = await self._add(changed)
-        # Several runs may use the lease, so each call returns all tools that were announced, and not only new ones.
+        # Several runs may share the lease, so each call returns all announced tools, and not only those that are new
+        # since the last call.
         self._announced += added
         return list(self._announced)
 
@@ -116,8 +117,8 @@ class McpTools(NotCopyable):
         found: list[Tool] = []
         for server, definitions in changed:
             found += await make_tools(server, definitions, self._call_timeout, left_out)
-        # Nothing is changed before this point, so a caller that is cancelled loses no tool: the next call finds it. And
-        # nothing waits from here on, so two runs that use the lease do not both add a tool.
+        # If the caller is cancelled before this point, nothing has been changed, and the next call finds the new tools.
+        # There is no `await` from here on, so two runs that share the lease cannot add the same tool twice.
         self._definitions |= {server.spec.name: definitions for server, definitions in changed}
         known = {(tool.server, tool.name) for tool in self.tools}
         added = fit_budget([tool for tool in found if (tool.server, tool.name) not in known], self._budget, left_out)

@@ -53,7 +53,7 @@ _LONGEST_BACKOFF_SECONDS: Final = 30.0
 _MOST_DOUBLINGS: Final = 10
 """The limit of the failure count, which keeps the power of two small. The pause is at its maximum before that."""
 _STABLE_SECONDS: Final = 10.0
-"""The age in seconds from which a session counts as stable. When a stable session ends, a restart is not delayed."""
+"""The age in seconds from which a session counts as stable. If a stable session ends, the restart is not delayed."""
 _START_REPORT_SECONDS: Final = 10.0
 """The time between two reports about a start that takes long, in seconds."""
 _CLOSE_SECONDS: Final = 6.0
@@ -72,7 +72,7 @@ class ServerState(enum.StrEnum):
     LOST = "lost"
     """The session with the server ended unexpectedly. The next call opens another one."""
     BACKOFF = "backoff"
-    """The server failed shortly before, so it is started after a pause. A run is waiting for it."""
+    """The server failed a moment ago, so it is started again only after a pause. A run is waiting for it."""
     FAILED = "failed"
     """The server could not be started. The next run that needs it tries again."""
     CLOSED = "closed"
@@ -486,7 +486,8 @@ class ManagedServer:
             self._failures, self._retry_at = 0, 0.0
         end = session.ended.result()
         self._error = self.spec.redact(end.reason)
-        # While a session is in use, its end counts as requested only if its event loop is closing; the hub warns.
+        # This session was still in use, so lmbridge has not closed it. Its end counts as requested only if its event
+        # loop is closing, and then the hub warns.
         if not end.was_requested:
             logger.warning(
                 "MCP server %r was lost: %s%s", self.spec.name, self._error, _describe_stderr(session.stderr_tail)

@@ -1,4 +1,4 @@
-"""Programs that download a server before they start it, such as `npx` and `uvx`: their time limits and their faults.
+"""Programs that download a server before they start it, such as `npx` and `uvx`: time limits and typical failures.
 
 The first start with `npx` downloads a package and all that it depends on: 14 to 26 seconds for a small server on a fast
 line, minutes for one that brings a browser or a model. The rules follow from what npm 11.19 and uv 0.13 do:
@@ -7,13 +7,13 @@ line, minutes for one that brings a browser or a model. The rules follow from wh
   each file. uvx writes a line when the download of a large file begins, and another when it is complete.
 - npx that is killed by SIGKILL in the middle leaves `_npx/<hash>/concurrency.lock` behind, and the next start waits
   in silence until the lock is 60 seconds old. It then repairs the rest by itself. After SIGTERM, no lock is left.
-- npm 10 has no lock. What a killed npx leaves there is in most cases repaired as well; otherwise each start fails
+- npm 10 has no lock. In most cases, it also repairs what a killed npx has left behind. Otherwise each start fails
   (ENOTEMPTY, EEXIST, TAR_ENTRY_ERROR), or starts an incomplete package ("Cannot find module").
 
-So a package runner may be silent for two minutes, more than the lock's 60 seconds, and each line on stderr restarts
-this limit. There is also a limit for the whole start; without it, a server that logs but never answers would be waited
-for forever. For all other programs, the connect timeout is the time for the whole start. Watching the processor or
-network usage of the processes would work without the lines, but only on Linux.
+So a package runner may be silent for two minutes, which is longer than the lock's 60 seconds, and each line on stderr
+restarts this limit. There is also a limit for the whole start. Without it, the wait for a server that logs but never
+answers would never end. For all other programs, the connect timeout is the time for the whole start. The alternative to
+lines on stderr, watching the processor or network usage of the processes, would work only on Linux.
 """
 
 from __future__ import annotations

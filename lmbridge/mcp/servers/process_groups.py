@@ -155,7 +155,7 @@ def _start_guardian() -> int:
 
 
 async def end_group(group: int, *, patience: float) -> None:
-    """Ends a process group and waits until no process of it is left. On cancellation, it kills the group at once.
+    """Ends a process group and waits until it has no process left. If the caller is cancelled, the group is killed.
 
     Args:
         group: The id of the group, which is the process id of its leader.

@@ -23,7 +23,7 @@ from lmbridge.mcp.servers.process_groups import KILL_WAIT_SECONDS, end_group, pr
 _EXIT_GRACE_SECONDS: Final = 1.0
 """How long a server may take to end by itself once its stdin is closed, before it gets SIGTERM, in seconds."""
 _LAST_OUTPUT_SECONDS: Final = 1.0
-"""How long the report that a process has ended may wait for its last output and its exit status, in seconds.
+"""How long the report of a process's end waits for the last output and the exit status, in seconds.
 
 The last output, the closing of the pipes and the exit status arrive separately and in any order.
 """

@@ -55,8 +55,8 @@ logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 _MOST_PAGES: Final = 100
 """The maximum number of pages of a tool list that are read."""
 _ANNOUNCED_LIST_SECONDS: Final = 60.0
-"""How old the list of a server that announces changes may become before it is read again, in seconds: an announcement
-may be lost. The list of a server that cannot announce changes is read again for each run."""
+"""How old the list of a server that announces changes may become before it is read again, in seconds. There is such a
+limit because an announcement may be lost. The list of a server that cannot announce changes is read for each run."""
 _MODERN_PROTOCOL: Final = "2026-07-28"
 """The first revision of the protocol in which a server on HTTP can announce changes reliably, while we listen to it."""
 _EXIT_REASON_SECONDS: Final = 1.0
@@ -84,9 +84,9 @@ class _ListState:
     fresh_until: float = 0.0
     """The time of the event loop until which the list counts as up to date."""
     is_outdated: bool = False
-    """Whether the server has announced another list since, or the list could not be read."""
+    """Whether the server has announced another list since then, or the list could not be read."""
     has_failed: bool = False
-    """Whether the list could not be read since the last announcement."""
+    """Whether reading the list has failed since the last announcement."""
 
 
 _CLOSED_ON_REQUEST: Final = SessionEnd("it was closed", was_requested=True)
@@ -112,7 +112,7 @@ class SessionOwner:
         self.tools: list[Any] = []
         """The definitions of the server's tools, as the server sent them."""
         self.opened_at: float = loop.time()
-        """The time at which the opening began, as the clock of the event loop measures it."""
+        """The time of the event loop at which the opening began."""
         self._spec, self._emit = spec, emit
         self._elicitor = None if on_elicitation is None else Elicitor(spec.name, on_elicitation)
         self._link = _link_to_process(spec, self._mark_lost) if spec.transport == "stdio" else None
@@ -244,14 +244,14 @@ class SessionOwner:
     async def _make_request(self, request: Callable[[], Awaitable[Any]], timer: CallTimer) -> Any:
         """Makes a request in a separate task, within its time limits and for as long as the session lasts.
 
-        The caller waits for a new future, which is completed by the request or by the end of the session. Waiting for
-        both the task and `ended` with `asyncio.wait` would be equivalent, but each of many calls in flight would then
-        search the list of callbacks of `ended`, and would wake one turn of the event loop later.
+        The caller waits for a new future, which is completed by the request or by the end of the session. The
+        alternative was `asyncio.wait` for both the task and `ended`. But then each of many calls in flight would search
+        the list of callbacks of `ended`, and would wake one turn of the event loop later.
         """
         loop = asyncio.get_running_loop()
         wake = loop.create_future()
         work = loop.create_task(_run_and_wake(request, wake))
-        # If the request fails at the moment when the caller is cancelled, its exception is never retrieved otherwise.
+        # If the request fails at the moment when the caller is cancelled, nobody else retrieves its exception.
         work.add_done_callback(mark_exception_retrieved)
         self._pending_requests.add(wake)
         try:
@@ -370,7 +370,7 @@ class SessionOwner:
         self.tools = tools
 
     def _announces_changes(self, session: McpSession) -> bool:
-        """Returns whether changes of the list reach us. In older revisions, servers on HTTP often lose them."""
+        """Returns whether announcements of changes reach us. In older revisions, servers on HTTP often lose them."""
         can_announce = self._spec.transport != "http" or (session.protocol >= _MODERN_PROTOCOL and self._is_watched)
         return session.declares_changes and can_announce
 

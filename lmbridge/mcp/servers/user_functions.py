@@ -1,4 +1,4 @@
-"""Calls functions of the program that may be async or plain, and that may wait for a person, a file or a network."""
+"""Calls the functions that a program passes to lmbridge, which may be async or plain, and may block for a long time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 async def call_function(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function, async or plain, and returns its result.
 
-    A plain function is called in a thread. If the caller is cancelled, the function runs on, and its result is dropped.
+    A plain function is called in a thread, because it may wait for a person, a file or a network. If the caller is
+    cancelled, the thread runs on, and the result of the function is dropped.
     """
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
     result = function(*args) if is_async else await asyncio.to_thread(function, *args)
