@@ -1,13 +1,13 @@
 """The order of requests of several clients: each client in turn, however many requests each of them has waiting.
 
-Each request gets a number, its *round*, when it arrives. If the client has no waiting request, the round is one more
-than that of the request that was admitted last. If the client has waiting requests, the round is also at least one more
-than that of the latest of them. Requests are admitted by round, and within a round in the order of their arrival. So if
-a client sends a hundred requests at once, only one of them is admitted in each round, and the first request of another
-client waits for about one request of each client that came before it. This is self-clocked fair queueing (S. J.
-Golestani, 1994) with requests of equal weight.
+Each request gets a number, its *round*, when it arrives. The round is one more than the current round, which is the
+round of the request that was admitted last. But if requests of the same client are waiting, the new request comes at
+least one round after the last of them. Requests are admitted by round, and within a round in the order of their
+arrival. So if a client sends a hundred requests at once, only one of them is admitted in each round, and the first
+request of another client waits for about one request of each client that came before it. This is self-clocked fair
+queueing (S. J. Golestani, 1994) with requests of equal weight.
 
-No client can starve: a request that arrives now belongs to a later round than the current one, so only requests that
+No client can starve. A request that arrives now belongs to a later round than the current one. So only requests that
 were there before, or that arrive before its round is reached, are admitted earlier. The scheduler bounds how long a
 request waits, and this bound includes the earlier requests for the same model. In a gateway, the earlier requests are
 those of earlier rounds.
@@ -20,7 +20,7 @@ for twenty normal requests of a client that came before it.
 A group is forgotten once all of its requests have been admitted. If it is needed again, it begins at the latest round
 of all groups. So the rounds of two groups can differ only because requests of one group were admitted while requests of
 the other were waiting. This matters when the requests of both groups become comparable, because two models are loaded,
-or because a request has waited for so long that its priority rises: then the group that has waited goes first, until it
+or because a request has waited for so long that its priority rises. Then the group that has waited goes first, until it
 has caught up.
 
 The alternative was one queue for each client, which the scheduler would visit in turn. But the scheduler already sorts

@@ -339,7 +339,7 @@ def _make_upstream(
     """Returns the server, or the pool of servers, that requests are passed on to.
 
     Raises:
-        LLMValidationError: No server was passed, or something that is not one.
+        LLMValidationError: `upstreams` is an empty list, or of a type that does not name servers.
     """
     if isinstance(upstreams, Transport | NodePool):
         return upstreams

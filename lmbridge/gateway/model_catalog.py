@@ -101,7 +101,7 @@ class ModelCatalog:
             self._listing = asyncio.get_running_loop().create_task(self._list_quietly())
 
     async def close(self) -> None:
-        """Cancels a request for the models that is in flight, and waits for its end."""
+        """Cancels the request for the models that `refresh` has started, if it is in flight, and waits for its end."""
         if self._listing is not None:
             self._listing.cancel()
             await asyncio.wait({self._listing})

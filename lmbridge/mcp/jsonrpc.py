@@ -3,9 +3,9 @@
 Both directions use it: `servers/stdio.py` for what a server writes to its stdout, `bridge/host.py` for what the host
 writes to our stdin.
 
-The official SDK has a reader too. It is not used, because it reads lines of any size (a line of 30 MB takes five
-seconds of processor time and 240 MB of memory), because one byte that is not UTF-8 ends the session or hangs it, and
-because it loses a message that follows other text on its line.
+The official SDK has a reader too. It is not used for three reasons. It reads lines of any size; a line of 30 MB takes
+five seconds of processor time and 240 MB of memory. One byte that is not UTF-8 ends the session or hangs it. And it
+loses a message that follows other text on its line.
 """
 
 from __future__ import annotations

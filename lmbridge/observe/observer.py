@@ -114,7 +114,7 @@ def as_observers(observers: Sequence[Observer]) -> Observers | None:
         for name in ("on_event", "trace_context"):
             if inspect.iscoroutinefunction(getattr(observer, name, None)):
                 raise LLMValidationError(
-                    f"the method {name} of an observer must not be a coroutine function, unlike that of {observer!r}",
+                    f"the method {name} of the observer {observer!r} must not be a coroutine function",
                     hint=f"define it with `def {name}`; to await something, put events into a queue for a task",
                 )
     return Observers(given) if given else None

@@ -28,9 +28,10 @@ def answer(
 ) -> Behaviour:
     """Replies with a chat completion: a plain one, or a stream if the request has `"stream": true`.
 
-    A stream has the same form as those of llama.cpp. First comes a chunk with the role, then the reasoning, the content
-    and the tool calls with their arguments in fragments, then the finish reason with an empty delta. A chunk without
-    choices has the usage, if the `stream_options` of the request ask for it. The end is `[DONE]`.
+    A stream has the same form as a stream of llama.cpp. First comes a chunk with the role, then the reasoning, the
+    content and the tool calls with their arguments in fragments, then the finish reason with an empty delta. If the
+    `stream_options` of the request ask for the usage, a chunk without choices follows that contains it. The end is
+    `[DONE]`.
 
     Args:
         text: The content of the answer.

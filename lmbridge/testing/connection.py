@@ -54,7 +54,7 @@ class Connection(asyncio.Protocol):
     a pipelined request.
 
     Args:
-        number: The number of the connection among those of its server. The first is 1.
+        number: The number of the connection on its server. The first connection is 1.
         serve: The function that serves the connection. It is started as a task when the socket is connected.
         on_change: A function that is called after every event on the socket.
 

@@ -144,7 +144,7 @@ class FakeChatClient:
 
         Args:
             messages: The conversation.
-            model: The model, or None for that of the client.
+            model: The model, or None for the model of the client.
             stream: Whether the reply is an async generator of chunks or a whole completion.
             **params: Further fields of the request, which are only recorded.
 

@@ -1,7 +1,7 @@
 """`FaultProxy`: a TCP proxy in front of any server that damages what the server sends, at one byte of your choice.
 
-A `ScriptedServer` sends what a test has scripted. The proxy passes on what a real server, or a recording of one, sends,
-and knows nothing about HTTP, so it can damage a status line, the length of a chunk or a compressed body as well as a
+A `ScriptedServer` sends what a test has scripted. The proxy passes on what a real server sends, or a recording of one.
+It knows nothing about HTTP, so it can damage a status line, the length of a chunk or a compressed body as well as a
 text. The place of the damage is an offset in the bytes of a connection, so that a test can try every offset.
 """
 

@@ -353,7 +353,7 @@ def _as_response(answer: MockAnswer, request: MockRequest) -> MockResponse:
 
 
 async def _encode_events(events: MockEvents, *, done: bool) -> AsyncGenerator[bytes, None]:
-    """Yields the bytes of each event, and then those of `[DONE]` if `done` is set and it was not the last event."""
+    """Yields the bytes of each event, and then `[DONE]` if `done` is set and the last event was not `[DONE]`."""
     last: MockEvent = ""
     async with aclosing(_iterate(events)) as iterator:
         async for event in iterator:

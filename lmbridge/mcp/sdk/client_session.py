@@ -247,7 +247,7 @@ class _SessionBase:
         await asyncio.get_running_loop().create_future()
 
     async def _make_request(self, sending: Awaitable[Any], request: SentRequest) -> Any:
-        """Awaits a request of the SDK, and raises its errors as those of `session_errors`."""
+        """Awaits a request of the SDK, and turns the SDK's errors into those of `session_errors`."""
         import anyio
         import mcp
 

@@ -61,7 +61,7 @@ def names_unknown_session(error: Any) -> bool:
 
 
 def error_words(error: Any) -> str:
-    """Returns the message of an error, or the text of one that is not an object."""
+    """Returns the message of an error, or the whole error as text if it is not an object."""
     return str(error.get("message", "") if isinstance(error, dict) else error)
 
 

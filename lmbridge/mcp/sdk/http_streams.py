@@ -1,8 +1,8 @@
 """`EventStreams`: the streams of events that a client on HTTP opens with GET.
 
-There are two kinds. In one of them, the server sends messages that belong to no request. The other one continues a
-stream in which a request is being answered: the server may end such a stream early, and announce with `retry:` or an
-event id when and from where the client should continue it.
+There are two kinds. A stream of the first kind carries messages that belong to no request. A stream of the second kind
+continues the response to a request: the server may end such a response early, after it has announced with `retry:` or
+an event id when and from where the client should continue.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class EventStreams:
         failures = 0
         while failures < _MOST_FAILED_POLLS and not is_answered() and position.is_given:
             await pause_before_retry(position.retry)
-            # Without an id, the server may open another stream than the one that ended, which may stay open for ever.
+            # Without an id, the server may open a different stream, and that stream may stay open for ever.
             is_unnamed = position.last_id is None
             try:
                 async with (

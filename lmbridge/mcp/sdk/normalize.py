@@ -277,9 +277,9 @@ def normalize_handshake(
 ) -> tuple[dict[str, Any], str]:
     """Returns the answer to `initialize` that the SDK accepts, and the protocol revision that the server named.
 
-    If the SDK does not know the server's revision, it is given another one: of the revisions that the SDK knows, the
-    newest that is older than the server's, or the oldest if none is older. If the server's revision is not a date, the
-    SDK is given the newest revision that it knows. The messages that lmbridge uses are the same in all revisions.
+    If the SDK does not know the server's revision, it is given one that it knows: the newest one that is older than the
+    server's, or the oldest one if none is older. If the server's revision is not a date, the SDK is given the newest
+    revision that it knows. The messages that lmbridge uses are the same in all revisions.
 
     Args:
         result: The server's answer.

@@ -4,8 +4,8 @@ This module uses the SDK's low-level `Server` and not its decorators or `FastMCP
 exceptions into results by rules that differ between 1.x and 2.x. With the low-level server, the bridge alone decides
 what a host reads, whichever SDK is installed.
 
-Each call runs in a separate task. The SDK cancels a call through an anyio cancel scope, and inside a cancelled scope
-every further `await` is cancelled as well, so that a handler could not close its stream or wait for its tools.
+Each call runs in a separate task. The SDK cancels a call through an anyio cancel scope. Inside a cancelled scope, every
+further `await` is cancelled as well, so a handler could not close its stream or wait for its tools.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Gets the headers of a server that change while it is used: from a function, or from a command (`headersHelper`).
 
-The command is that of Claude Code: a line for the shell, which writes a JSON object of strings to stdout within ten
-seconds (https://code.claude.com/docs/en/mcp). Its output is a secret, so neither its stdout nor its stderr ever appears
-in a log or an error. Unlike a server, the command gets the whole environment, because it acts for the user: the user's
-shell runs it, and it fetches the user's credentials.
+The command follows the convention of Claude Code: it is run by the shell, and has to write a JSON object of strings to
+stdout within ten seconds (https://code.claude.com/docs/en/mcp). Its output is a secret, so neither its stdout nor its
+stderr ever appears in a log or an error. Unlike a server, the command gets the whole environment, because it acts for
+the user and fetches the user's credentials.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Elicitation: a server asks the user a question while it works on a call.
 
-A question is either a form, whose fields a schema describes, or a URL that the user should visit. What the program
-answers is checked before it is sent, with the same validator as the arguments of tools: the specification requires that
-the content of an accepted form fits the schema, and a server that gets anything else fails in a way that no user
+A question is either a form, whose fields a schema describes, or a URL that the user should visit. The program's answer
+is checked before it is sent, with the same validator as the arguments of tools. The specification requires that the
+content of an accepted form fits the schema, and a server that gets anything else fails in a way that no user
 understands.
 """
 

@@ -1,11 +1,11 @@
 """Chooses the environment variables of a stdio server, and finds those that it may have needed but did not get.
 
 A server gets the variables of its entry, and from this process only those that are listed here. The alternative, to
-pass on everything, would give each server the keys of all other services. The list begins with that of the official
-SDKs. Proxies and CA bundles are added to it, because without them `npx` and `uvx` cannot download anything in many
-companies, and the server cannot reach the network afterwards. They describe the way to the network and the certificates
-to trust, and are rarely secret. The exception is a password in the URL of a proxy, which is removed from what errors
-quote.
+pass on everything, would give each server the keys of all other services. The list begins with the variables that the
+official SDKs pass on. Proxies and CA bundles are added, because in many companies `npx` and `uvx` cannot download
+anything without them, and the server cannot reach the network afterwards. These variables describe the way to the
+network and the certificates to trust, and are rarely secret. The exception is a password in the URL of a proxy, which
+is removed from what errors quote.
 
 Package indexes (`npm_config_registry`, `PIP_INDEX_URL`, `UV_INDEX_URL`) are not passed on: their URLs often contain a
 token, and `~/.npmrc`, `pip.conf` and `uv.toml` work without a variable. If the start of a server fails, the error names

@@ -135,7 +135,7 @@ class McpHub(NotCopyable):
         Args:
             names: The names of the servers. Default: all enabled servers.
             on_error: What to do if a server cannot be started: "raise" (the default) raises `MultiMCPError`, and
-                "continue" returns the tools of the others.
+                "continue" returns the tools of the other servers.
             call_timeout: Seconds that a call may take, unless the configuration says otherwise. Reports of progress
                 extend it, up to ten times its length. Default: the agent's `tool_timeout`.
             max_definition_tokens: About how many tokens of the model's context the definitions may take. Default: no
@@ -143,7 +143,7 @@ class McpHub(NotCopyable):
 
         Raises:
             MCPError: A name is unknown, or the configuration file cannot be read. No server has been started.
-            MultiMCPError: Servers could not be started, and `on_error` is "raise". The others stay usable.
+            MultiMCPError: Servers could not be started, and `on_error` is "raise". The other servers stay usable.
             LLMValidationError: An argument is not valid.
         """
         check_choice("on_error", on_error, ("raise", "continue"))

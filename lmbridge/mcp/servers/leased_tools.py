@@ -35,7 +35,7 @@ async def lease_tools(
     Args:
         servers: The servers.
         definitions: The definitions of the tools of those servers that could be started, by the names of the servers.
-        errors: The errors of the others, by their names.
+        errors: The errors of the servers that could not be started, by the names of the servers.
         call_timeout: Seconds that a call may take if the configuration does not say.
         max_definition_tokens: About how many tokens the definitions may take.
     """

@@ -202,7 +202,7 @@ class ManagedServer:
         if self._opening_task is not None:
             self._opening_task.cancel()
         self._session = None
-        # The owners may include that of a session that the server has forgotten, whose last calls are still running.
+        # One of the owners may belong to a session that the server has forgotten, but whose last calls still run.
         for session in self._owners.values():
             session.stop()
         self._change_state(state)
@@ -213,7 +213,7 @@ class ManagedServer:
             self._idle_timer = None
 
     async def definitions(self) -> list[Any]:
-        """Returns the tool definitions as the server sent them, up to date. A server that is not running is started.
+        """Returns the current tool definitions, as the server sent them. A server that is not running is started.
 
         Raises:
             MCPConnectionError: The server cannot be started.
@@ -224,9 +224,9 @@ class ManagedServer:
         return session.tools
 
     async def newer_definitions(self, seen: list[Any] | None) -> list[Any] | None:
-        """Returns the tool definitions if the server has announced others, or was restarted, since they were `seen`.
+        """Returns the tool definitions if the server has announced other ones, or was restarted, since `seen` was read.
 
-        It returns None if they are the same or cannot be read, and does not start a server that is not running.
+        It returns None if the definitions are the same or cannot be read. It does not start a server.
 
         Args:
             seen: The list that `definitions` or this method returned last.

@@ -1,12 +1,13 @@
 """Programs that download a server before they start it, such as `npx` and `uvx`: time limits and typical failures.
 
-The first start with `npx` downloads a package and all that it depends on: 14 to 26 seconds for a small server on a fast
-line, minutes for one that brings a browser or a model. The rules follow from what npm 11.19 and uv 0.13 do:
+The first start with `npx` downloads a package and everything that it depends on. This takes 14 to 26 seconds for a
+small server on a fast line, and minutes for a server that brings a browser or a model. The rules here follow from what
+npm 11.19 and uv 0.13 do:
 
 - npx writes nothing to stderr while it downloads, unless `npm_config_loglevel` is "http": then it writes one line for
   each file. uvx writes a line when the download of a large file begins, and another when it is complete.
-- npx that is killed by SIGKILL in the middle leaves `_npx/<hash>/concurrency.lock` behind, and the next start waits
-  in silence until the lock is 60 seconds old. It then repairs the rest by itself. After SIGTERM, no lock is left.
+- If npx is killed by SIGKILL during a download, it leaves `_npx/<hash>/concurrency.lock` behind. The next npx waits in
+  silence until the lock is 60 seconds old, and then repairs the rest by itself. After SIGTERM, no lock is left.
 - npm 10 has no lock. In most cases, it also repairs what a killed npx has left behind. Otherwise each start fails
   (ENOTEMPTY, EEXIST, TAR_ENTRY_ERROR), or starts an incomplete package ("Cannot find module").
 
@@ -150,7 +151,7 @@ def npx_hint(spec: ServerSpec, stderr: str, *, timed_out: bool) -> str | None:
     Args:
         spec: The server.
         stderr: What npx and the server wrote to stderr.
-        timed_out: Whether the start took too long, which may mean that npx waited for the lock of one that was killed.
+        timed_out: Whether the start took too long, which may mean that npx waited for the lock of a killed npx.
     """
     if package_runner_of(spec.command, spec.args) not in _NPM_PROGRAMS:
         return None

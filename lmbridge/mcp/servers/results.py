@@ -1,7 +1,7 @@
 """Turns the results of tool calls into text and images for the model.
 
-A model reads text. Images are passed on as well, for models that can see. Everything else that is not text becomes a
-line that describes it, unless its bytes are text after all, such as those of a JSON or SVG file.
+A model reads text. Images are passed on as well, for models that can see. Any other part of a result becomes a line
+that describes it, unless its bytes are text after all, as in a JSON or SVG file.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class McpText(str):
     def image_parts(self) -> list[ImagePart]:
         """The images of the result that a model may be able to see, as content parts of a message.
 
-        Only PNG, JPEG, GIF and WebP images of at most 8 MiB are returned, and of these only the first eight. Of a
-        result with more than 64 images, only the first 64 are considered.
+        Only PNG, JPEG, GIF and WebP images of at most 8 MiB are returned, and no more than eight of them. If a result
+        has more than 64 images, only the first 64 are considered.
         """
         parts: list[ImagePart] = []
         if self._images is None:
@@ -163,7 +163,7 @@ def _decode_base64(data: Any, largest: int) -> bytes:
 
 
 def _image_data(part: Mapping[str, Any]) -> Any:
-    """Returns the base64 data of a part that is an image, or a resource that is one. Otherwise it returns None."""
+    """Returns the base64 data of a part that is an image, or a resource with an image; None for any other part."""
     kind = part.get("type")
     if kind == "image":
         return part.get("data")

@@ -255,14 +255,14 @@ class StderrExcerpt:
 
     @property
     def text(self) -> str:
-        """The lines, including one at the end that is not finished. A line in between says how many are left out."""
+        """The lines, including an unfinished one at the end. A line in the middle says how many lines are left out."""
         omitted = self._later_count - len(self._last_lines)
         gap = [f"[... {omitted:,} line{'' if omitted == 1 else 's'} omitted]"] if omitted else []
         return "\n".join([*self._first_lines, *gap, *self._latest_lines()])
 
     @property
     def tail(self) -> str:
-        """The last lines, including one that is not finished."""
+        """The last lines, including an unfinished one."""
         lines = [*self._first_lines, *self._latest_lines()]
         return "\n".join(lines[-(self._last_lines.maxlen or 1) :])
 

@@ -1,10 +1,10 @@
 """`SessionOwner`: one task that opens a session with a server, holds it open, and closes it.
 
 The owner is a task because the SDK is built on anyio, whose cancel scopes must be left in the task that entered them. A
-session that is entered by one run and left by another raises `RuntimeError`; one that is held by an async generator can
-leave the event loop spinning at full load. And when an HTTP request of the SDK fails, its task group cancels the task
-that entered the session, so that every later await of an agent would be cancelled. So only the owner enters the
-session; callers wait for its futures, and make their calls through it.
+session that is entered by one run and left by another raises `RuntimeError`. A session that is held by an async
+generator can leave the event loop spinning at full load. And when an HTTP request of the SDK fails, its task group
+cancels the task that entered the session; if that were the task of an agent, every later `await` of the agent would be
+cancelled. So only the owner enters the session; callers wait for its futures, and make their calls through it.
 
 Other designs were considered:
 
