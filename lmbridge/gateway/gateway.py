@@ -72,8 +72,8 @@ class Gateway(NotCopyable):
         host: The address to listen on. By default only programs on the same machine can connect. Any other address
             needs an `api_key`.
         port: The port to listen on. With 0, the default, the system chooses one.
-        limits: How many requests, and requests for how many models, may be in flight at each server. With "auto", the
-            default, each server is asked for its limits when its first request arrives.
+        limits: How many requests may be in flight at each server, and for how many models. With "auto", the default,
+            each server is asked for its limits when its first request arrives.
         api_key: The key that clients have to send, as a bearer token or in the header `X-Api-Key`. It is never passed
             on. By default clients need no key. The keys that they send anyway are then passed on, unless the gateway
             itself has a key for one of the servers.

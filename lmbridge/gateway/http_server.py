@@ -67,7 +67,7 @@ class IncomingRequest:
         self._timer = timer
         self._client_seconds = client_seconds
         self.deadline: float = math.inf
-        """The time until which the client has to read what is being written to it; infinity if nothing is."""
+        """The time until which the client has to read what is being written to it; infinity between two writes."""
 
     @property
     def method(self) -> str:

@@ -30,8 +30,7 @@ def answer(
 
     A stream has the same form as a stream of llama.cpp. First comes a chunk with the role, then the reasoning, the
     content and the tool calls with their arguments in fragments, then the finish reason with an empty delta. If the
-    `stream_options` of the request ask for the usage, a chunk without choices follows that contains it. The end is
-    `[DONE]`.
+    `stream_options` of the request ask for the usage, the next chunk has the usage and no choices. The end is `[DONE]`.
 
     Args:
         text: The content of the answer.

@@ -234,7 +234,7 @@ class _Damage:
         self._repeated = b""
 
     def feed(self, data: bytes) -> list[bytes | _Ending]:
-        """Returns what the client gets for the next bytes of the server: pieces, and perhaps a kind of ending."""
+        """Returns what the client gets for the server's next bytes: pieces, and perhaps how the connection ends."""
         fault, start = self._fault, self._offset
         self._offset += len(data)
         if fault is None:

@@ -132,8 +132,7 @@ class MockTransport(Transport):
         api_base: The base URL of the requests. Nothing has to listen there.
         api_key: The key that the handler finds in the headers. By default it is the environment variable
             `LM_API_TOKEN`.
-        limits: How many requests, and requests for how many models, may be in flight at the same time. The default is
-            `Limits()`.
+        limits: How many requests may be in flight at the same time, and for how many models. The default is `Limits()`.
 
     Raises:
         LLMValidationError: An argument cannot be used.

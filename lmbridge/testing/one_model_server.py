@@ -43,7 +43,7 @@ class OneModelServer(ScriptedServer):
     Args:
         models: The names of the models that the server has.
         capacity: The number of models that the server holds at the same time. If it is more than one, idle models are
-            dropped before busy ones, and among these the least recently used first, as in llama.cpp's router.
+            dropped before busy ones, and of each kind the least recently used first, as in llama.cpp's router.
         load_seconds: The seconds that loading a model takes.
         token_seconds: The seconds that generating a token takes.
         tokens: The number of tokens in an answer.

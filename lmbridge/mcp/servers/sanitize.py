@@ -1,4 +1,4 @@
-"""Removes the characters that models read but people do not see from the texts of a server.
+"""Removes from the texts of a server the characters that models read but people do not see.
 
 A description of a tool goes into the prompt, and a server's stderr into errors and terminals. Escape sequences,
 characters of zero width, and "tag" characters can hide instructions to the model, or change what a terminal shows.
