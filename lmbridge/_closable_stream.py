@@ -1,4 +1,4 @@
-"""`ClosableStream`: the base class of the streams of replies, and of those of agent runs."""
+"""`ClosableStream`: the base class of the streams of replies and of agent runs."""
 
 from __future__ import annotations
 

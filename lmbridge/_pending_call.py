@@ -68,12 +68,12 @@ class PendingCall(NotCopyable, Coroutine[Any, Any, _T]):
             raise AttributeError(f"`await` is missing before {self._name}(...): it has no {name!r} yet") from None
 
     def _misused(self, example: str) -> NoReturn:
-        # Nothing will await the coroutine any more. Unless it is closed, Python warns about that in addition.
+        # Nothing will await the coroutine any more. If it were not closed, Python would warn about that as well.
         self._coroutine.close()
         raise TypeError(f"`await` is missing: write `{example.format(self._name)}`")
 
     def __getitem__(self, key: object) -> NoReturn:
-        # Python also asks for item 0 in `for` loops and for `in`, because there is no `__iter__`.
+        # `for` and `in` also end up here: without an `__iter__`, Python asks for the items, beginning with item 0.
         self._misused("await {}(...)" if key == 0 else "(await {}(...))[...]")
 
     def __aiter__(self) -> NoReturn:
@@ -99,7 +99,7 @@ def explains_missing_await(function: _Function) -> _Function:
     def call(*args: Any, **kwargs: Any) -> PendingCall[Any]:
         return PendingCall(function(*args, **kwargs))
 
-    # For `unittest.mock` and others that ask whether a function is async.
+    # This makes `iscoroutinefunction` return True, by which `unittest.mock` and others recognize an async function.
     if (mark := getattr(inspect, "markcoroutinefunction", None)) is not None:
         mark(call)
     else:

@@ -58,10 +58,10 @@ class ScheduledRun:
         self._on_pause.append(on_pause)
 
     def pause(self) -> None:
-        """Records that the run waits for something other than its tools, so that others may begin in its place.
+        """Records that the run waits for something other than its tools, so that another run may begin in its place.
 
-        The pause lasts until the next request of the run. Without it, a run could wait for something that another run
-        holds, while that run waits until it may begin.
+        The pause lasts until the next request of the run. Without it, two runs could block each other: this run would
+        wait for something that the other run holds, and the other run would wait until it may begin.
         """
         for callback in self._on_pause:
             callback(self)

@@ -22,7 +22,8 @@ _LARGE_JSON: Final = 100_000
 _QUOTED_BYTES: Final = 250_000
 """The number of bytes at the beginning of a body that an error keeps."""
 _LONGEST_SECRET: Final = 10_000
-"""The number of characters that are removed from the end of a cut text, because it may end with half of a secret."""
+"""The number of characters that are removed from the end of a text that was cut, because the cut may have divided a
+secret."""
 
 
 def shorten(text: str, limit: int) -> str:
@@ -55,7 +56,7 @@ def redacted_beginning(text: bytes | str, redact: Callable[[str], str]) -> str:
     """
     head = text[:_QUOTED_BYTES]
     readable = redact(head if isinstance(head, str) else head.decode("utf-8", "replace"))
-    # A secret that was cut in two is not found, so the end is left out.
+    # `redact` does not find a secret that was cut in two, so the end is left out.
     return readable if len(head) == len(text) else readable[:-_LONGEST_SECRET]
 
 

@@ -137,21 +137,27 @@ class Limits:
     order: Literal["run", "request"] = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="run", validator=as_validator(check_choice, owner="Limits", choices=("run", "request"))
     )
-    """Which of the waiting requests with the same priority goes first. With "run", the default, it is the one whose run
-    of an agent is oldest, so that runs finish one after the other, and the server still has their prompts in its cache.
-    A request outside of a run counts as a run that begins with it. With "request" it is the one that arrived first."""
+    """Which of the waiting requests with the same priority goes first. With "run", the default, it is the one that
+    belongs to the oldest run of an agent, so that runs finish one after the other, and the server still has their
+    prompts in its cache. A request outside of any run counts as a run of its own. With "request", it is the one that
+    arrived first."""
     # pyright infers the type `str`, as it does for `order`.
     max_begun_runs: int | Literal["auto"] | None = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="auto", validator=as_validator(check_integer, owner="Limits", optional=True, keyword="auto")
     )
-    """The most runs of agents that may have begun and not ended. With few such runs, the server still has their
-    conversations in its cache. The first request of a further run waits until one of these runs ends, or is idle for
-    too long because its tools are slow: it may send no request for as long as the server took to begin its answer to
-    the first one, but for at most 3 seconds. While most of the latest tools have taken longer than that, runs do not
-    count while their tools are running. The request also waits while the server would put it into the slot of one of
-    these runs, which is the slot that was used least recently, unless the server remembers conversations without a
-    slot. It does not wait for runs of a lower priority, nor while a request for another model is overdue. Permits may
-    stay free in the meantime.
+    """The most runs of agents that may be in progress at the same time. As long as they are few, the server still has
+    their conversations in its cache. The first request of a further run waits until one of these runs ends or no longer
+    counts, even if a permit is free.
+
+    A run no longer counts if its tools are slow. While they are running, it counts for as long as the server took to
+    begin the answer to its first request, but for at most 3 seconds. If most of the latest tool calls, of any run, have
+    taken longer than that, a run does not count at all while its tools are running.
+
+    The first request of a run also waits while the server would give it the slot of a run that counts: a new
+    conversation gets the slot that was used least recently. A server that also remembers conversations without a slot
+    makes this unnecessary. Runs of a lower priority are never waited for, and nothing waits for runs while a request
+    for another model is overdue.
+
     "auto", the default, stands for the value of `max_concurrency` with `order="run"`, until a reply shows that the
     server remembers conversations without a slot; from then on, and with `order="request"`, it stands for None. With
     None, a run begins whenever a permit is free."""
@@ -241,7 +247,7 @@ def default_model() -> str | None:
 
 
 def split_credentials(api_base: Any) -> tuple[Any, tuple[str, str] | None]:
-    """Splits a base URL into a URL without credentials and the credentials, which are a user and a password or None.
+    """Returns a base URL without its credentials, and the credentials: a user and a password, or None.
 
     An invalid URL is returned unchanged; `normalize_api_base` reports it.
     """

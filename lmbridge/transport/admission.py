@@ -41,7 +41,7 @@ class Admission:
         limits: How many requests and models may be in flight at the same time.
         swaps: A counter to which the swaps to each model are added. Pass the same one to several admissions to count
             their swaps together. By default a new counter is created.
-        evictions: What is known about generations that the server has killed. It is shared in the same way.
+        evictions: What is known about generations that the server has killed. Several admissions can share it as well.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Admission:
         Args:
             model: The model that the request names, or None if it leaves the choice to the server.
             plain: Whether the request is not streamed. The calling task then awaits the whole reply, and cannot ask for
-                another permit before it returns this one. So the task is not recorded as the holder, which would only
-                matter for finding deadlocks.
+                another permit before it returns this one. So the task is not recorded as the holder of the permit. The
+                holder is only needed to find deadlocks.
             priority: How urgent the request is; a higher number goes first. The priority of an agent's run takes
                 precedence.
 
@@ -125,19 +125,19 @@ class Admission:
             self._admit()
 
     def mark_loaded(self, permit: Permit) -> None:
-        """Records that the first event of a reply has arrived, and admits the requests that waited for it."""
+        """Records that the first event of a reply has arrived, and admits the requests that waited for that event."""
         self.scheduler.mark_loaded(permit, self._loop.time())
         self._admit()
 
     def note_reply(self, permit: Permit, usage: tuple[int, int | None] | None, *, is_first_attempt: bool) -> None:
         """Records how much of a prompt came from a cache of the server, as `Scheduler.note_reply` describes.
 
-        It has to be called before `release`, which admits the requests that may go because of it.
+        Call it before `release`, because it may allow `release` to admit more requests.
         """
         self.scheduler.note_reply(permit, usage, is_first_attempt=is_first_attempt)
 
     def mark_unloaded(self, model: str | None) -> None:
-        """Records that the server has unloaded a model, so the next request for it goes alone."""
+        """Records that the server has unloaded a model, so that the next request for it is sent alone."""
         self.scheduler.mark_unloaded(model)
 
     def set_limits(self, limits: Limits) -> None:

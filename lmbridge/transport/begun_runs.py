@@ -1,21 +1,23 @@
 """`BegunRuns`: which runs have begun and not ended, so that their number can be limited.
 
-Why runs are limited at all: an agent's run sends its whole conversation in each round. The server still has this
-conversation in the cache of a slot if nothing else has used the slot in the meantime. So while a run calls a tool, it
-can be better to leave its slot idle than to let another run begin in it, because then the conversation has to be
-processed again. That pays for as long as processing the conversation would take, and the scheduler knows how long that
-is: the time until the server began to answer the first request of the run. A run whose tool takes more time than that
-is not counted any more. So a slot is never kept idle for longer than processing the conversation would take, and with a
-server that answers at once, no slot is kept idle at all. The alternatives were a fixed number of seconds, which either
-wastes a fast server or is too short for a slow one, and no limit, where every round of every run may process its
-conversation anew. Tools that mostly take longer would make a slot wait in vain each time. Therefore no slot is kept
-while most of the latest tool calls have taken longer than that; how long they take is still observed.
+Why runs are limited at all: an agent's run sends its whole conversation in each round. The server does not have to
+process this conversation again if it is still in the cache of a slot, because nothing else has used the slot in the
+meantime. So while a run calls a tool, it can be better to leave its slot idle than to let another run begin in it.
 
-Why the next run may have to wait although a run has ended: a server gives the new conversation the slot that was used
-least recently (`lmbridge.transport.slot_use`). Right after a run has ended, that is not its own slot, but the slot of
-another run whose tool is running. So a run does not begin while it would displace one that counts, until the server
-answers that run's next request. Such a wait ends soon, because slots are kept only for as long as described above. In a
-measurement with 24 runs on 4 slots, the server processed half as many tokens of prompts as without this rule.
+How long a slot is kept: no longer than it would take to process the conversation again. The scheduler knows how long
+that is: the time until the server began to answer the first request of the run. If a tool takes longer, its run is no
+longer counted. So with a server that answers at once, no slot is kept idle at all. One alternative was a fixed number
+of seconds, which either wastes the time of a fast server or is too short for a slow one. The other one was to set no
+limit on runs, so that every round of every run may have to process its conversation again. If most tool calls take
+longer than their slots are kept, the slots are kept in vain. Therefore no slot is kept while most of the latest tool
+calls have taken longer; how long they take is still observed.
+
+Why the next run may have to wait although another run has ended: a server gives a new conversation the slot that was
+used least recently (`lmbridge.transport.slot_use`). Right after a run has ended, this is not the slot of that run, but
+the slot of another run whose tool is running. If that run counts, the new run would displace its conversation. So the
+new run waits until the server begins to answer the next request of the other run. Such a wait ends soon, because slots
+are kept only for as long as described above. In a measurement with 24 runs on 4 slots, the server processed half as
+many prompt tokens as without this rule.
 """
 
 from __future__ import annotations
@@ -37,10 +39,11 @@ _OBSERVED_TOOLS: Final = 8
 class BegunRuns:
     """The runs that have begun and count towards `Limits.max_begun_runs`.
 
-    A run begins when its first request is admitted. It counts until it ends, or until it has had no request for as long
-    as the server took to begin the answer to its first one, but at most `RUN_PATIENCE` seconds. In the latter case, it
-    counts again from its next request on. While most of the latest tool calls, of any run, have taken longer, a run
-    counts only while it has a request. A request that belongs to no run counts while it is in flight.
+    A run begins when its first request is admitted. It counts until it ends. It also stops counting when it has had no
+    request for as long as the server took to begin the answer to its first one, or for `RUN_PATIENCE` seconds if that
+    is less; then its next request makes it count again. While most of the latest tool calls, of any run, have taken
+    longer than that, a run counts only while it has a request. A request that belongs to no run counts while it is in
+    flight.
 
     Args:
         limit: The highest number of runs that count, or None for no limit.
@@ -50,20 +53,20 @@ class BegunRuns:
         self.limit = limit
         self.total: int = 0
         """How many runs count, including the requests in flight that belong to no run."""
-        # The same number for each priority.
+        # The parts of `total`, by priority.
         self._totals: dict[int, int] = {}
         # The runs that count, with the priority of the request by which they began to count.
         self._counted: dict[ScheduledRun, int] = {}
-        # The times at which those of them that have no request stop counting, and a heap of the same times. Entries of
-        # the heap that are out of date are skipped.
+        # The runs among them that have no request, with the time at which each stops counting; and a heap of these
+        # times, in which entries that are out of date are skipped.
         self._idle: dict[ScheduledRun, float] = {}
         self._next_idle: list[tuple[float, int, ScheduledRun]] = []
         # All runs that have begun, even if they do not count at present, and for how long each counts while it is idle.
         self._patience: weakref.WeakKeyDictionary[ScheduledRun, float] = weakref.WeakKeyDictionary()
-        # Until when the slot of each run is kept whose latest request has not been answered yet.
+        # The runs whose latest request has not been answered yet, with the time until which the slot of each is kept.
         self._unanswered: dict[ScheduledRun, float] = {}
-        # Since when the tools of each run have been running, and whether each of the latest calls ended soon enough.
-        # At first, all tools are assumed to be fast.
+        # The time at which the tools of each run began to run; and for each of the latest tool calls, whether it ended
+        # before its run would have stopped counting. At first, all tools are assumed to be fast.
         self._calling_since: weakref.WeakKeyDictionary[ScheduledRun, float] = weakref.WeakKeyDictionary()
         self._ended_soon: deque[bool] = deque([True] * _OBSERVED_TOOLS, maxlen=_OBSERVED_TOOLS)
         # The number of requests of each run that wait or are in flight.
@@ -81,10 +84,15 @@ class BegunRuns:
         return sum(count for each, count in self._totals.items() if each >= level) < limit
 
     def keeps_slot_until(self, conversation: object, level: float) -> float:
-        """Returns until when no request of this level takes the slot of a conversation; minus infinity if it may now.
+        """Returns the time until which a slot is kept from requests of this level, or minus infinity if it is not kept.
 
-        The slot is kept for a run that counts, while its tools are running, and again while its next request is on the
-        way: until the server has begun to answer, or has not done so for as long as it would take without the slot.
+        The slot of a run that counts is kept while the tools of the run are running, and again while its next request
+        is on the way. The request is taken to have arrived when the server begins to answer it, or when the server has
+        had as much time as it would need to answer it without the slot.
+
+        Args:
+            conversation: The conversation that is in the slot.
+            level: The level of the requests.
         """
         if not isinstance(conversation, ScheduledRun) or self._counted.get(conversation, -math.inf) < level:
             return -math.inf
@@ -94,7 +102,8 @@ class BegunRuns:
         """Records that a request of a run has arrived. A run that has begun counts again."""
         self.drop_idle(now)
         calling_since, patience = self._calling_since.pop(run, None), self._patience.get(run)
-        # Without patience, the run would not count even if its tools took no time.
+        # If the patience is 0, the call shows nothing: the run does not count while its tools are running, however fast
+        # they are.
         if calling_since is not None and patience:
             self._ended_soon.append(now < calling_since + patience)
         self._requests[run] += 1

@@ -78,8 +78,8 @@ class Request:
     been sent.
     """
     complete_error: Callable[[LLMError], Awaitable[None]] | None = None
-    """Completes an error of a stream with what another request to the server finds out, such as the models that exist.
-    It is awaited before the reader of the stream gets the error."""
+    """An async function that adds facts to an error of a stream before the reader of the stream gets the error. It may
+    send another request to the server, for example to find out which models exist."""
     max_bytes: int | None = None
     """The most bytes that the body of a whole reply may have, or None for the `max_reply_bytes` of the transport."""
     below_root: bool = False
@@ -274,7 +274,7 @@ class Call:
     def note_first_event(self, first: Event, *, is_stream: bool = True) -> None:
         """Records that the first event of a stream, or a whole plain reply, has arrived, so the model is loaded.
 
-        If `first` reports an error, the model is not loaded, and the next request for it goes alone again.
+        If `first` reports an error, the model does not count as loaded, and the next request for it is sent alone again.
         """
         if self.watch is not None:
             self.watch.first_event(is_stream=is_stream)
@@ -283,7 +283,8 @@ class Call:
     def note_events(self, events: Sequence[Event]) -> bool:
         """Records that the first events of a stream have arrived, as `note_first_event` does.
 
-        Observers measure the time until a reply begins, and the progress of a prompt is not a part of it.
+        Observers measure the time until the reply begins. Events that only report the progress of the prompt come
+        before that, and are not a part of the reply.
 
         Args:
             events: The events that have arrived together, at least one.
@@ -311,7 +312,7 @@ class Call:
                 self._admission.mark_loaded(self.permit)
 
     def mark_unloaded(self) -> None:
-        """Records that the server has unloaded the model, so the next request for it goes alone."""
+        """Records that the server has unloaded the model, so that the next request for it is sent alone."""
         if self.permit is not None:
             self._admission.mark_unloaded(self.request.model)
 
@@ -326,9 +327,10 @@ class Call:
             self._admission.note_eviction(self.permit, is_certain=is_certain)
 
     def note_streamed_reply(self) -> None:
-        """Reports the tokens of a stream that has ended to the schedule, which learns from those of runs.
+        """Reports the tokens of a stream that has ended to the scheduler, if the stream belongs to a run.
 
-        Agents stream all that they generate. A plain reply is one that a tool has asked for.
+        The scheduler learns from the conversation of an agent, and an agent streams all of its requests. A plain
+        request in a run was sent by a tool, so it is not reported.
         """
         if self.permit is not None and self.permit.run is not None:
             usage = self.read_usage() if self.read_usage is not None else None

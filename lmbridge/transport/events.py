@@ -21,7 +21,8 @@ from lmbridge.transport.http_interface import ConnectionFailed, HttpResponse
 from lmbridge.transport.sse import Event, SSEDecoder
 
 DRAIN_SECONDS: Final = 0.25
-"""The most seconds to wait for the end of the body after the last event. Only then can the connection be used again."""
+"""The most seconds to wait for the end of the body after the last event. Only a connection whose body has ended can be
+used again."""
 
 
 class EventStream:
@@ -123,7 +124,7 @@ class EventStream:
             self._end_deadline = self.call.deadline_timer.time() + seconds
 
     def expect_more(self) -> None:
-        """Takes back the limit that `expect_end` has set, because the reply goes on."""
+        """Removes the limit that `expect_end` has set, because the reply goes on."""
         self._end_deadline = math.inf
 
     async def read(self) -> list[Event]:
@@ -387,7 +388,7 @@ async def _read_first_events(
     retrieved. A done callback that retrieves it does not help if the event loop ends before it is called.
 
     If the first event is an error, or if none arrives, the permit is returned at once. Other requests are waiting for
-    this event, and the user may never read the stream. For the same reason, it has a separate deadline.
+    this event, and the user may never read the stream. For the same reason, this task has a deadline of its own.
     """
     try:
         with Deadline(call.deadline_timer, call.first_byte_deadline):

@@ -65,7 +65,7 @@ class Delivery:
         """Returns the servers that may have the model, without those that have failed in this round of attempts.
 
         If all of them have failed, it returns them again. If no server lists the model, it returns all servers: one of
-        them may have the model nevertheless, and otherwise the error comes from a server.
+        them may have the model nevertheless, and if none has it, the user gets the error of a server.
         """
         with_it = self._with_model()
         return [node for node in with_it if node not in self._failed] or with_it
@@ -103,7 +103,8 @@ class Delivery:
             return
         if self._has_alternative(call):
             self._move(call, is_retry=True)
-        # Another server may be the first to work again.
+        # No other server is left to try. After a wait, all of them are candidates again, because any of them may be the
+        # first to work again.
         if failure.verdict is Verdict.RETRY and (wait := call.wait_before_next(Verdict.RETRY, None)) is not None:
             self._failed.clear()
             self._move(call, wait=wait)
@@ -190,10 +191,11 @@ class Delivery:
 
 
 def whole_body(answer: Reply | EventStream | ForwardedResponse) -> bytes | None:
-    """Returns the body of an answer in plain text, or None if it has only begun.
+    """Returns the body of an answer, decompressed, or None if the body has not arrived completely.
 
-    Of a forwarded stream that begins with an error of the server, it is the data of that event. A forwarded response
-    keeps the compression of the server. Of a large body that is compressed, only the beginning is returned.
+    If a forwarded stream begins with an event that reports an error of the server, the result is the data of that
+    event. The body of a forwarded response may still be compressed; of a large one, only the beginning is decompressed
+    and returned.
     """
     if isinstance(answer, Reply):
         return answer.plain_body

@@ -95,8 +95,8 @@ _SELF_SIGNED_HINT: Final = (
 )
 _UNKNOWN_AUTHORITY_HINT: Final = f"{_TRUST_HINT}; the server must also send the intermediate certificates"
 _RULES_HINT: Final = (
-    "issue it again, with the extension that is named here; until then, a context that does not check this can be"
-    " passed as ssl=: context = ssl.create_default_context(cafile=...); context.verify_flags &= ~ssl.VERIFY_X509_STRICT"
+    "issue a new certificate that follows the rule; until then, pass ssl=context with a context that does not check it:"
+    " context = ssl.create_default_context(cafile=...); context.verify_flags &= ~ssl.VERIFY_X509_STRICT"
 )
 _CERTIFICATE_FAULTS: Final[Iterable[tuple[tuple[int, ...], str, str]]] = (
     ((62, 64), "is for another host name", _OTHER_NAME_HINT),
@@ -284,8 +284,9 @@ def describe_os_error(exc: BaseException) -> str:
     if isinstance(exc, socket.gaierror):
         return exc.strerror or str(exc)
     if isinstance(exc, OSError) and exc.errno is not None and exc.errno > 0:
-        # The C library of Windows has no text for the errors of its sockets, but the exception has the system's own.
-        # Elsewhere, the exception may have one of asyncio's, such as "Connect call failed ('127.0.0.1', 1234)".
+        # On Windows, `os.strerror` has no text for errors of sockets, but the exception contains the system's text. On
+        # other systems, the exception may contain a text of asyncio instead, such as "Connect call failed ('127.0.0.1',
+        # 1234)", so `os.strerror` is used.
         return (sys.platform == "win32" and exc.strerror) or os.strerror(exc.errno)
     return str(exc) or type(exc).__name__
 

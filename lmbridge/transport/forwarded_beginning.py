@@ -76,7 +76,7 @@ class StreamBeginning:
             self.first_event, self.is_found = events[0], True
 
     def _begins_in(self, text: bytes) -> bool:
-        """Returns whether a line of the answer begins in these bytes, or is among the lines that they continue."""
+        """Returns whether a line of the answer begins in these bytes, or began before and continues in them."""
         text = self._line + text
         if self._may_have_bom:
             if len(text) < len(_BOM) and _BOM.startswith(text):

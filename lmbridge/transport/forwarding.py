@@ -5,11 +5,13 @@ attempt may overcome, and is polled while the server is loading. But the bytes o
 nor parsed, so that they can be passed on as they arrive, with the status and the headers that belong to them.
 
 A response is handed out when the first part of its body has arrived. Until then nothing has been passed on, so a failed
-attempt can be repeated. JSON is handed out when it is complete, because a model server sends a whole reply at once at
-the end of its work, and no client should get a part of it if it breaks off. A very large body of JSON is handed out in
-parts. An event stream is handed out when its answer begins: comments, which servers send while they load a model, are
-kept until then, up to 64 KiB of them. If there are other servers, it is handed out when its first event is complete,
-because another server gets the request if that event reports an error of this server.
+attempt can be repeated. There are two exceptions:
+
+- JSON is handed out when it is complete, because a model server sends a whole reply at once at the end of its work, and
+  no client should get a part of a reply that breaks off. A body of more than 1 MiB is handed out in parts.
+- An event stream is handed out when its answer begins. The comments before it, which servers send while they load a
+  model, are held back until then, up to 64 KiB of them. If there are other servers, the stream is handed out when its
+  first event is complete: if that event reports an error of this server, another server gets the request.
 
 The limits of `Timeouts` mean the following here. `connect`, `load` and `total` are those of any other request.
 `first_byte` limits the time until the response is handed out. `idle` limits the silence between two parts of the body
@@ -87,8 +89,8 @@ class ForwardedResponse:
         self.whole_body: Final = first if source is None else None
         """The whole body, or None if a part of it has yet to arrive. `read` returns the same bytes."""
         self.error_event: bytes | None = None
-        """The data of the first event of a stream if it reports an error because of which another server may get the
-        request. It is None if there is no other server."""
+        """The data of the first event of a stream, if the event reports an error that concerns only this server, so
+        that another server may get the request. It is always None if there is no other server."""
         self.deadline: float = math.inf
         """The deadline of the current read, by the clock of the event loop. It is infinity between two reads."""
         self._first = first

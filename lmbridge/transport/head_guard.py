@@ -65,7 +65,7 @@ class ConnectionGuard(asyncio.Protocol):
 
     def __init__(self, transport: asyncio.BaseTransport | None, protocol: Any, *, was_used: bool = False) -> None:
         self.failure: BaseException | None = None
-        """Why the connection was closed, if the reader of the body does not learn it from aiohttp."""
+        """Why the connection was closed, if aiohttp does not report it to the reader of the body."""
         self.protocol: Any = protocol
         """The protocol of aiohttp, or None once the connection is lost."""
         self._was_used = was_used
@@ -91,8 +91,9 @@ class ConnectionGuard(asyncio.Protocol):
     def limit_head(self, error: type[Exception]) -> None:
         """Limits what arrives until `end_head` is called.
 
-        Whether bytes belong to the head is known only after the task that waits for it has had a chance to run: bytes
-        beyond the limit are held back for one turn of the event loop.
+        Bytes beyond the limit need not belong to the head: the head may be complete, and the task that waits for it may
+        not have run since then. So these bytes are held back for one turn of the event loop. If `end_head` has not been
+        called by then, the connection is closed.
 
         Args:
             error: The class of the exception for a server that exceeds the limit. aiohttp's protocol gets it as the
@@ -114,10 +115,10 @@ class ConnectionGuard(asyncio.Protocol):
             self.data_received(data)
 
     def limit_framing(self, body: Body, error: type[Exception]) -> None:
-        """Limits what arrives without lengthening the body: sizes of chunks, extensions of these, and trailers.
+        """Limits the bytes that arrive without adding to the body: sizes and extensions of chunks, and trailers.
 
         Args:
-            body: The body, whose chunks have such a framing.
+            body: The body, which arrives in chunks.
             error: The class of the exception for a server that exceeds the limit.
         """
         self._room, self._error, self._body, self._body_size = HEAD_BYTES, error, body, body.total_bytes

@@ -61,6 +61,7 @@ class Levels:
     def capped_level(self, permit: Permit) -> int:
         """Returns the level of a waiting request, but at most the highest priority that waits.
 
-        A level above that priority would change nothing but the order of runs.
+        Without this limit, requests that have reached that priority would overtake each other by their age, which would
+        disturb the order of runs.
         """
         return min(permit.level, self.highest_priority)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lmbridge.transport.transport import Transport
 
 SEARCH_PATIENCE: Final = 2.0
-"""The most seconds that requests wait for the limits of a server if the user has not asked for this question."""
+"""The most seconds that requests wait for the limits of a server, unless the user has passed `limits="auto"`."""
 
 
 @attrs.frozen(kw_only=True)
@@ -67,8 +67,9 @@ class LimitSearch:
         """Records that another server may be running by now, so it has to be asked again.
 
         Args:
-            was_stale: Whether only a kept connection turned out to be dead. Some servers close each connection after an
-                answer, so a question that the user has not asked for is not repeated.
+            was_stale: Whether only a kept connection turned out to be dead. That shows little, because some servers
+                close each connection after an answer. So the server is not asked again if it was asked without
+                `limits="auto"`.
         """
         if was_stale and self._finder.only_when_needed:
             return

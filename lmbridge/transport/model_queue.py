@@ -125,7 +125,10 @@ class ActiveModels:
         return limit is None or len(self.active) < limit
 
     def is_held_back(self, queue: ModelQueue) -> bool:
-        """Returns whether an active model gets no new requests. Its batch has been admitted before a drain begins."""
+        """Returns whether an active model gets no new requests.
+
+        A drain holds back no batch, because it begins only when all batches have been admitted.
+        """
         return queue.is_surplus or queue is self.draining
 
     def push(self, permit: Permit) -> None:
@@ -158,7 +161,7 @@ class ActiveModels:
         del self.active[queue]
         queue.is_active = queue.is_loaded = queue.is_surplus = False
         for permit in queue.waiting:
-            # The members of its batch whose runs may not begin yet are still there.
+            # Some of them may be members of its batch: those whose runs may not begin yet.
             self.batch_members -= permit.in_batch
             permit.in_batch = False
             self.push(permit)

@@ -313,7 +313,7 @@ class NodePool(NotCopyable):
         """
         now = asyncio.get_running_loop().time()
         waited_for = []
-        # A count of tokens waits for no permit, but it has to go to a server that has the model as well.
+        # `request.queued` is not asked for here: counting tokens needs no permit, but it needs a server with the model.
         needs_models = request.model is not None and request.interpreter.find_models is not None
         is_missing = needs_models and all(node.state_of(request.model) == "missing" for node in self._nodes)
         for node in self._nodes:

@@ -59,8 +59,8 @@ class Permit:
     has_answered: bool = False
     """Whether the first event of the reply has arrived, or the whole reply if it is not streamed."""
     is_on_the_way: bool = False
-    """Whether the server may not have received the request yet, although it has the conversation in a slot (see
-    `SlotUse.begin`)."""
+    """Whether the conversation of the request is in a slot of the server, but the server may not have received the
+    request yet (see `SlotUse.begin`)."""
     was_displaced: bool = False
     """Whether the conversation had lost its slot when the request was sent. Then the reply shows whether the server
     still remembers the conversation."""

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 _KEY_BYTES: Final = 16
 _TEXT_BLOCK: Final = 1024
-"""The bytes of a block. The beginning of a prompt that is one string is recognized in whole blocks."""
+"""The size of a block in bytes. A prompt that is a single string has a key for each of its whole blocks."""
 MOST_CONVERSATIONS: Final = 10_000
 """The most conversations that are remembered. Each takes one short key."""
 

@@ -14,7 +14,7 @@ from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder, begins_event_s
 _UNDECIDED_BYTES: Final = 4096
 """The most bytes that are read to find out whether a body is an event stream. Line feeds alone do not decide it."""
 _KEPT_BYTES: Final = 1024**2
-"""The number of bytes of a broken reply after which no further part is kept. An error quotes fewer."""
+"""If more bytes than this have been kept of a broken reply, no further part is kept. An error quotes fewer."""
 
 
 async def receive_stream(call: Call, response: HttpResponse) -> EventStream | Reply:
@@ -71,7 +71,7 @@ def error_of_server(call: Call, event: Event) -> bytes | None:
 def note_arrived(call: Call, response: HttpResponse, parts: Iterable[bytes]) -> None:
     """Keeps the beginning of a reply that has broken off, for the error.
 
-    A time limit breaks off a reply by a cancellation, so this is called for any exception.
+    Call it for any exception, because a time limit ends the read with a cancellation.
     """
     body = b""
     for part in parts:

@@ -29,28 +29,30 @@ The rules in full:
   later. If all requests have the same priority, the levels do not disturb the order of runs.
 - Within a level, requests of the run that is oldest go first, and those of a run in the order of their arrival. A
   request that belongs to no run counts as a run with one request. With `order="request"`, runs do not count.
-- A run *begins* when its first request is admitted. While as many runs as `begun_runs` have begun, the first request of
-  another run waits until one of them ends, or has had no request for as long as the server took to begin its answer to
-  the first one, because its tools take longer. While most of the latest tools have taken longer than that, runs whose
-  tools are running do not count. The request also waits while the server would put it into the slot of a begun run
-  whose tool is running, or whose next request is on the way (`lmbridge.transport.begun_runs` has the reasons). Begun
-  runs whose priority is lower than the level of the request do not count. While a request is overdue (see below), no
-  request waits for runs, because the drain would have to wait for them, too.
-- Slots are kept only for servers that forget a conversation which has lost its slot. As long as that is not known, one
-  run at a time may lose its slot, and its next reply decides (`lmbridge.transport.slot_use` has the reasons). While the
-  server is known to remember, no request waits for the slot of another run, and with `max_begun_runs="auto"` there is
-  no limit on begun runs.
+- A run *begins* when its first request is admitted. While as many begun runs count as `begun_runs` allows, the first
+  request of another run waits. A begun run counts until it ends, or until it has had no request for as long as the
+  server took to begin the answer to its first one. While most of the latest tool calls have taken longer than that, a
+  begun run counts only while it has a request. The first request of another run also waits while the server would give
+  it the slot of a begun run whose tool is running, or whose next request is on the way
+  (`lmbridge.transport.begun_runs` has the reasons). Begun runs whose priority is lower than the level of the request do
+  not count. While a request is overdue (see below), no request waits for runs, because the drain would have to wait for
+  them, too.
+- Slots are kept only for servers that forget a conversation which has lost its slot. As long as it is not known whether
+  the server does, one run at a time may lose its slot, and its next reply decides (`lmbridge.transport.slot_use` has
+  the reasons). While the server is known to remember conversations, no request waits for the slot of another run, and
+  with `max_begun_runs="auto"` there is no limit on begun runs.
 - With `max_loaded_models`, at most that many models are *active*, and only requests for active models are in flight. A
   model becomes active if there is room for it, or by taking the slot of a model that has nothing in flight and no
-  request that may go.
+  request that may go. The slot of a model is its place among the active models. It has nothing to do with the slots of
+  the server in the two rules above, each of which holds a conversation.
 - A request whose model is not active is *overdue* after `max_wait`. Then the model that has been active longest is
   drained, and its slot goes to the first of the requests that wait for an inactive model and may go.
 - The requests that wait for a model when it becomes active are its *batch*. A drain never holds back a batch, and no
   drain begins before every batch has been admitted. As soon as a request is overdue, no other request for the model
   goes before the members of its batch, so that the drain can begin.
-- A model that has just become active is not known to be loaded. Its first request goes alone, because a server that
+- A model that has just become active is not known to be loaded. Its first request is sent alone, because a server that
   gets several may load the model several times. The others follow when the first event of the reply has arrived; if the
-  first request fails, the next one goes alone.
+  first request fails, the next one is sent alone.
 - If the limits are lowered below the number of models in flight, no generation is killed. The models beyond the new
   limit are *surplus*: their requests in flight finish, they get no new ones, and they lose their slots when they are
   idle.
@@ -145,7 +147,7 @@ class Scheduler:
 
     @property
     def active_models(self) -> frozenset[str | None]:
-        """The models that requests may be in flight for. It means something only if their number is limited."""
+        """The models for which requests may be in flight. The value has a meaning only if their number is limited."""
         return frozenset(queue.model for queue in self._models.active)
 
     def _find_first_requests(self) -> None:
@@ -265,9 +267,9 @@ class Scheduler:
 
         Args:
             permit: The permit of the request, which has had its whole reply.
-            usage: The number of tokens in the prompt, and how many of them came from a cache, or None if the server
-                does not say that. None if the reply has no such numbers at all.
-            is_first_attempt: Whether the request was sent once.
+            usage: Two numbers: how many tokens the prompt has, and how many of them came from a cache (None if the
+                server does not report that). None in place of both if the reply has no token usage.
+            is_first_attempt: Whether the request was sent only once.
         """
         if self._slots is None:
             return
@@ -281,7 +283,7 @@ class Scheduler:
             )
 
     def mark_unloaded(self, model: str | None) -> None:
-        """Records that the server has unloaded a model, so the next request for it goes alone."""
+        """Records that the server has unloaded a model, so that the next request for it is sent alone."""
         queue = self._models.queues.get(model)
         if queue is not None:
             queue.is_loaded = False
@@ -310,8 +312,8 @@ class Scheduler:
     def next_change(self, now: float) -> float:
         """Returns when `admit` has to be called because time has passed, or infinity if it need not be.
 
-        At that time, a request becomes overdue, or rises to a level at which fewer runs hold it back, or a run has been
-        idle for too long.
+        At that time, a request becomes overdue, or rises to a level at which fewer runs hold it back, or a run stops
+        counting, or a slot is no longer kept.
         """
         moments = []
         first = self._first(self._models.next_overdue, now)
@@ -401,7 +403,10 @@ class Scheduler:
         return self._runs.have_room(level) and now >= self._slot_kept_until(level)
 
     def _slot_kept_until(self, level: float) -> float:
-        """Returns until when the slot is kept that the server would give to a new conversation."""
+        """Returns the time until which a slot is kept from requests of this level, or minus infinity if it is not kept.
+
+        It is the slot that the server would give to a new conversation.
+        """
         if self._slots is None or not self._slots.is_worth_keeping:
             return -math.inf
         return self._runs.keeps_slot_until(self._slots.next_displaced(), level)

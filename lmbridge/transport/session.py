@@ -254,7 +254,7 @@ class AiohttpSession:
         )
 
     def _fault(self, exc: Exception, request: HttpRequest, *, was_sent: bool) -> faults.Fault:
-        """Returns what an exception stands for: its reason decides, and then its class."""
+        """Returns the fault that an exception stands for, which its reason determines, or else its class."""
         if isinstance(exc, aiohttp.ClientHttpProxyError):
             return faults.proxy_refusal(exc.status)
         if isinstance(exc, _TunnelHeadTooLarge):
@@ -420,7 +420,7 @@ class _AiohttpResponse:
 class _ResponseOnConnection(aiohttp.ClientResponse):
     """A response that limits its head and its framing, and finds out whether its connection had been used before.
 
-    The use before matters if the connection turns out to be dead.
+    A used connection may have been dead before the request was sent. Then the request can be sent again.
     """
 
     guard: ConnectionGuard
@@ -471,7 +471,7 @@ class _NameTimeoutError(TimeoutError):
 class _Resolver(AbstractResolver):
     """Resolves names within the time that a connection may take.
 
-    Several requests share the resolution of a name. It is limited by the first of them.
+    Requests that wait for the same name share one resolution. The first of them determines its time limit.
     """
 
     def __init__(self) -> None:
@@ -516,10 +516,10 @@ def _response_had_begun(exc: Exception) -> bool:
 
 
 def _unshared(exc: Exception) -> Exception:
-    """Returns an exception that belongs to one response alone, given the one that reading it has raised."""
+    """Returns a copy of the exception that aiohttp shares between all responses, and any other exception unchanged."""
     if type(exc) is not aiohttp.ClientConnectionError:
         return exc
-    # Now the one object belongs to no response any more, and its traceback does not grow.
+    # The shared object must not keep the frames of those who read this response.
     exc.__traceback__ = exc.__context__ = None
     return aiohttp.ClientConnectionError(*exc.args)
 

@@ -8,10 +8,11 @@ the oldest of these. This holds exactly if nobody else uses the server, and if e
 Whether a displaced conversation has to be processed again depends on the server. Recent versions of llama.cpp keep it
 in memory (`--cache-ram`) until that is full, and other servers share one cache among all requests. No server says so in
 advance. But the next reply says how many tokens of the conversation came from a cache, so this is learned: one
-conversation may be displaced, and then its next reply decides. A reply that shows a server to forget counts only for a
-number of requests, because slots are kept from then on, and no other conversation is displaced that could show the
-opposite. There were two alternatives. Keeping slots in any case wastes the time of a server that forgets nothing. And
-how long an answer takes to begin depends on what else the server is doing.
+conversation may be displaced, and then its next reply decides. If the reply shows that the server forgets, slots are
+kept from then on, so no further conversation is displaced that could show the opposite. Therefore this result counts
+only for the next 100 requests, and then one conversation may be displaced again. There were two alternatives. Keeping
+slots in any case would waste the time of a server that forgets nothing. And the time that an answer takes to begin
+would be a poor sign, because it also depends on what else the server is doing.
 
 With several models, nothing is learned, because each has slots of its own, and may have been unloaded in between. Then
 slots are kept.
@@ -27,7 +28,7 @@ from lmbridge._scheduled_run import ScheduledRun
 from lmbridge.transport.permits import Permit
 
 _LASTING_REQUESTS: Final = 100
-"""The number of requests after which it has to be learned again whether a server that forgot a conversation forgets."""
+"""The number of requests for which a server that has forgotten a conversation counts as one that forgets."""
 
 Conversation: TypeAlias = ScheduledRun | Permit
 """What a conversation belongs to: a run, or a request outside of any run, which is identified by its permit."""
@@ -46,12 +47,13 @@ class SlotUse:
         """Whether the server, when it was last observed, still had the conversation of a run that had lost its slot;
         None if that is not known."""
         self._slots = slots
-        # How many more requests have to end until a server that forgot a conversation may have another one displaced.
+        # For a server that counts as one that forgets: the number of requests that have to end before another
+        # conversation may be displaced, to find out whether the server still forgets.
         self._requests_left = _LASTING_REQUESTS
         self._models: set[str | None] = set()
         # The number of tokens in the latest prompt of each run.
         self._prompts: weakref.WeakKeyDictionary[ScheduledRun, int] = weakref.WeakKeyDictionary()
-        # The number of requests that are in the slot of each conversation that has any.
+        # The conversations whose slot is in use, with the number of requests in it.
         self._busy: Counter[Conversation] = Counter()
         # The other conversations in the slots, in the order in which they were last used.
         self._idle: OrderedDict[Conversation, None] = OrderedDict()
@@ -114,10 +116,10 @@ class SlotUse:
 
         Args:
             permit: The permit of the request, which has not ended yet.
-            usage: The number of tokens in the prompt, and how many of them came from a cache, or None if the server
-                does not say that. None if the reply has no such numbers at all.
-            is_first_attempt: Whether the request was sent once. A further attempt finds what the first one has left in
-                the cache.
+            usage: Two numbers: how many tokens the prompt has, and how many of them came from a cache (None if the
+                server does not report that). None in place of both if the reply has no token usage.
+            is_first_attempt: Whether the request was sent only once. A further attempt finds in the cache what the
+                first one has left there.
         """
         run = permit.run
         if run is None:
@@ -131,11 +133,12 @@ class SlotUse:
         if len(self._models) > 1:
             self._learn(remembers=False)
         elif cached is None:
-            # A server that never says anything counts as one that forgets. Other replies without numbers show nothing.
+            # This reply shows nothing, so what is known about the server stays as it is. If nothing is known, the
+            # server may never report such numbers, and counts as one that forgets.
             self._learn(remembers=bool(self.remembers))
         elif before and prompt >= before:
-            # Of a longer prompt, the server cannot know more than the one before. A shorter one is not the same
-            # conversation any more, or it is another one: that of a tool, for example.
+            # Of a longer prompt, the cache can contain no more than the previous prompt. A shorter prompt shows
+            # nothing: the conversation was changed, or the prompt belongs to another one, such as that of a tool.
             self._learn(remembers=2 * cached >= before)
 
     def _learn(self, *, remembers: bool) -> None:

@@ -57,7 +57,7 @@ class LMStudioLoad(TypedDict, total=False):
     type: str
     """The kind of model: "llm" or "embedding"."""
     instance_id: Required[str]
-    """The id of the new instance. It is the model name to request, and what `unload` takes."""
+    """The id of the new instance. Use it as the name of the model in requests, and pass it to `unload`."""
     load_time_seconds: float
     """The seconds that loading took."""
     status: str
