@@ -88,6 +88,7 @@ class ServerApi:
         self._query: Mapping[str, Any] = query or {}
         self._priority = priority
         self._observers = observers
+        # Whether requests about the server may take `PROBE_SECONDS` at most: they may, unless a call has a `timeout`.
         self._caps_probes = True
         self.mismatch_policy: Final = mismatch_policy
         self.context_overflow: Final = context_overflow
@@ -362,9 +363,10 @@ class ServerApi:
     async def read_completion(
         self, reply: Reply, complete: Callable[[dict[str, Any]], bool], expected: str
     ) -> dict[str, Any]:
-        """Returns the completion that a reply consists of, as `read_object` does, with every answer in it finished.
+        """Returns the completion that a reply consists of, and checks that the server has finished every answer in it.
 
-        A large reply is read in a thread, so that other tasks can run meanwhile.
+        Otherwise it does what `read_object` does. A large reply is read in a thread, so that other tasks can run
+        meanwhile.
 
         Args:
             reply: The reply.
@@ -398,7 +400,10 @@ class ServerApi:
         return error.completed(context=reply.call.context(), status=reply.status, body=body, partial=value)
 
     async def complete_error(self, error: LLMError) -> None:
-        """Completes an error by another request: for a missing model, it adds the models that the server has."""
+        """Adds the models that the server has to a `ModelNotFoundError`, which takes another request.
+
+        Other errors stay unchanged.
+        """
         if isinstance(error, ModelNotFoundError):
             await add_available_models(self, error)
 
@@ -423,8 +428,8 @@ class ServerApi:
         Args:
             reply: The reply.
             decode: Decodes JSON, and raises a ValueError for anything else.
-            has_answer: Returns whether an object that reports an error has an answer beside it. Such an object is the
-                `.partial` of the error.
+            has_answer: Returns whether an object that reports an error also contains an answer. Such an object becomes
+                the `.partial` of the error.
 
         Raises:
             LLMError: The reply reports an error, or is not a JSON object.

@@ -115,7 +115,7 @@ class ChatMethods(EndpointMethods):
         if server.context_overflow is not None:
             from lmbridge.client.context_overflow import check_prompt
 
-            # What is measured is what is sent, in which every mapping is a dict, and every text can be encoded.
+            # The prompt is measured as it is sent: every mapping is a dict, and every text can be encoded.
             body = decode_json(request.body or b"{}")
             check = await check_prompt(server, body)
             check_reply = None if check is None else check.check_reply
@@ -310,9 +310,10 @@ class ChatMethods(EndpointMethods):
     ) -> TokenCount:
         """Counts the tokens of a prompt, with the chat template and the tools, without generating anything.
 
-        llama.cpp (`POST /v1/chat/completions/input_tokens`) and vLLM (`POST /tokenize`) count exactly. LM Studio and
-        Ollama cannot; for them the result is an estimate, with `exact=False`, and so it is for a model that llama.cpp's
-        router has not loaded, because a count never loads a model. The request does not queue behind generations.
+        llama.cpp (`POST /v1/chat/completions/input_tokens`) and vLLM (`POST /tokenize`) count exactly. With other
+        servers, such as LM Studio and Ollama, the result is an estimate, with `exact=False`. It is also an estimate for
+        a model that llama.cpp's router has not loaded, because a count never loads a model. The request does not queue
+        behind generations.
 
         For example::
 

@@ -101,7 +101,7 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
         ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: The server reported this error.
         LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
         ContextLengthExceededError: At the end: the server has cut the prompt (only with `context_overflow="raise"`,
-            and with the usage in the stream).
+            and only if the stream reports the usage).
         ModelMismatchError: The model that answers was not asked for (only with `model_mismatch="raise"`).
         ModelChangedDuringExecutionError: Another model continued the answer (except with `model_mismatch="ignore"`).
         TaskCancelledError: The stream was closed, by another task or before its end.

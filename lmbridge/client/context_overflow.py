@@ -6,9 +6,10 @@ after the cut (ollama#3839, little-coder#128). llama.cpp, LM Studio and vLLM rep
 the server can count tokens, and an estimate otherwise. After the reply, or at the end of its stream, the number of
 tokens that the server says it has read is compared with that size.
 
-A server may not know the context length of a model that it has not loaded, which is so for an Ollama model without a
-`num_ctx`. It is then asked again after the first reply, for which it has loaded the model. To load the model only for
-this question was the alternative; it could push another model out of memory for a request that may never be sent.
+A server may not know the context length of a model that it has not loaded. For example, Ollama does not know it if the
+model has no `num_ctx`. The server is then asked again after the first reply, for which it has loaded the model. The
+alternative was to load the model only for this question. That could push another model out of memory for a request that
+may never be sent.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _CLEARLY_TOO_LONG: Final = 1.5
 _MAY_BE_TOO_LONG: Final = 0.6
 """If an estimate exceeds this share of the context, the server is asked for an exact count."""
 _TOKENS_TO_LEARN_FROM: Final = 500
-"""Only larger prompts show how far estimates are off. In a smaller prompt, the chat template dominates."""
+"""Only prompts that are estimated at more tokens than this show how far estimates are off. In smaller ones, the chat
+template dominates."""
 _LEAST_FACTOR: Final = 3 / 8
 _GREATEST_FACTOR: Final = 6.0
 """The bounds of a learned factor, in case a server counts wrongly: 8 bytes for one token, and half a byte."""
@@ -69,7 +71,8 @@ class PromptSize:
 
     @property
     def is_clearly_too_long(self) -> bool:
-        """Whether the prompt does not fit even if the estimate is as far too high as estimates can be."""
+        """Whether the prompt is too long for certain: the count is exact, or it would not fit even if the estimate were
+        far too high."""
         return self.tokens > (self.context_length if self.exact else _CLEARLY_TOO_LONG * self.context_length)
 
     def describe(self) -> str:
@@ -170,7 +173,7 @@ async def check_prompt(
         timer: The clock. Default: `time.monotonic`.
 
     Returns:
-        The check of the reply, or None if the context length is unknown, and stays so.
+        The check to make when the reply has arrived, or None if the context length will still be unknown then.
 
     Raises:
         ContextLengthExceededError: The prompt does not fit, and `context_overflow` is "raise".
@@ -193,7 +196,7 @@ async def check_prompt(
 
 
 def _estimated_size(server: ServerApi, model: str | None, estimate: int, context_length: int) -> PromptSize:
-    """Returns the size of a prompt by an estimate, corrected by what the replies of the model have taught."""
+    """Returns the estimated size of a prompt, corrected by the factor that was learned from the model's replies."""
     tokens = round(estimate * _learned_factors(server).get(model, 1.0))
     return PromptSize(tokens, exact=False, context_length=context_length)
 
@@ -226,9 +229,9 @@ async def _context_length(server: ServerApi, model: str | None, timer: Callable[
 
 
 async def _context_length_once_loaded(server: ServerApi, model: str | None, timer: Callable[[], float]) -> int | None:
-    """Returns the context length of a model that was not loaded, and that has answered now; None if it is unknown.
+    """Returns the context length of a model that was not loaded before its reply; None if it is still unknown.
 
-    The server is asked only once. If it has unloaded the model again, the next question follows after a minute.
+    The server is asked only once. If it has unloaded the model in the meantime, it is asked again after a minute.
     """
     lengths = _context_lengths().setdefault(server.transport, {})
     known = lengths.get(model)

@@ -39,7 +39,7 @@ from lmbridge.transport import BaseTransport, Reply
 logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 _Way: TypeAlias = Literal["systemone", "decisions", "chat"]
-_WAYS: Final[tuple[_Way, ...]] = ("systemone", "decisions")
+_DECISION_ENDPOINTS: Final[tuple[_Way, ...]] = ("systemone", "decisions")
 _NO_DECISION_MODEL: Final = re.compile(r"not a decision model|does not support .{0,60}decision", re.IGNORECASE)
 """What llama.cpp and vLLM say of a model that is not a decision model."""
 _NOT_IMPLEMENTED: Final = 501
@@ -93,7 +93,7 @@ async def decide(
     way = None if before is None else before.way
     refusal: LLMError | None = None
     if way != "chat" or not fallback:
-        for each in _WAYS if way in (None, "chat") else (way,):
+        for each in _DECISION_ENDPOINTS if way in (None, "chat") else (way,):
             answered = await _ask_decision_model(server, each, state, questions, body)
             if isinstance(answered, Decisions):
                 known[model] = _KnownWay(each, answered.model)

@@ -19,7 +19,7 @@ _BRACES: Final = re.compile(r"[{}]")
 _BEGINS_LIKE_JSON: Final = re.compile(r"""\{\s*["}]|\[\s*["{]""")
 """The beginning of an object or of an array, as opposed to a bracket in a sentence."""
 _MOST_PLACES: Final = 500
-"""After so many brackets the search is given up, so that it never takes long."""
+"""The number of brackets after which the search is given up, so that it never takes long."""
 _MOST_WASTED_CHARACTERS: Final = 200_000
 """The most characters that are read after brackets that turn out not to begin JSON. A character counts as often as it
 is read. Beyond this number, the search is given up as well."""
@@ -64,7 +64,7 @@ def find_only_value(text: str, *, with_arrays: bool) -> EmbeddedValue | None:
                 return None
             if _BEGINS_LIKE_JSON.match(text, start):
                 return None
-            # What stands in braces belongs together, even if it is not JSON. So a value in it is not the answer.
+            # A text in braces is a unit, even if it is not JSON, so a value inside it is not the answer.
             ends = _ends_of_braces(text) if ends is None else ends
             position = ends.get(start, start + 1)
             continue

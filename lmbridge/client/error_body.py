@@ -26,9 +26,10 @@ _LARGEST_OUTLINE: Final = 16 * 1024 * 1024
 """The most bytes of JSON that are searched for these fields. A larger body is treated as text."""
 _LONGEST_ESCAPE: Final = 6
 _DEEPEST_MESSAGE: Final = 2
-"""The number of objects around the message of a large error, without the outermost one."""
+"""How deep the message of a large error may be nested: the number of objects around it, without the outermost one."""
 _MOST_ITEMS: Final = 10_000
-"""The most items of a large list of errors that is decoded: all of them have to be decoded, however few are shown."""
+"""A large list of errors with more items than this is not decoded, because all items would have to be decoded, however
+few are shown."""
 _ITEMS_SHOWN: Final = 20
 """The number of items of a large list of errors that the message shows."""
 _MESSAGE_FIELDS: Final = ("message", "detail", "details")

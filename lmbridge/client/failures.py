@@ -271,7 +271,7 @@ def error_from_reply(reply: Reply, redact: Redact) -> LLMError:
         details = {**details, "hint": _REDIRECT_HINT, "body": error_body.text}
         return LLMResponseError(f"the server redirects ({reply.status}) to {target}", **details)
     kind = error_class(error_body, reply.status) or LLMResponseError
-    # An event stream that was asked for does not become a `Reply`.
+    # A stream that the caller has asked for never becomes a `Reply`, so the caller has not asked for this one.
     if reply.status < 300 and kind is LLMResponseError and begins_event_stream(reply.body):
         details = {**details, "hint": _STREAM_HINT, "body": error_body.text}
         text = excerpt(error_body.message, error_body.size)

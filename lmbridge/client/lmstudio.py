@@ -78,6 +78,7 @@ class LMStudio(NotCopyable):
         found = await find_lmstudio(self._server)
         if found.models is not None:
             return found.models
+        # This raises the error in the reply, unless the error may only mean that the server is not LM Studio.
         self._ambiguous_error(found.reply)
         raise self._unsupported_error(found)
 
@@ -278,13 +279,13 @@ class LMStudio(NotCopyable):
         raise self._unsupported_error(attrs.evolve(found, reply=reply)) from error
 
     def _ambiguous_error(self, reply: Reply) -> LLMError | None:
-        """Returns the error that a reply reports, if it could mean that the server is not LM Studio.
+        """Returns or raises the error that a reply reports.
 
         Returns:
-            The error, or None if the reply reports none.
+            An error that could mean that the server is not LM Studio, or None if the reply reports no error.
 
         Raises:
-            LLMError: The error has another cause, as its class or its status (500 or more) shows.
+            LLMError: An error that has another cause, as its class or its status (500 or more) shows.
         """
         try:
             self._server.json_object(reply)

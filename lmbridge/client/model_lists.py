@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 LOOK_UP_SECONDS: Final = 2.0
-"""The most seconds that an error is held back until the list of models has arrived, from which it suggests names."""
+"""The most seconds that an error is held back to wait for the list of models, from which it suggests names."""
 
 
 async def fetch_models(server: ServerApi, operation: str) -> list[dict[str, Any]]:

@@ -160,7 +160,8 @@ _KNOWN_NAMES: Final[frozenset[str]] = frozenset().union(
 _SYSTEM_PROMPT: Final = "a system prompt is a message: {'role': 'system', 'content': '...'}"
 _HINTS: Final = {"system": _SYSTEM_PROMPT, "system_prompt": _SYSTEM_PROMPT}
 _CLOSE: Final = 0.9
-"""How similar a name must be to a known one: `temprature` is, but `top_a`, which some servers have, is not `top_p`."""
+"""How similar to a known name an unknown one must be to count as a mistake. `temprature` is similar enough. `top_a`,
+which is a parameter of some servers, is not similar enough to `top_p`."""
 
 
 def warn_about_mistakes(names: Iterable[str]) -> None:

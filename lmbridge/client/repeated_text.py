@@ -10,10 +10,10 @@ import math
 from typing import Final
 
 _LONGEST_PERIOD: Final = 250
-"""The number of characters up to which a part that is repeated is looked for."""
+"""The largest number of characters of a repeated part that is recognized."""
 _FEWEST_TIMES: Final = 4
 _FEWEST_CHARACTERS: Final = 200
-"""The number of characters that the repetitions have together, so that a row of zeros in a table does not count."""
+"""The least number of characters in all repetitions together, so that a row of zeros in a table does not count."""
 
 
 def ends_in_repetition(text: str) -> bool:

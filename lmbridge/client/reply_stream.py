@@ -49,7 +49,7 @@ Some servers put a finish reason into every chunk, and a slow model may need thi
 _NO_EVENTS: Final[Iterator[Event]] = iter(())
 _DAMAGED_LINE: Final = "a line of the stream is damaged, so that a part of the answer may be missing"
 _DAMAGED_LINE_HINT: Final = (
-    "the server, or a proxy in front of it, does not send the events as they should be; .partial has the rest"
+    "the server, or a proxy in front of it, sends malformed events; .partial has the rest of the answer"
 )
 _READER_CANCELLED: Final = "the stream was closed: its reader was cancelled"
 
@@ -244,7 +244,7 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
         self._pending = iter(events)
 
     async def _check_whole_reply(self) -> None:
-        """Checks the reply when the whole of it has arrived. A caller that is cancelled meanwhile may call it again.
+        """Checks the whole reply when it has arrived. If the check is cancelled, the next read repeats it.
 
         Raises:
             LLMError: The reply must not be taken for an answer.
@@ -259,7 +259,7 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
                 error,
             )
         else:
-            logger.debug("the body did not end after the finish reason, when the reply was complete: %s", error)
+            logger.debug("the reply is complete, but the body did not end after its finish reason: %s", error)
 
     async def _last_item(self, ending: LLMError | StopAsyncIteration) -> _Item:
         """Returns the piece that the stream still holds back when it ends.
@@ -286,7 +286,7 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
         raise NotImplementedError
 
     async def _complete_error(self, error: LLMError) -> None:
-        """Completes an error of this stream, once, with what another request finds out."""
+        """Adds what another request finds out to an error of this stream. Later calls do nothing."""
         request = self._events.call.request
         complete_error, request.complete_error = request.complete_error, None
         if complete_error is not None:

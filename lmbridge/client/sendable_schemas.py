@@ -26,7 +26,8 @@ _FORMATS: Final = ("date", "date-time", "time", "uuid")
 _SIMPLE_PATTERN: Final = re.compile(r"\^(?:[^\\(]|\((?!\?)|\\[^a-zA-Z0-9])*\$", re.DOTALL)
 """Patterns that every version of llama.cpp knows. Older ones answer 400 to any other."""
 _LARGEST_BOUND: Final = 1_000
-"""The largest bound of a length that is sent. llama.cpp makes a rule for each unit, and limits the number of rules."""
+"""The largest bound of a length that is sent. llama.cpp makes a grammar rule for each unit of a length, and limits the
+number of rules."""
 _LONGEST_ENUM: Final = 200
 """The largest number of values of an enum that is sent."""
 _MOST_PARTS: Final = 2_000
@@ -83,9 +84,10 @@ def simplify_answer_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
 def simplify_definition(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the schema of a tool's parameters as it stands in a definition, written like the examples of OpenAI.
 
-    The type comes first, and what is required after the properties; an enum has a type; and a parameter that may be
-    left out is not said to accept null, if null is its default. This is the form that models are most likely to know.
-    So the result may accept less than `simplify_parameters` does, and serves only to describe a tool.
+    This is the form that models are most likely to know. The type comes first, and `required` comes after the
+    properties. An enum of strings has a type. A parameter that may be left out, and whose default is null, is described
+    as if it did not accept null. So the result may accept less than that of `simplify_parameters`, and serves only to
+    describe a tool.
 
     Args:
         schema: A JSON schema of any draft.
@@ -128,7 +130,8 @@ class _Simplifier:
         root: The whole schema, in which references are resolved.
         close_objects: Whether objects allow no additional fields.
         keep_recursion: Whether references to types that contain themselves are kept.
-        omit_null_defaults: Whether null is no alternative for a property that may be left out and has null as default.
+        omit_null_defaults: Whether a property that may be left out, and whose default is null, loses the alternative
+            null.
 
     Attributes:
         recursive: The names of the definitions to which references are kept.

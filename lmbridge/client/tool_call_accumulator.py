@@ -22,7 +22,7 @@ _LONGEST_SCALAR: Final = 100
 _LABELS: Final = frozenset(
     {"id", "index", "type", "name", "role", "object", "model", "format", "status", "phase", "signature", "encoding"}
 )
-"""Names of fields whose strings are not pieces of a text, but labels, which servers repeat."""
+"""The names of fields whose strings are labels, which servers repeat, and not pieces of a text."""
 _LABEL_ENDINGS: Final = ("_id", "_type", "_name", "_role", "_model", "_format", "_status", "_reason", "_signature")
 
 

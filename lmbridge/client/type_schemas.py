@@ -105,9 +105,9 @@ def _is_generated(class_: type) -> bool:
 
 
 def with_literals_as_written(part: Mapping[str, Any], annotation: Any) -> dict[str, Any]:
-    """Returns the schema of an annotation in which the values of each `Literal` are in the order in which it has them.
+    """Returns the schema of an annotation, with the values of each `Literal` in the order in which they are written.
 
-    msgspec sorts them, but the order may mean something to the author of the program, and so to a model.
+    msgspec sorts the values, but their order may mean something to the author of the program, and so to a model.
     """
     literals = list(_literals_within(annotation))
 

@@ -105,7 +105,7 @@ def cached_for_type(function: Callable[[Any], _T]) -> Callable[[Any], _T]:
 
 
 def _order_of(annotation: Any) -> Any:
-    """Returns a value in which types that are equal, and differ in the order of their parts, are different."""
+    """Returns a value that differs between equal types whose parts are in a different order."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         # The schema has its values in a fixed order.

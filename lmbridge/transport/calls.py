@@ -274,7 +274,7 @@ class Call:
     def note_first_event(self, first: Event, *, is_stream: bool = True) -> None:
         """Records that the first event of a stream, or a whole plain reply, has arrived, so the model is loaded.
 
-        If `first` reports an error, the model does not count as loaded, and the next request for it is sent alone again.
+        If `first` reports an error, the model does not count as loaded, and the next request for it is sent alone.
         """
         if self.watch is not None:
             self.watch.first_event(is_stream=is_stream)

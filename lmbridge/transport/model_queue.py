@@ -27,7 +27,8 @@ class ModelQueue:
     in_flight: int = 0
     """The number of requests for the model that are in flight."""
     first_request: Permit | None = None
-    """The request that went alone because the model was not known to be loaded, until its first event arrives."""
+    """The request that was sent alone because the model was not known to be loaded; None once its first event has
+    arrived."""
     waiting: OrderedDict[Permit, None] = attrs.field(factory=OrderedDict)
     """The waiting requests in the order of their arrival. In an OrderedDict, any of them can be removed quickly."""
     ready: PermitHeap = attrs.field(init=False)
