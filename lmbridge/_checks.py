@@ -7,8 +7,8 @@ directly; an attrs class wraps it with `as_validator`::
     self._size = check_integer("pool_size", pool_size)
     max_rounds: int = attrs.field(default=25, validator=as_validator(check_integer))
 
-Plain functions won over attrs' own validators because those raise `TypeError` and `ValueError` with texts that are
-written for the author of the class, and over a validation library because a dozen comparisons do not need one.
+There were two alternatives. The validators of attrs raise `TypeError` and `ValueError`, with texts that are written for
+the author of the class. And a dozen comparisons do not need a validation library.
 """
 
 from __future__ import annotations

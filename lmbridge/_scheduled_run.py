@@ -1,10 +1,11 @@
 """`ScheduledRun`: an agent's run as the scheduler of the transport knows it.
 
 The agent layer creates a `ScheduledRun` for each run and ends it with the run; the transport reads it when a request
-asks for a permit. The two layers share nothing else, so this module belongs to the ground floor below both of them. A
-`ScheduledRun` reaches the transport in a context variable, and not as an argument, because an agent works with any
-object that has `chat_completion`, and because the tasks that a tool starts inherit the variable: the requests that a
-tool sends belong to the run that called the tool.
+asks for a permit. The two layers share nothing else, so this module belongs to the ground floor below both of them.
+
+A `ScheduledRun` reaches the transport in a context variable, and not as an argument, for two reasons. An agent works
+with any object that has `chat_completion`, which need not accept such an argument. And the tasks that a tool starts
+inherit the variable, so the requests that a tool sends belong to the run that called the tool.
 """
 
 from __future__ import annotations

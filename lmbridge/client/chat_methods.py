@@ -257,8 +257,8 @@ class ChatMethods(EndpointMethods):
         """Answers typed questions about a text or a JSON value, with the probability of each possible answer.
 
         Decision models do this in a single pass and without writing anything (`POST /v1/systemone`, else `POST
-        /v1/decisions`). If the model is an ordinary chat model, it is asked for the label of an answer, and the
-        probabilities are those of the labels (`logprobs`); then `calibrated` is False, and a warning is logged once.
+        /v1/decisions`). An ordinary chat model is asked for the label of an answer instead, and the probabilities are
+        those of the labels (`logprobs`). Then `calibrated` is False, and a warning is logged once.
 
         For example::
 

@@ -2,15 +2,15 @@
 
 Three ways are tried, in this order:
 
-1. `POST /v1/systemone`, which llama.cpp, LM Studio, vLLM and Ollama (since 0.35) have for decision models: see
-   tools/server/README.md of llama.cpp, `developer/typesafe-compat/systemone` in LM Studio's documentation, and
-   vllm/entrypoints/generate/structured_decisions. llama.cpp answers 501 for a model that is not a decision model
-   (recorded from the embedded server), and so does vLLM.
+1. `POST /v1/systemone`, which llama.cpp, LM Studio, vLLM and Ollama (since 0.35) have for decision models. It is
+   described in tools/server/README.md of llama.cpp, in `developer/typesafe-compat/systemone` of LM Studio's
+   documentation, and in vllm/entrypoints/generate/structured_decisions. For a model that is not a decision model,
+   llama.cpp answers 501 (recorded from the embedded server), and so does vLLM.
 2. `POST /v1/decisions`, the same in the form of OpenAI's API, which LM Studio documents as `openai-compat/decisions`.
 3. A chat completion for each question; see `label_probabilities`.
 
-Which way worked is remembered for each server and model, so that later calls send no request in vain. If no model is
-named, the server chooses it, so what is remembered counts only until another model answers.
+The way that worked is remembered for each server and model, so that later calls send no request in vain. If the caller
+names no model, the server chooses one. What is remembered then counts only until another model answers.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Small models on servers that ignore a schema write "Here you are:" before a value, or explain it afterwards, often with
 a Markdown fence around it. If the value is the only one, nothing has to be guessed in order to read it. If there are
-several different values, or a piece of a broken one, the text is not read at all: the model can be asked again, but a
-program cannot know that it was given the wrong one.
+several different values, or a piece of a broken one, no value is returned. Then the model can be asked again, whereas a
+program could not notice that it was given the wrong value.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ whatever its JSON looks like, and its message is then searched for the patterns 
 servers or in their issue trackers, and the tests quote each of them, in `tests/client/test_failures.py` or as a capture
 in `tests/data`.
 
-A body may also be hostile, or simply huge. So every search looks at a limited part of it and takes time that is
-proportional to that part: no pattern may begin at many places of a text and go on from each of them to its end.
+A body may also be hostile, or simply huge. So every search looks at a limited part of it, and takes time that is
+proportional to the size of that part. Therefore no pattern may begin to match at many places of a text and, from each
+of them, read on to the end of the text.
 
 Matching texts is fragile, but servers have no other field in common. A text that no pattern matches does no harm:
 the error is then a plain `LLMResponseError`, or an `LLMStreamError` inside a stream.

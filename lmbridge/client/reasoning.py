@@ -67,11 +67,15 @@ class ReasoningSplitter:
         for kind, text in splitter.close():
             print(kind, text)
 
-    Reasoning is whatever arrives as `reasoning_content` (llama.cpp, LM Studio, DeepSeek), as `reasoning` (Ollama,
-    newer vLLM, gpt-oss in LM Studio), as `thinking` or as a part of the content of that type (Mistral), and a block
-    between two markers, such as `<think>` and `</think>`, at the very start of the content, even if chunks cut a marker
-    in two. A block that is never closed is reasoning to the end; markers further on are text. White space around the
-    block is dropped. Of several answers, only the first (`index` 0) is split. The chunks are not changed.
+    Reasoning is:
+
+    - whatever arrives in the field `reasoning_content` (llama.cpp, LM Studio, DeepSeek), `reasoning` (Ollama, newer
+      vLLM, gpt-oss in LM Studio) or `thinking`, or in a part of the content that has such a type (Mistral);
+    - a block between two markers, such as `<think>` and `</think>`, at the very start of the content, even if chunks
+      cut a marker in two. A block that is never closed is reasoning to the end. Markers further on are text. White
+      space around the block is dropped.
+
+    If the reply has several answers, only the first one (`index` 0) is split. The chunks are not changed.
 
     Args:
         starts_in_reasoning: Set this if the content begins inside a block. The chat templates of some models open the
@@ -85,9 +89,9 @@ class ReasoningSplitter:
     """
 
     DEFAULT_MARKERS: ClassVar[tuple[ReasoningMarkers, ...]] = _DEFAULT_MARKERS
-    """The markers that are recognized by default: those of DeepSeek, Qwen and most other models; of Mistral's models;
-    of gpt-oss, whose other channels are read as well; of Gemma 4; of Seed-OSS; of Cohere's models; of Apertus; and of
-    Kimi's older models."""
+    """The markers that are recognized by default, in this order: those of DeepSeek, Qwen and most other models; those of
+    Mistral's models; of gpt-oss, whose other channels are read as well; of Gemma 4; of Seed-OSS; of Cohere's models; of
+    Apertus; and of Kimi's older models."""
 
     __slots__ = ("_blanks", "_block", "_harmony", "_held_back", "_markers", "_pieces", "_starts_in_reasoning", "_state")
 

@@ -1,7 +1,7 @@
 """Recognizes a text whose end repeats itself.
 
-Small models fall into a loop: they write the same words until the token limit, above all with a temperature of 0, and
-with a grammar, because it does not let them stop in the middle of a string.
+Small models may fall into a loop, and write the same words until they reach the token limit. This happens above all
+with a temperature of 0, and with a grammar, which does not let them stop in the middle of a string.
 """
 
 from __future__ import annotations

@@ -30,11 +30,12 @@ class ToolCallAccumulator:
     """The tool calls of one answer, as far as their pieces have arrived.
 
     OpenAI's rule is that each piece carries the index of its call, and the first piece also the id. Servers break this
-    rule in every way: Ollama sends no ids, others give every call the index 0, or no index, or the same id,
-    llama-cpp-python repeats the name in each piece, and some send the arguments as an object, all in one piece. A piece
-    is therefore matched by its id first, then by its index, and otherwise belongs to the last call. A new id begins a
-    new call whatever the index is, and so does a known id with another index or another name. In a piece without an id,
-    a name begins a new call if the arguments so far are complete or the name is another one.
+    rule in every way: Ollama sends no ids; others give every call the index 0, or no index, or the same id;
+    llama-cpp-python repeats the name in each piece; and some servers send all arguments in one piece, as an object.
+    Therefore the call that a piece belongs to is found by the id of the piece, else by its index, and else it is the
+    last call. A new id begins a new call whatever the index is, and so does a known id with another index or another
+    name. In a piece without an id, a name begins a new call if the arguments so far are complete or the name is another
+    one.
     """
 
     # This class and the accumulators that use it have slots because a program may have a thousand streams open.

@@ -3,8 +3,8 @@
 Which requests may be sent to another server, and which of them count as retries:
 
 - A request that a server has certainly not seen, because no connection was made, goes on to the next server that has
-  not been tried. So does a request that only this server refuses, because it does not have the model, cannot load it,
-  does not accept the key, or does not have the response that is to be continued. Neither counts as a retry.
+  not been tried. So does a request that only this server refuses: it does not have the model, cannot load it, does not
+  accept the key, or does not have the response that is to be continued. Neither case counts as a retry.
 - A request that broke off before the first event of its answer, or that failed with a temporary error, goes on as well
   if it may be sent again at all. It counts as a retry, and all servers share `max_retries`.
 - If every server was tried, the request waits as it would with one server, and is sent again.

@@ -10,12 +10,13 @@ slots.
 
 So while slots are free, the order is the expected one. First come the servers that have loaded the model: among them,
 the one where the conversation is warm, and then the one with the smallest share of its slots taken. A server that would
-have to load the model comes last. When the preferred server is full, the costs decide how long waiting for it is
-worthwhile: a conversation leaves its server when more than about one round of requests waits there and another server
-is idle, and a model is loaded on a second server when 8 rounds of requests wait for it on the first.
+have to load the model comes last. When the preferred server is full, the costs decide how long it is worth waiting for
+it. A conversation leaves its server when more than about one round of requests waits there and another server is idle.
+A model is loaded on a second server when 8 rounds of requests wait for it on the first.
 
-The alternatives were a strict order, which piles all requests for a model, or of one long conversation, on one server
-while the others are idle, and a random choice between two servers, which forgets prompts and loads models everywhere.
+There were two alternatives. A strict order sends all requests for a model, or of one long conversation, to one server
+while the others are idle. A random choice between two servers ignores which server has the prompt in its cache, and
+makes every server load every model.
 """
 
 from __future__ import annotations

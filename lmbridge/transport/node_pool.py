@@ -6,9 +6,9 @@ them gets a request. The rules for choosing a server are in `node.py`, and those
 know nothing of each other.
 
 The alternative was one schedule for all servers, from which each server takes its next request. A request would then
-never wait at one server while another is idle. But the proof of the scheduler, that every wait is bounded and no model
-is unloaded under a generation, holds for one set of models in one memory, and the server with the warm prompt would be
-a matter of luck.
+never wait at one server while another is idle. But the scheduler guarantees only for one set of models in one memory
+that every wait is bounded and that no model is unloaded during a generation. And whether a request reaches the server
+that has its prompt in the cache would be a matter of luck.
 """
 
 from __future__ import annotations

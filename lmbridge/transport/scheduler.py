@@ -1,8 +1,8 @@
 """Decides which request may generate next, as a state machine without an event loop, a clock or a lock.
 
-Why requests are scheduled by model, and in the client: a small server holds one or two models, and many servers kill a
-running generation, or load a model several times, when requests for different models arrive side by side. A client
-cannot rely on the server to prevent that, so it must not send such requests together. The alternatives were:
+Why requests are scheduled by model, and in the client: a small server holds one or two models. When requests for
+different models arrive at the same time, many servers kill a running generation, or load a model several times. A
+client cannot rely on the server to prevent that, so it must not send such requests together. The alternatives were:
 
 - *A semaphore* bounds how many requests are in flight, but not for how many models.
 - *A lock per model* serializes the requests for one model, which is the opposite of what is needed: requests for the
@@ -16,10 +16,10 @@ So there is a queue per model, with two rules that give a proven bound on waitin
 *closed batch*, which consists of the requests that wait for it at that moment. And as soon as a request for another
 model has waited for `max_wait`, the model that has been active longest is *drained*: its requests in flight finish, and
 it gets no new ones. No generation is ever killed. Without runs and priorities, a request waits for at most `max_wait`,
-plus the time that these requests take: those in flight when `max_wait` has passed, the rest of the current batch, one
-batch for each other model that becomes active before its own, and the earlier requests for its own model. With
-priorities, `max_wait` counts once more for each level by which another request is above it. Older runs go first for as
-long as they go on, so the wait for them has no bound. `test_scheduler.py` states the bound exactly and checks it.
+plus the time that the following requests take: those in flight when `max_wait` has passed, the rest of the current
+batch, one batch for each other model that becomes active before its own, and the earlier requests for its own model.
+With priorities, another `max_wait` is added for each level by which another request is above it. Older runs go first
+for as long as they last, so the wait for them has no bound. `test_scheduler.py` states the bound exactly and checks it.
 
 The rules in full:
 

@@ -5,12 +5,12 @@ streams because a connection pool, TLS and proxies come with it. It also has som
 and everything that is done about them is in this module:
 
 - *It sends a GET again* when a connection is lost, even if the connection was new. `_ResponseOnConnection` raises
-  another exception in place of those that aiohttp reacts to. A middleware could do the same for some microseconds a
-  request, and so would the private attribute `ClientSession._retry_connection`.
+  another exception in place of those that aiohttp reacts to. A middleware could do the same, but would cost some
+  microseconds for each request. The attribute `ClientSession._retry_connection` would do as well, but is private.
 - *It does not say whether a failed request was sent on a kept connection.* lmbridge has to know, because it sends the
-  request again silently only in that case. `_ResponseOnConnection`, which aiohttp creates for each request because it
-  is the session's `response_class`, gets the connection in `start`, and the guard of the connection remembers whether
-  it has been used.
+  request again silently only in that case. So `_ResponseOnConnection` is the `response_class` of the session: aiohttp
+  creates one for each request, and passes the connection to its `start`. The guard of the connection remembers whether
+  the connection has been used.
   aiohttp's tracing (`TraceConfig.on_connection_reuseconn`) reports the same, but calls a dozen coroutines for each
   request, which took a tenth of the time of a request. A subclass of `TCPConnector` would have to override a private
   method.
@@ -21,15 +21,15 @@ and everything that is done about them is in this module:
 - *It decompresses without a limit*, or without noticing that the end is missing; see
   `lmbridge.transport.decompression`, which does it instead.
 - *It limits connecting, but not the resolution of a name.* `_Resolver` does.
-- *It forgets the reader of a body with broken chunk framing.* Its compiled parser closes the connection and puts the
-  error on the protocol object, where only the reader of a *head* looks, so the reader of the body waits until a time
+- *It forgets the reader of a body with broken chunk framing.* Its compiled parser closes the connection, and stores the
+  error in the protocol object, where only the reader of a *head* looks. The reader of the body would wait until a time
   limit of minutes runs out. The `ConnectionGuard` therefore informs `_AiohttpResponse` that the connection was lost.
   `response.connection.protocol.closed` would do the same, but is not documented, and costs a future and two callbacks
   for each connection. tests/transport/test_session.py shows what happens with and without it, with the installed
   version of aiohttp; `make test-slow` runs it with the oldest as well.
-- *It raises one and the same exception for all responses that were closed while they were read.* Python adds the frames
-  of each reader to its traceback, so everything that a reader refers to would be kept until the program ends.
-  `_unshared` empties the traceback, and gives each response a separate exception.
+- *It raises the same exception object for all responses that were closed while they were read.* Python adds the frames
+  of each reader to the traceback of this object, so everything that a reader refers to would be kept until the program
+  ends. `_unshared` empties the traceback, and gives each response a separate exception.
 - *It forgets what has arrived when a connection breaks.* Its `StreamReader` raises the exception at once, even if a
   slow reader has left much of the body in the buffer. `_AiohttpResponse.take_arrived` sets the exception aside in order
   to read the rest of the buffer. `StreamReader._read_nowait` would be shorter, but it is private.

@@ -11,7 +11,7 @@
 These alternatives were considered. Retries in a decorator around all three steps would return the permit between two
 attempts, so a server that is loading one model could get a request for another one in the meantime. Retries inside the
 HTTP session could not take the total time limit into account. A separate task for each request, which `close` could
-cancel, would cost more than all other bookkeeping of a request; instead, `close` closes the session, which wakes every
+cancel, would cost more than all other bookkeeping of a request. Instead, `close` closes the session, which wakes every
 task that waits for a response.
 
 The transport does not send anything itself: it uses the interface in `lmbridge.transport.http_interface`.
