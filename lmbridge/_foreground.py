@@ -1,4 +1,4 @@
-"""What the programs that run in the foreground share: their log on stderr, and how they end.
+"""What the programs that run in the foreground have in common: their log on stderr, and how they end.
 
 They are `lmbridge-mcp`, `python -m lmbridge.gateway` and `python -m lmbridge.local`, which do not need the extra `cli`.
 The command `lmbridge` has more exit statuses, and shows a hint on a separate line; see `cli/command_runner.py`.

@@ -83,13 +83,13 @@ class PendingCall(NotCopyable, Coroutine[Any, Any, _T]):
         self._misused("async with await {}(...) as ...")
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Never called, because entering fails; Python looks for it nevertheless."""
+        """Is never called, because entering fails. But `with` statements require that it exists."""
 
     def __enter__(self) -> NoReturn:
         self._misused("async with await {}(...) as ...")
 
     def __exit__(self, *exc_info: object) -> None:
-        """Never called, because entering fails; Python looks for it nevertheless."""
+        """Is never called, because entering fails. But `with` statements require that it exists."""
 
 
 def explains_missing_await(function: _Function) -> _Function:

@@ -36,9 +36,9 @@ DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"
 
 
 QUESTION_HEADER: Final = ("X-Lmbridge-Purpose", "limits")
-"""The header (name and value) of the requests by which a client finds out the limits of its server on its own
-initiative. It explains these requests to the reader of the server's log, and `lmbridge.testing.ScriptedServer` does not
-list them."""
+"""The header, as a name and a value, of the requests with which a client finds out the limits of its server on its own
+initiative. It explains these requests to the reader of the server's log. By this header,
+`lmbridge.testing.ScriptedServer` recognizes them, and leaves them out of its list of requests."""
 
 
 class Unset(enum.Enum):
@@ -55,7 +55,7 @@ UNSET: Final = Unset.UNSET
 
 
 def _duration(owner: str, default: float | None) -> Any:
-    """Returns an attrs field for a number of seconds; `owner` is the class that errors name beside the field."""
+    """Returns an attrs field for a number of seconds. `owner` is the class that errors name together with the field."""
     hint = "use None to switch the limit off"
     return attrs.field(default=default, validator=as_validator(check_seconds, owner=owner, hint=hint))
 

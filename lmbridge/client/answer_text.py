@@ -1,4 +1,4 @@
-"""Returns the text of an answer: of a whole reply at once, and of a stream piece by piece."""
+"""The text of an answer: that of a whole reply, or that of a stream, piece by piece."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ class ChatAccumulator:
         return completed
 
     def _begin_chunk(self, chunk: Mapping[str, Any]) -> None:
-        """Merges the fields of a completed chunk besides its choices."""
+        """Merges the fields of a completed chunk, except its choices."""
         self.has_begun = True
         fields, values = self._fields, chunk.values()
         if None in values or "" in values:
@@ -271,7 +271,7 @@ class ChatAccumulator:
     def _end_chunk(self, chunk: Mapping[str, Any]) -> None:
         """Decides whether the next chunk may take the fast path, after the whole of this one was added."""
         # The fast path neither creates choices nor merges fields, so it is only for chunks that have the same fields as
-        # this one. Nor does it notice that an answer goes on after its finish reason.
+        # this one. It also does not notice if an answer goes on after its finish reason.
         first = self._choices.get(0)
         is_open = first is not None and first.finish_reason is None
         self._fast_path_fields = len(chunk) if is_open and not chunk.get("usage") else -1

@@ -64,7 +64,7 @@ def _complete_text(choice: dict[str, Any]) -> bool:
 def _complete_message(choice: dict[str, Any]) -> bool:
     message: Any = choice.get("message")
     if message is None and _error_of(choice):
-        # OpenRouter leaves the message out beside an error.
+        # OpenRouter sends an error in place of the message.
         message = choice["message"] = {"role": "assistant"}
     if not isinstance(message, dict):
         return False

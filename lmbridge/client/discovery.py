@@ -93,7 +93,7 @@ def _check_ports(ports: Any) -> list[int]:
 async def _look(port: int, timeout: float) -> FoundServer | None:
     """Returns the model server that listens on a port, or None."""
     url = f"http://127.0.0.1:{port}/v1"
-    # A server that is loading its model says so at once. It is not waited for.
+    # A server that is loading its model says so at once, and `discover` does not wait for it.
     timeouts = Timeouts(connect=timeout, load=1e-9, first_byte=timeout, idle=timeout)
     async with KeylessTransport(url, limits=Limits()) as transport:
         server = ServerApi(

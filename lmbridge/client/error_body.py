@@ -21,7 +21,8 @@ from lmbridge.client.text_patterns import TextPatterns
 _SEARCHED_CHARACTERS: Final = 10_000
 """The number of characters of a message, from its beginning, that are searched for patterns."""
 _SMALL_BODY: Final = 50_000
-"""The most bytes of JSON that are decoded as a whole. Of larger JSON, only the fields that lmbridge needs are."""
+"""The most bytes of JSON that are decoded as a whole. If there are more, only the fields that lmbridge needs are
+decoded."""
 _LARGEST_OUTLINE: Final = 16 * 1024 * 1024
 """The most bytes of JSON that are searched for these fields. A larger body is treated as text."""
 _LONGEST_ESCAPE: Final = 6
@@ -57,9 +58,9 @@ class ErrorBody:
     """The body of an error, in one shape for all servers."""
 
     message: str
-    """The error's message, or the whole text where no message was found. Of a long one, it is only the beginning."""
+    """The error's message, or the whole text if no message was found. A long text is cut after its beginning."""
     text: str
-    """The body as it was received, without secrets. Of a long body, it is only the beginning."""
+    """The body as it was received, without secrets. A long body is cut after its beginning."""
     type_and_code: str = ""
     """The fields `type` and `code`, separated by a space."""
     code: int | None = None
@@ -178,7 +179,7 @@ def _large_field(data: memoryview, depth: int) -> Any:
     kind = bytes(data[:1])
     if kind == b'"':
         return _beginning_of_string(bytes(data[:_SMALL_BODY]))
-    # Each level is searched anew, so the depth is limited.
+    # The bytes of an inner object are read again at each level, so the number of levels is limited.
     if kind == b"{" and depth < _DEEPEST_MESSAGE:
         return _outline(data, depth + 1)
     with suppress(ValueError, RecursionError):

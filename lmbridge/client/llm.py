@@ -117,8 +117,8 @@ class LLMClient(ChatMethods):
             request rises by 1 for every `Limits.max_wait` seconds, up to the highest priority among those that wait.
             The priority is not sent to the server.
         model_mismatch: What happens if the model that answers is not the one that was asked for. "warn", the default,
-            logs a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing, not
-            even if another model continues an answer in the middle of a stream.
+            logs a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing. If
+            another model continues an answer in the middle of a stream, that is an error except with "ignore".
         ssl: The TLS context for https, for example with a certificate authority of your own. Default: aiohttp's default
             context.
         context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
@@ -303,7 +303,7 @@ class LLMClient(ChatMethods):
 
     @property
     def with_raw_response(self) -> RawResponses:
-        """The methods of this client, with the status and headers of each HTTP response beside its reply."""
+        """The methods of this client, which then return each reply with the status and headers of its HTTP response."""
         from lmbridge.client.raw_responses import RawResponses
 
         return RawResponses(self)
@@ -489,7 +489,7 @@ def _check_transport(transport: object) -> None:
 
 
 def _refuse_beside_transport(**options: Any) -> None:
-    """Checks that no option of the transport is set beside `transport`.
+    """Checks that no option of the transport is combined with `transport`.
 
     Raises:
         LLMValidationError: One or more are set.

@@ -1,4 +1,4 @@
-"""LM Studio's own API beside `/v1`, which lists, loads, unloads and downloads models.
+"""LM Studio's own API, outside of `/v1`, which lists, loads, unloads and downloads models.
 
 Shapes and versions are those of LM Studio's REST documentation (https://lmstudio.ai/docs/developer/rest): `/api/v1`
 came with 0.4.0, `/api/v0` with 0.3.6. LM Studio answers 200 to a path that it does not know

@@ -154,8 +154,8 @@ class ModelValidator(NotCopyable):
         model.
 
         Returns:
-            The id as the server lists it; or the name itself if several of its quantizations are listed, among which
-            the server chooses.
+            The id as the server lists it. If several quantizations of the model are listed, it is the name itself, and
+            the server chooses one of them.
 
         Raises:
             LLMValidationError: The name is blank or not a string; nothing was sent.

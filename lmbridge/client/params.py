@@ -56,7 +56,7 @@ class ChatParams(SamplingParams, total=False):
     tools: Sequence[Mapping[str, Any]] | None
     """The tools that the model may call: `{"type": "function", "function": {"name", "description", "parameters"}}`."""
     tool_choice: Literal["none", "auto", "required"] | str | Mapping[str, Any] | None  # noqa: PYI051 - editors offer these
-    """Whether the model calls a tool: "none", "auto", "required", or the one that must be called."""
+    """Whether the model calls a tool: "none", "auto", "required", or the tool that must be called."""
     parallel_tool_calls: bool | None
     """Whether the model may call several tools in one answer."""
     response_format: Mapping[str, Any] | None
@@ -107,7 +107,7 @@ class ResponseParams(CallOptions, total=False):
     tools: Sequence[Mapping[str, Any]] | None
     """The tools that the model may call, in the flat form of this API: `{"type": "function", "name", "parameters"}`."""
     tool_choice: Literal["none", "auto", "required"] | str | Mapping[str, Any] | None  # noqa: PYI051 - editors offer these
-    """Whether the model calls a tool: "none", "auto", "required", or the one that must be called."""
+    """Whether the model calls a tool: "none", "auto", "required", or the tool that must be called."""
     parallel_tool_calls: bool | None
     """Whether the model may call several tools in one answer."""
     reasoning: Mapping[str, Any] | None
@@ -165,7 +165,7 @@ which is a parameter of some servers, is not similar enough to `top_p`."""
 
 
 def warn_about_mistakes(names: Iterable[str]) -> None:
-    """Warns in the log, once, about each parameter whose name looks like a mistake. It is sent all the same."""
+    """Logs a warning, once, about each parameter whose name looks like a mistake. The parameter is still sent."""
     for name in names:
         if name not in _KNOWN_NAMES:
             _warn_about(name)

@@ -89,7 +89,7 @@ class ReasoningSplitter:
     """
 
     DEFAULT_MARKERS: ClassVar[tuple[ReasoningMarkers, ...]] = _DEFAULT_MARKERS
-    """The markers that are recognized by default, in this order: those of DeepSeek, Qwen and most other models; those of
+    """The markers that are recognized by default, in this order: those of DeepSeek, Qwen and most other models; of
     Mistral's models; of gpt-oss, whose other channels are read as well; of Gemma 4; of Seed-OSS; of Cohere's models; of
     Apertus; and of Kimi's older models."""
 

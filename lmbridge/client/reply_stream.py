@@ -247,7 +247,7 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
         """Checks the whole reply when it has arrived. If the check is cancelled, the next read repeats it.
 
         Raises:
-            LLMError: The reply must not be taken for an answer.
+            LLMError: The check shows that the reply is not a valid answer.
         """
 
     def _log_missing_end(self, error: LLMError) -> None:
@@ -537,5 +537,5 @@ def is_large(event: Event) -> bool:
 
 
 def _says_nothing(value: object) -> bool:
-    """Returns whether the data of an event is empty, such as the null that llama.cpp puts before several answers."""
+    """Returns whether the data of an event is empty, such as the null that llama.cpp sends before several answers."""
     return value is None or value in ("", [])

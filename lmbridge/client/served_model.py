@@ -57,7 +57,7 @@ class MismatchPolicy:
         return self._mode == "ignore"
 
     def check(self, asked: str | None, served: object) -> bool:
-        """Returns whether the two names fit. A missing name fits every other name.
+        """Returns whether the two names may belong to the same model. A missing name may belong to any model.
 
         Raises:
             ModelMismatchError: They differ, and the mode is "raise".

@@ -21,12 +21,13 @@ Halves: TypeAlias = dict[tuple[Any, ...], str]
 _T = TypeVar("_T")
 
 _DEEPEST: Final = 100
-"""How many levels of lists and dicts are gone through value by value. What is nested more deeply is handled at once."""
+"""The number of nested lists and dicts whose values are processed one by one, with pauses for other tasks. A value that
+is nested more deeply is processed in one step."""
 _BACKSLASH: Final = ord("\\")
 _REPLACEMENT: Final = "?"
 """The text that replaces a half whose other half never arrived."""
 _EVENT_KEYS: Final = ("type", "item_id", "output_index", "content_index", "summary_index")
-"""The fields by which the texts in a streamed response differ."""
+"""The fields that show which text of a streamed response a piece belongs to."""
 _OF_EVENT: Final = "event"
 """The first key of the path of a text in an event of a response. In a chunk, the first key is the index of a choice."""
 
@@ -172,8 +173,8 @@ def _join(text: str, path: tuple[Any, ...], halves: Halves) -> str:
 def _append(fields: dict[str, Any], path: tuple[Any, ...], text: str) -> None:
     """Appends a text to the one at a path of keys, and creates the dicts on the way that do not exist.
 
-    If the path leads through a list, nothing is changed, because the items of the list may be other ones by now. Nor is
-    anything changed if the path leads through a value that is not a dict.
+    Nothing is changed if the path leads through a list, because the items of the list may have changed in the meantime,
+    or through another value that is not a dict.
     """
     if not all(isinstance(key, str) for key in path):
         return

@@ -244,7 +244,7 @@ class _JsonEnd:
         self._is_broken = False
 
     def is_reached(self, buffer: io.StringIO) -> bool:
-        """Returns whether a text, of which this method has seen the beginning before, is complete JSON."""
+        """Returns whether a text is complete JSON. Each call reads only what was added since the last call."""
         buffer.seek(self._read)
         text = self._rest + buffer.read()
         self._read = buffer.tell()

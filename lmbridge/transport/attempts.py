@@ -1,4 +1,4 @@
-"""`Attempts`: sends a request, and sends it again as long as the failure is one that a further attempt may overcome.
+"""`Attempts`: sends a request, and sends it again as long as a further attempt may succeed.
 
 An attempt ends in one of four ways: with a response that is passed on, with a reply that reports an error, with a
 connection that failed, or with a timeout. What follows depends on the request as well: one that must not be repeated is
@@ -63,7 +63,7 @@ class Attempts:
         self._socket_path = socket_path
 
     async def run_until_final(self, state: OpenState, call: Call, receive: Receive[_T]) -> _T | Reply:
-        """Sends the request until an attempt succeeds, or fails in a way that a further attempt cannot overcome.
+        """Sends the request until an attempt succeeds, or until no further attempt is worthwhile.
 
         An attempt fails either with a reply that reports an error, or because no complete reply arrives.
 

@@ -152,8 +152,8 @@ class Call:
         self.read_usage: Callable[[], TokenUsage | None] | None = None
         """A function that returns the numbers of tokens, if they are known. It is called when the call is over."""
         self.arrived: Reply | None = None
-        """The part of the reply that had arrived when the last attempt broke off, or None. Of a large body, it is only
-        the beginning."""
+        """The part of the reply that had arrived when the last attempt broke off, or None. A large part is cut after
+        its beginning."""
         self._admission = admission
         self._max_reply_bytes = max_reply_bytes
         self._started = deadline_timer.time()

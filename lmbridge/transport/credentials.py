@@ -1,4 +1,4 @@
-"""`Credentials`: the headers of every request to a server, and the secrets in them that no error may repeat."""
+"""`Credentials`: the headers of every request to a server, and the secrets in them, which no error may repeat."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ class EventStream:
         return self._read_closed()
 
     def _read_closed(self) -> list[Event]:
-        """Does what `read` does for a stream that has been closed."""
+        """Returns or raises what `read` does once the stream is closed."""
         if self.ended:
             return []
         if events := self.take_arrived():

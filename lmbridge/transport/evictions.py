@@ -23,8 +23,8 @@ class Evictions:
         self.counts: Counter[str | None] = Counter()
         """How many generations with each model were killed."""
         self.max_loaded_models: int | None = None
-        """The number of models that the server held when it killed a generation, which is taken for the most that it
-        can hold. If it has killed several, the lowest number counts. None if it has never killed one."""
+        """The most models that the server seems to hold: the number that it held when it killed a generation, or the
+        lowest such number if it has killed several. None if it has never killed one."""
 
     def add(self, model: str | None, loaded: int, limits: Limits) -> bool:
         """Records that a generation was killed.

@@ -94,7 +94,7 @@ class Delivery:
         self._note(reason)
         self._node.note_failure(call.deadline_timer.time(), reason)
         if failure.unsent:
-            # If every server is down, each gets an attempt all the same: one of them may be the first to work again.
+            # Even if every server is down, each gets an attempt, because one of them may work again.
             if self._has_alternative(call, may_be_down=True):
                 self._move(call)
         elif failure.verdict is not Verdict.RETRY or not call.request.repeatable:
@@ -103,8 +103,7 @@ class Delivery:
             return
         if self._has_alternative(call):
             self._move(call, is_retry=True)
-        # No other server is left to try. After a wait, all of them are candidates again, because any of them may be the
-        # first to work again.
+        # No other server is left to try. After a wait, all servers are candidates again, because any may work by then.
         if failure.verdict is Verdict.RETRY and (wait := call.wait_before_next(Verdict.RETRY, None)) is not None:
             self._failed.clear()
             self._move(call, wait=wait)

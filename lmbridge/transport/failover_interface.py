@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class Failover(Protocol):
-    """Decides whether a request leaves a server after an attempt there has failed."""
+    """Decides whether a request is given to another server after an attempt at one server has failed."""
 
     @property
     def attempts(self) -> int:
-        """How often other servers were sent the request before."""
+        """How often the request was sent to other servers before."""
         ...
 
     @property
@@ -85,7 +85,7 @@ class Failover(Protocol):
 
 
 class MovedToAnotherServer(Exception):  # noqa: N818 - it is caught by the pool and never reaches a user
-    """The request leaves a server.
+    """The request is taken away from a server, and the pool chooses the server that gets it next.
 
     Args:
         wait: The seconds to wait before the next attempt.

@@ -1,11 +1,11 @@
 """Responses that are passed on to another client exactly as the server sent them.
 
-`Transport.forward` treats a request like any other: it waits for a permit, is sent again after failures that a further
-attempt may overcome, and is polled while the server is loading. But the bytes of its response are neither decompressed
-nor parsed, so that they can be passed on as they arrive, with the status and the headers that belong to them.
+`Transport.forward` treats a request like any other: it waits for a permit, is sent again as long as a further attempt
+may succeed, and is repeated while the server is loading. But the bytes of its response are neither decompressed nor
+parsed, so that they can be passed on as they arrive, with the status and the headers that belong to them.
 
 A response is handed out when the first part of its body has arrived. Until then nothing has been passed on, so a failed
-attempt can be repeated. There are two exceptions:
+attempt can be repeated. JSON and event streams are handed out later than that:
 
 - JSON is handed out when it is complete, because a model server sends a whole reply at once at the end of its work, and
   no client should get a part of a reply that breaks off. A body of more than 1 MiB is handed out in parts.

@@ -73,7 +73,7 @@ def basic_auth(user: str, password: str) -> str:
 def secret_pattern(secrets: Iterable[str]) -> re.Pattern[str] | None:
     r"""Returns a pattern that finds secrets in a text, even with JSON escapes such as `\/`, or `\u002B` for a plus.
 
-    A very short secret is found only behind a quotation mark, a colon or the like, and where no word follows it.
+    A very short secret is found only after a quotation mark, a colon or the like, and only if no word follows it.
 
     Returns None if there are no secrets.
     """

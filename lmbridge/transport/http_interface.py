@@ -102,8 +102,8 @@ class HttpSession(Protocol):
     def abandon(self) -> None:
         """Closes what can be closed without waiting, and does not warn about the rest.
 
-        The transport calls it if it was dropped without being closed, or if its event loop has been closed. Nothing can
-        be awaited then, and the transport has already issued a warning.
+        A transport calls this method if it was dropped without being closed, or if its event loop has been closed.
+        Nothing can be awaited then, and the transport has already issued a warning.
         """
 
 

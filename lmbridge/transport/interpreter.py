@@ -50,7 +50,7 @@ class Interpreter:
     """Decides from the status and the body of an error reply whether another server may answer the request, because
     this one does not have the model, for example. It is asked only if there are several servers."""
     report_loss: Callable[[Call, int, bytes], None] = _reports_no_loss
-    """Informs the schedule of a server if the status and the body of an error reply show that it has lost a model.
-    It is called if another server gets the request, because then nothing else reads the reply."""
+    """Informs the schedule of a server if the status and the body of an error reply show that the server has lost a
+    model. It is called if another server gets the request, because then nothing else reads the reply."""
     find_models: FindModels | None = None
     """Asks a server which models it has. It is called only if there are several servers, and never for each request."""

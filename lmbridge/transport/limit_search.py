@@ -1,11 +1,11 @@
 """Asks a server how much it can do at the same time, at the moment when the answer begins to matter.
 
 The limits of a server decide what happens when requests meet: how many of them go at the same time, and for how many
-models. A request that is alone need not know them. So by default the server is asked as soon as a request would be in
-flight beside another one, and a program that sends one request after the other never asks. The alternative was to ask
-before the first request in any case. It would cost a script that sends a single request another round trip, and it
-would surprise everybody who counts the requests that a server gets. A user who passes `limits="auto"` has asked for
-this question, so with that option the server is asked before the first request.
+models. They do not matter for a request that is alone. So by default the server is asked as soon as a second request
+would be in flight at the same time, and a program that sends one request after the other never asks. The alternative
+was to ask before the first request in any case. It would cost a script that sends a single request another round trip,
+and it would surprise everybody who counts the requests that a server gets. A user who passes `limits="auto"` has asked
+for this question, so with that option the server is asked before the first request.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class LimitFinder:
     until_known: Limits = attrs.field(factory=Limits)
     """The limits that are in force as long as the server has not answered."""
     only_when_needed: bool = False
-    """Whether the server is asked only when a request would be in flight beside another one. Then requests wait for the
-    answer for no longer than `SEARCH_PATIENCE`, and a missing answer is not worth a warning."""
+    """Whether the server is asked only when a second request would be in flight at the same time. Then requests wait
+    for the answer for no longer than `SEARCH_PATIENCE`, and a missing answer is not worth a warning."""
 
 
 class LimitSearch:

@@ -32,7 +32,7 @@ class ModelQueue:
     waiting: OrderedDict[Permit, None] = attrs.field(factory=OrderedDict)
     """The waiting requests in the order of their arrival. In an OrderedDict, any of them can be removed quickly."""
     ready: PermitHeap = attrs.field(init=False)
-    """The waiting requests that need not wait for other runs; the one that goes first comes first."""
+    """The waiting requests that need not wait for other runs, in the order in which they go."""
     newcomers: PermitHeap = attrs.field(init=False)
     """The waiting requests with which a run would begin, which may have to wait for other runs."""
     ready_in_batch: PermitHeap = attrs.field(init=False)
@@ -84,8 +84,8 @@ class ActiveModels:
             waiting,
             lambda permit: permit.rank if _waits_for_inactive_model(permit) and not permit.is_newcomer else None,
         )
-        """The requests whose model is not active and that need not wait for other runs. The one that goes first comes
-        first."""
+        """The requests whose model is not active and that need not wait for other runs, in the order in which they
+        go."""
         self.newcomers: PermitHeap = PermitHeap(
             waiting, lambda permit: permit.rank if _waits_for_inactive_model(permit) and permit.is_newcomer else None
         )
@@ -95,7 +95,7 @@ class ActiveModels:
             waiting,
             lambda permit: (permit.arrived_at, permit.arrival_number) if _waits_for_inactive_model(permit) else None,
         )
-        """All requests whose model is not active; the one that becomes overdue first comes first."""
+        """All requests whose model is not active, in the order in which they become overdue."""
         self._only_queue: ModelQueue | None = None
         if limit is None:
             self._only_queue = ModelQueue(None, is_active=True, is_loaded=True)
@@ -108,7 +108,7 @@ class ActiveModels:
         return self.queues.get(model) or self.queues.setdefault(model, ModelQueue(model))
 
     def take_over(self, permit: Permit) -> None:
-        """Adds a request that was in flight before the limits changed. Its model is active, or surplus."""
+        """Adds a request that was in flight before the limits changed. Its model becomes active, or surplus."""
         permit.queue = queue = self.queue_for(permit.model)
         queue.in_flight += 1
         queue.is_active = True

@@ -40,7 +40,7 @@ ModelState = Literal["loaded", "listed", "missing", "unknown"]
 """What is known of a model at a server. A model is "loaded" as well if the server does not say which ones are."""
 
 COLD_PROMPT_ROUNDS: Final = 1.0
-"""The cost, in rounds, of reading a conversation anew that another server has in its cache."""
+"""The cost, in rounds, of processing again a conversation that another server has in its cache."""
 LOADING_ROUNDS: Final = 8.0
 """The cost, in rounds, of loading a model."""
 UNKNOWN_MODELS_ROUNDS: Final = 4.0

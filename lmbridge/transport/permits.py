@@ -46,7 +46,7 @@ class Permit:
     state: Literal["new", "waiting", "in flight", "over"] = "new"
     """Where the request is: not in the schedule yet, waiting for admission, in flight, or no longer in the schedule."""
     level: int = 0
-    """The priority, plus one for each `max_wait` seconds of waiting."""
+    """How urgent the waiting request has become: its priority, plus one for each `max_wait` seconds of waiting."""
     is_nested: bool = False
     """Whether the task that asks for the permit holds another one, so that waiting for other runs could be a
     deadlock."""

@@ -62,7 +62,7 @@ async def receive_begun_stream(call: Call, response: HttpResponse) -> EventStrea
 
 
 def error_of_server(call: Call, event: Event) -> bytes | None:
-    """Returns the data of an event if it reports an error because of which another server may get the request."""
+    """Returns the data of an event if it reports an error that another server may not have, and None otherwise."""
     data = event.data if isinstance(event, NamedEvent) else event
     interpreter = call.request.interpreter
     return data if interpreter.reports_error(data) and interpreter.concerns_server(200, data) else None

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from lmbridge.transport.scheduler import Scheduler
 
 ScheduledModelState: TypeAlias = Literal["loaded", "loading", "draining", "cold"]
-"""What the schedule knows about a model: its server has it, is loading it, is about to drop it, or does not have it."""
+"""What the schedule knows about a model: the server has loaded it, is loading it, is about to unload it, or has not
+loaded it."""
 
 
 @attrs.frozen(kw_only=True)
 class ScheduledModel:
-    """A model that has requests, or that the schedule takes for loaded."""
+    """A model that has requests, or that is loaded as far as the schedule knows."""
 
     name: str | None
     """The name, or None for requests that name no model."""

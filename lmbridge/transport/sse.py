@@ -23,7 +23,7 @@ MAX_EVENT_SIZE: Final = 100 * 2**20
 _MAX_BARE_TEXT: Final = 4096
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 _BOM: Final = b"\xef\xbb\xbf"
-# These are numbers: given bytes of length 1, `in` first tries to read them as a number, which costs a microsecond.
+# Numbers are faster here: for bytes of length 1, `in` first tries to read them as a number, which costs a microsecond.
 _CR: Final = ord("\r")
 _LF: Final = ord("\n")
 _DATA: Final = b"data: "
@@ -91,7 +91,7 @@ class SSEDecoder:
         self._name: str | None = None
         self._bare_text = b""
         self.failure: LLMStreamError | None = None
-        """The error that `feed` raises when it is called again, because the last events were followed by a fault."""
+        """The error that the next call of `feed` raises. The last call met it after some events, and returned these."""
 
     @property
     def bare_text(self) -> str:

@@ -3,7 +3,7 @@
 `Transport._perform` takes a request through three steps:
 
 1. *Admission*: a generation waits for a permit from the scheduler. Model lists and health checks do not.
-2. *Attempts*: the request is sent, and sent again as long as the failure is one that a further attempt may overcome
+2. *Attempts*: the request is sent, and sent again as long as a further attempt may succeed
    (`lmbridge.transport.attempts`).
 3. *The reply*: when `request` returns, the reply is complete and the permit has been returned. The `EventStream` that
    `stream` returns holds the permit until it is closed.
@@ -226,7 +226,7 @@ class Transport(NotCopyable):
         )
 
     def scheduled_models(self) -> list[ScheduledModel]:
-        """Returns the models that have requests, or that the schedule takes for loaded."""
+        """Returns the models that have requests, or that are loaded as far as the schedule knows."""
         return [] if self._open_state is None else models_in(self._open_state.admission.scheduler)
 
     def recent_swaps(self) -> list[Swap]:

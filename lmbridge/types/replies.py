@@ -36,8 +36,8 @@ class Message(TypedDict, total=False):
     role: str
     """The role of the author, which is "assistant" in replies."""
     content: Required[str | None]
-    """The answer; None or empty if the model only called tools. lmbridge fills in None where a server sends nothing,
-    and joins the texts of a content that a server sends in parts."""
+    """The answer; None or empty if the model only called tools. If a server leaves the field out, lmbridge fills in
+    None. If a server sends a list of parts, lmbridge joins their texts."""
     refusal: str | None
     """The model's words if it refused to answer in the requested form."""
     reasoning_content: str | None
@@ -51,7 +51,7 @@ class Message(TypedDict, total=False):
     annotations: list[dict[str, Any]]
     """Sources of the answer, for example of a search."""
     audio: dict[str, Any] | None
-    """The answer in sound."""
+    """The answer as audio."""
 
 
 class FunctionCallDelta(TypedDict, total=False):
@@ -96,7 +96,7 @@ class Delta(TypedDict, total=False):
     annotations: list[dict[str, Any]]
     """Sources of the answer, for example of a search."""
     audio: dict[str, Any] | None
-    """A piece of the answer in sound."""
+    """A piece of the answer as audio."""
 
 
 class Usage(TypedDict, total=False):
@@ -134,7 +134,7 @@ class CompletionEnvelope(TypedDict, total=False):
     id: str
     """The id that the server gave the reply. All chunks of a stream have the same one."""
     object: str
-    """The kind of object, in the words of OpenAI's API."""
+    """The kind of object, as OpenAI's API names it."""
     created: int
     """The time of the reply, in seconds since 1970."""
     model: str
@@ -167,7 +167,7 @@ class ChunkChoice(TypedDict, total=False):
     index: int
     """The position of the choice that this piece belongs to; the first one is 0."""
     delta: Required[Delta]
-    """What the chunk adds; empty if it adds nothing. lmbridge fills in an empty one where a server sends none."""
+    """What the chunk adds; empty if it adds nothing. If a server sends no delta, lmbridge fills in an empty one."""
     finish_reason: str | None
     """Why the model stopped, such as "stop", "length" or "tool_calls"; None while it goes on."""
     logprobs: dict[str, Any] | None
@@ -230,7 +230,7 @@ class Embedding(TypedDict, total=False):
     index: Required[int]
     """The position of the embedded input among the inputs; the first one is 0."""
     object: str
-    """The kind of object, in the words of OpenAI's API."""
+    """The kind of object, as OpenAI's API names it."""
     embedding: Required[Any]
     """The vector: a list of numbers, or a string with `encoding_format="base64"`, or one list for each token if the
     model has no pooling."""
@@ -240,7 +240,7 @@ class Embeddings(TypedDict, total=False):
     """A reply of `/v1/embeddings`, in the order of the inputs."""
 
     object: str
-    """The kind of object, in the words of OpenAI's API."""
+    """The kind of object, as OpenAI's API names it."""
     model: str
     """The model that answered, as the server names it."""
     data: Required[list[Embedding]]
@@ -311,7 +311,7 @@ class Response(TypedDict, total=False):
     id: str
     """The id of the response, which a later request can name as its `previous_response_id`."""
     object: str
-    """The kind of object, in the words of OpenAI's API."""
+    """The kind of object, as OpenAI's API names it."""
     created_at: float
     """The time at which the server began the response, in seconds since 1970."""
     completed_at: float | None

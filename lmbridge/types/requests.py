@@ -127,7 +127,7 @@ class UserMessage(TypedDict, total=False):
 
 
 class AssistantMessage(TypedDict, total=False):
-    """What the model said, or what you want it to have said. `content` may be None beside `tool_calls`."""
+    """What the model said, or what you want it to have said. `content` may be None if there are `tool_calls`."""
 
     role: Required[Literal["assistant"]]
     """The role of the author: "assistant"."""
@@ -144,7 +144,7 @@ class AssistantMessage(TypedDict, total=False):
     reasoning_content: str | None
     """The reasoning before the answer, for servers that want it back."""
     audio: Mapping[str, Any] | None
-    """A dict with the `id` of an earlier reply in sound."""
+    """A dict with the `id` of an earlier audio reply."""
 
 
 class ToolMessage(TypedDict):
@@ -171,7 +171,7 @@ class FunctionDefinition(TypedDict, total=False):
     name: Required[str]
     """The name of the function: letters, digits, `_` and `-`, at most 64 of them."""
     description: str
-    """What the function does, for the model."""
+    """A description of the function for the model."""
     parameters: Mapping[str, Any]
     """The JSON schema of the arguments: an object."""
     strict: bool | None
@@ -230,7 +230,7 @@ class JSONSchema(TypedDict, total=False):
     name: Required[str]
     """A name for the schema: letters, digits, `_` and `-`."""
     description: str
-    """What the answer is for, for the model."""
+    """A description of the answer's purpose for the model."""
     schema: Mapping[str, Any]
     """The JSON schema itself."""
     strict: bool | None
