@@ -279,7 +279,7 @@ _MISPLACED_IN_API_BASE: Final = {
     "set": "pass a list of URLs",
 }
 
-_ENDPOINTS: Final = ("chat/completions", "completions", "responses", "embeddings", "models", "messages")
+_ENDPOINT_PATHS: Final = ("chat/completions", "completions", "responses", "embeddings", "models", "messages")
 """The paths that follow a base URL in examples for curl, from which people copy the URL."""
 
 
@@ -338,7 +338,7 @@ def normalize_api_base(api_base: str) -> str:
 
 
 def _refuse_endpoint(shown: str, path: str) -> None:
-    for endpoint in _ENDPOINTS:
+    for endpoint in _ENDPOINT_PATHS:
         if path.endswith(f"/{endpoint}"):
             raise LLMValidationError(
                 f"api_base {shown} is the URL of an endpoint", hint=f"leave out '/{endpoint}' at its end"

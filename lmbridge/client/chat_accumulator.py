@@ -261,7 +261,7 @@ class ChatAccumulator:
             self._choices[index] = choice
         was_finished, finishes = choice.finish_reason is not None, part.get("finish_reason")
         if was_finished or finishes:
-            has_text = _has_text(part["delta"])
+            has_text = _adds_to_answer(part["delta"])
             self._goes_on |= was_finished and has_text
             if finishes:
                 self.ends_with_text = has_text
@@ -478,7 +478,7 @@ class _ChoiceAccumulator:
         return choice if self._choice_fields is None else choice | copy_fields(self._choice_fields)
 
 
-def _has_text(delta: Mapping[str, Any]) -> bool:
+def _adds_to_answer(delta: Mapping[str, Any]) -> bool:
     """Returns whether a delta has a piece of an answer: some text, or a piece of a call."""
     return any(
         value and (key in ("tool_calls", "function_call") or (isinstance(value, str) and not is_label(key)))

@@ -24,7 +24,7 @@ _Chunk = TypeVar("_Chunk")
 _Reply_co = TypeVar("_Reply_co", covariant=True)
 
 
-def _text_in(pieces: Iterable[Piece]) -> str:
+def _join_text(pieces: Iterable[Piece]) -> str:
     return "".join(piece.text for piece in pieces if piece.kind == "text")
 
 
@@ -139,7 +139,7 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
         after that part.
         """
         splitter = ReasoningSplitter()
-        return StreamedText(self, lambda chunk: _text_in(splitter.feed(chunk)), lambda: _text_in(splitter.close()))
+        return StreamedText(self, lambda chunk: _join_text(splitter.feed(chunk)), lambda: _join_text(splitter.close()))
 
     async def __anext__(self) -> ChatCompletionChunk:
         """Returns the next chunk.

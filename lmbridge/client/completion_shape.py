@@ -123,7 +123,7 @@ def complete_chunk(chunk: Mapping[str, Any], field: Literal["delta", "text"]) ->
         TypeError, ValueError, AttributeError: The chunk holds something of the wrong kind, which cannot be ignored.
     """
     choices = chunk.get("choices")
-    is_complete = _has_delta if field == "delta" else _has_text
+    is_complete = _has_complete_delta if field == "delta" else _has_complete_text
     if type(choices) is list and all(map(is_complete, choices)):
         return chunk
     return {**chunk, "choices": _complete_choices(choices, field)}
@@ -141,14 +141,14 @@ def flatten_choice_in_slices(choice: Any, field: Literal["delta", "text"]) -> Ge
     return choice
 
 
-def _has_delta(choice: Any) -> bool:
+def _has_complete_delta(choice: Any) -> bool:
     if type(choice) is not dict or type(delta := choice.get("delta")) is not dict:
         return False
     content = delta.get("content")
     return (content is None or isinstance(content, str)) and _has_plain_fields(choice)
 
 
-def _has_text(choice: Any) -> bool:
+def _has_complete_text(choice: Any) -> bool:
     return type(choice) is dict and type(choice.get("text")) is str and _has_plain_fields(choice)
 
 

@@ -71,8 +71,7 @@ class PromptSize:
 
     @property
     def is_clearly_too_long(self) -> bool:
-        """Whether the prompt is too long for certain: the count is exact, or it would not fit even if the estimate were
-        far too high."""
+        """Whether the prompt is too long for certain: by an exact count, or by a wide margin."""
         return self.tokens > (self.context_length if self.exact else _CLEARLY_TOO_LONG * self.context_length)
 
     def describe(self) -> str:

@@ -44,7 +44,7 @@ _NO_DECISION_MODEL: Final = re.compile(r"not a decision model|does not support .
 """What llama.cpp and vLLM say of a model that is not a decision model."""
 _NOT_IMPLEMENTED: Final = 501
 _MODEL_HINT: Final = "ask a decision model, such as openjev, or leave out fallback=False"
-_SERVER_HINT: Final = "update the server: LM Studio, llama.cpp, vLLM and Ollama have it since autumn 2026"
+_NO_ENDPOINT_HINT: Final = "update the server: LM Studio, llama.cpp, vLLM and Ollama have had one since autumn 2026"
 _LOGPROBS_HINT: Final = (
     "use a decision model, or a chat model of a server that reports log probabilities; LM Studio's chat completions do"
     " not"
@@ -173,7 +173,7 @@ def _refusal_in(error: LLMError, reply: Reply, model: str | None) -> LLMError | 
         return LLMResponseError(
             "the server has no endpoint for decisions",
             error,
-            hint=_SERVER_HINT,
+            hint=_NO_ENDPOINT_HINT,
             status=reply.status,
             body=error.body,
             context=reply.call.context(),

@@ -162,7 +162,7 @@ _PATH_HINT: Final = "the server does not know this path; check api_base"
 _TLS_HINT: Final = "the server expects TLS; api_base must begin with https://"
 _PROXY_LOGIN_HINT: Final = "put a user and a password into the URL of the proxy: http://user:password@host:port"
 _PROXY_LOGIN_REQUIRED: Final = 407
-_LOAD_HINT: Final = (
+_NO_MODEL_HINT: Final = (
     "load a model first: on LM Studio's developer page, with `lms load`, or with the options that start the server"
 )
 _EVICTED_HINT: Final = (
@@ -330,7 +330,7 @@ def _hint(kind: type[LLMError], error_body: ErrorBody, status: int | None) -> st
         if _MODEL_EVICTED.search(error_body.searched_text):
             return _EVICTED_HINT
         if _NO_MODEL_LOADED.search(error_body.searched_text):
-            return _LOAD_HINT
+            return _NO_MODEL_HINT
     return _HINTS[kind] if kind in _HINTS else _hint_for_other_error(error_body, status)
 
 

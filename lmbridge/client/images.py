@@ -13,7 +13,7 @@ from lmbridge._text import shorten
 from lmbridge.errors import LLMValidationError
 from lmbridge.types import ImagePart
 
-_FORMATS: Final = {
+_IMAGE_FORMATS: Final = {
     "image/png": re.compile(rb"\x89PNG\r\n\x1a\n"),
     "image/jpeg": re.compile(rb"\xff\xd8\xff"),
     "image/gif": re.compile(rb"GIF8[79]a"),
@@ -30,7 +30,7 @@ _OTHER_FORMATS: Final = {
     "a PDF": re.compile(rb"%PDF-"),
 }
 """How files of other formats begin, so that errors can name the format."""
-_MEDIA_TYPES: Final = frozenset({*_FORMATS, "image/jpg"})
+_MEDIA_TYPES: Final = frozenset({*_IMAGE_FORMATS, "image/jpg"})
 _QUOTED_ARGUMENT_CHARACTERS: Final = 200
 """The number of characters of an argument that an error quotes."""
 _SOURCES_HINT: Final = "give a path, the bytes of a file, or a data URL like 'data:image/png;base64,...'"
@@ -64,7 +64,7 @@ def image_part(source: str | os.PathLike[str] | bytes) -> ImagePart:
     data = _read_source(source)
     if not data:
         raise LLMValidationError("the image is empty", hint=_SOURCES_HINT)
-    media_type = next((kind for kind, start in _FORMATS.items() if start.match(data)), None)
+    media_type = next((kind for kind, start in _IMAGE_FORMATS.items() if start.match(data)), None)
     if media_type is None:
         other = next((name for name, start in _OTHER_FORMATS.items() if start.match(data[:1000])), None)
         found = f"begins with {data[:12]!r}, which is" if other is None else f"is {other},"

@@ -25,8 +25,8 @@ decode_strictly: Final[Callable[[bytes | str], Any]] = msgspec.json.Decoder().de
 
 _FLAT_TYPES: Final = frozenset({str, int, bool, type(None), CheckedList})
 """The classes of values that can be sent as they are, without a check of their contents."""
-_DEEPEST: Final = 200
-"""The number of lists and dicts inside each other that a body may have. A list that contains itself has more."""
+_DEEPEST_BODY: Final = 200
+"""How deep lists and dicts may be nested in a body. A list that contains itself exceeds any limit."""
 _QUOTED_KEY_CHARACTERS: Final = 50
 """The number of characters of a wrong key that the error quotes."""
 _QUOTED_PATH_CHARACTERS: Final = 100
@@ -121,19 +121,19 @@ def _as_plain(value: Any, path: str, depth: int) -> Any:
         if not math.isfinite(number):
             raise LLMValidationError(f"{path} is {number!r}, which JSON does not have", hint="give a finite number")
         return number
-    if depth > _DEEPEST and isinstance(value, Mapping | Sequence):
-        raise _refusal(value, path, "it is nested too deeply, or contains itself")
+    if depth > _DEEPEST_BODY and isinstance(value, Mapping | Sequence):
+        raise _unsendable_error(value, path, "it is nested too deeply, or contains itself")
     if isinstance(value, Mapping):
         plain: dict[str, Any] = {}
         for key, child in value.items():
             name = _as_key(key, value, path)
             if name in plain:
-                raise _refusal(value, path, f"it has the key {name!r} twice, as a string and as a number")
+                raise _unsendable_error(value, path, f"it has the key {name!r} twice, as a string and as a number")
             plain[name] = _as_plain(child, _path_of(path, name), depth + 1)
         return plain
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return [_as_plain(child, f"{path}[{number}]", depth + 1) for number, child in enumerate(value)]
-    raise _refusal(value, path)
+    raise _unsendable_error(value, path)
 
 
 def _as_text(value: str | UserString, path: str) -> str:
@@ -147,7 +147,7 @@ def _as_text(value: str | UserString, path: str) -> str:
             joined.encode()
         except UnicodeEncodeError as exc:
             half = joined[exc.start]
-            raise _refusal(value, path, f"it has half of a surrogate pair, {half!r}, at {exc.start}") from exc
+            raise _unsendable_error(value, path, f"it has half of a surrogate pair, {half!r}, at {exc.start}") from exc
         return joined
     return text
 
@@ -158,7 +158,7 @@ def _as_key(key: object, value: object, path: str) -> str:
     # Token ids are the keys of `logit_bias`.
     if isinstance(key, int) and not isinstance(key, bool):
         return int.__repr__(key)
-    raise _refusal(value, path, f"its key {shorten(repr(key), _QUOTED_KEY_CHARACTERS)} is not a string")
+    raise _unsendable_error(value, path, f"its key {shorten(repr(key), _QUOTED_KEY_CHARACTERS)} is not a string")
 
 
 def _path_of(path: str, key: str) -> str:
@@ -167,7 +167,7 @@ def _path_of(path: str, key: str) -> str:
     return f"{path}.{key}" if key.isidentifier() else f"{path}[{key!r}]"
 
 
-def _refusal(value: object, path: str, reason: str | None = None) -> LLMValidationError:
+def _unsendable_error(value: object, path: str, reason: str | None = None) -> LLMValidationError:
     # The path to a list that contains itself repeats the same index.
     place = shorten(path, _QUOTED_PATH_CHARACTERS) or "the request"
     if reason is not None:

@@ -21,7 +21,7 @@ from lmbridge._checks import is_integer, is_number
 from lmbridge.client.subschemas import map_subschemas, references_in, resolve_reference
 
 _TYPES: Final = ("string", "number", "integer", "boolean", "array", "object", "null")
-_FORMATS: Final = ("date", "date-time", "time", "uuid")
+_STRING_FORMATS: Final = ("date", "date-time", "time", "uuid")
 """The formats that both llama.cpp and llguidance know. llguidance refuses a schema with any other format."""
 _SIMPLE_PATTERN: Final = re.compile(r"\^(?:[^\\(]|\((?!\?)|\\[^a-zA-Z0-9])*\$", re.DOTALL)
 """Patterns that every version of llama.cpp knows. Older ones answer 400 to any other."""
@@ -48,7 +48,7 @@ _KEYWORDS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "type": lambda value: value in _TYPES,
     "enum": lambda value: isinstance(value, list) and bool(value),
     "pattern": lambda value: isinstance(value, str) and _SIMPLE_PATTERN.fullmatch(value) is not None,
-    "format": lambda value: value in _FORMATS,
+    "format": lambda value: value in _STRING_FORMATS,
     "uniqueItems": lambda value: isinstance(value, bool),
     "description": lambda value: isinstance(value, str),
     "examples": lambda value: isinstance(value, list),

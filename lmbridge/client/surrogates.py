@@ -20,7 +20,7 @@ Halves: TypeAlias = dict[tuple[Any, ...], str]
 
 _T = TypeVar("_T")
 
-_DEEPEST: Final = 100
+_DEEPEST_IN_SLICES: Final = 100
 """The number of nested lists and dicts whose values are processed one by one, with pauses for other tasks. A value that
 is nested more deeply is processed in one step."""
 _BACKSLASH: Final = ord("\\")
@@ -80,7 +80,7 @@ def _replace_in(value: Any, number: Iterator[int], depth: int = 0) -> Generator[
         yield
     if isinstance(value, str):
         return join_surrogates(value)
-    if depth > _DEEPEST:
+    if depth > _DEEPEST_IN_SLICES:
         return replace_lone_surrogates(value)
     if isinstance(value, dict):
         fields: dict[Any, Any] = {}

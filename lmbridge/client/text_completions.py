@@ -31,7 +31,7 @@ class TextStream(CompletionStream[TextCompletionChunk, TextCompletion]):
 
     def text(self) -> StreamedText:
         """Returns an iterator over the pieces of the text; of several answers, only the first one counts."""
-        return StreamedText(self, _text_in)
+        return StreamedText(self, _text_of_chunk)
 
 
 async def request_text_completion(
@@ -57,5 +57,5 @@ def _has_texts(value: dict[str, Any]) -> bool:
     return complete_text_reply(value) and bool(value["choices"])
 
 
-def _text_in(chunk: Mapping[str, Any]) -> str:
+def _text_of_chunk(chunk: Mapping[str, Any]) -> str:
     return "".join(choice.get("text") or "" for choice in chunk["choices"] if not choice.get("index"))

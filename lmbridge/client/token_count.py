@@ -52,7 +52,7 @@ class _Endpoint:
     field: str
 
 
-_ENDPOINTS: Final = (
+_COUNT_ENDPOINTS: Final = (
     _Endpoint("/chat/completions/input_tokens", below_root=False, field="input_tokens"),  # llama.cpp
     _Endpoint("/tokenize", below_root=True, field="count"),  # vLLM
 )
@@ -82,7 +82,7 @@ async def _counted_by(server: ServerApi, body: Mapping[str, Any]) -> int | None:
     """Returns the number of tokens that a server counts, or None if it has no endpoint for this."""
     transport, known = server.transport, _known_endpoints()
     is_certain = True
-    for endpoint in known.get(transport, _ENDPOINTS):
+    for endpoint in known.get(transport, _COUNT_ENDPOINTS):
         request = server.build_post(
             "token count",
             endpoint.path,

@@ -80,7 +80,7 @@ def failure_of(exc: Exception, connect_timeout: float | None) -> ConnectionFaile
     """Returns the failure that one of the exceptions in `socks_errors` stands for."""
     refused, unreachable, _ = socks_errors()
     if isinstance(exc, refused):
-        return faults.connection_failed(_refusal(exc), str(exc), exc)
+        return faults.connection_failed(_refusal_fault(exc), str(exc), exc)
     if isinstance(exc, unreachable):
         reason = exc.__cause__.__cause__ if exc.__cause__ is not None else None
         text = "" if reason is None else faults.describe_os_error(reason)
@@ -88,7 +88,7 @@ def failure_of(exc: Exception, connect_timeout: float | None) -> ConnectionFaile
     return ConnectionFailed(faults.timed_out("connect", connect_timeout, exc, step="proxy"), unsent=True)
 
 
-def _refusal(exc: Exception) -> faults.Fault:
+def _refusal_fault(exc: Exception) -> faults.Fault:
     """Returns the fault for a proxy that did not open a connection to the server."""
     is_login = any(text in str(exc) for text in _LOGIN_TEXTS)
     status = 407 if is_login else _HTTP_STATUSES.get(getattr(exc, "error_code", None) or 0, 502)
