@@ -2,8 +2,8 @@
 
 A browser lets any web page send requests to any address, including the loopback interface. A page cannot read the
 answers of another site. But its author can make a domain name point to 127.0.0.1 (DNS rebinding), and the browser then
-takes the server for the page's own site. So the name in `Host` has to be one of the server's, and `Origin`, if it is
-sent, has to name the same host.
+treats the server as the page's own site. So the name in `Host` has to be one of the server's names, and `Origin`, if it
+is sent, has to name the same host.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class HostNames:
 
     Args:
         host: The address that the server listens on.
-        allowed: Further names.
+        allowed: Further names that are accepted.
     """
 
     def __init__(self, host: str, allowed: Iterable[str] = ()) -> None:
@@ -64,8 +64,8 @@ def bearer_token(authorization: str) -> str | None:
 
 
 def is_same_key(sent: str, key: str) -> bool:
-    """Returns whether a client has sent the right key. It takes the same time wherever the first difference is."""
-    # A sent byte that is not valid UTF-8 is half of a surrogate pair here. It must not become another character.
+    """Returns whether a client has sent the right key, in a time that does not depend on where the keys differ."""
+    # A byte that is not valid UTF-8 has been decoded to half of a surrogate pair. It must not become another character.
     return hmac.compare_digest(sent.encode("utf-8", "surrogatepass"), key.encode("utf-8", "surrogatepass"))
 
 

@@ -1,6 +1,7 @@
-"""Reads the ids of JSON-RPC messages, with the mistakes that servers make with them.
+"""Reads the ids of JSON-RPC messages, even those that servers write in a wrong form.
 
-`testing` records what MCP servers send, and imports no layer, so this module belongs to the ground floor.
+`lmbridge.testing` uses this module to record what MCP servers send, and must not import any layer. So this module
+belongs to the ground floor.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 _LONGEST_ID: Final = 20
-"""The number of digits of an id, given as a text, that are read. Our own ids have ten."""
+"""The most digits that are read of an id in a string. The ids of lmbridge have ten."""
 
 
 def read_id(value: Any) -> str | int | None:

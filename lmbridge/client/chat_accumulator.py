@@ -460,7 +460,7 @@ class _ChoiceAccumulator:
             merge_field(self._message_fields, key, value)
 
     def calls(self) -> Iterable[dict[str, Any]]:
-        """Returns an iterator over the calls so far, each of which is put together when its turn comes."""
+        """Returns an iterator over the calls so far. It builds the dict of each call only when it reaches the call."""
         return () if self._tool_calls is None else self._tool_calls.calls()
 
     def as_dict(self, index: int, calls: Iterable[dict[str, Any]]) -> dict[str, Any]:

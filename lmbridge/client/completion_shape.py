@@ -34,7 +34,7 @@ their spellings. An unknown reason is accepted, because servers invent new ones.
 _MAX_INDEX_DIGITS: Final = 9
 """The length up to which a string is read as the index of a choice."""
 _EMPTY_VALUES: Final = ("", False, 0)
-"""Values besides null that stand for no choices or no delta. An empty list or dict does, too."""
+"""The values besides null, empty lists and empty dicts that servers send in place of choices or a delta."""
 
 
 # Plain replies

@@ -192,7 +192,7 @@ def report_lost_model(call: Call, error: LLMError) -> None:
 
 
 def report_loss(call: Call, status: int, body: bytes) -> None:
-    """Does what `report_lost_model` does for an error reply that no caller gets, because another server is asked.
+    """Does what `report_lost_model` does, for an error reply that no caller gets, because another server is asked.
 
     The transport calls this function as the `report_loss` of a request.
     """

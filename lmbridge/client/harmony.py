@@ -97,7 +97,7 @@ class HarmonyReader:
             return
         self._state = "body"
 
-    # Each of these methods reads up to the end of its state, and returns whether it has come to that end.
+    # Each of these methods reads to the end of the state that it is named after, and returns whether it got there.
 
     def _read_header(self) -> bool:
         end = self._text.find(_MESSAGE, self._position, self._position + _LONGEST_HEADER)

@@ -7,8 +7,9 @@
 - Ollama: `POST /api/generate` without a prompt loads a model, and with `keep_alive: 0` unloads it
   (https://docs.ollama.com/api/generate).
 
-A llama.cpp or vLLM server with a single model can only list it. Only the list of models decides when a wait is over,
-and never an event, because events may be missed, and older routers name them differently.
+A llama.cpp or vLLM server with a single model can only list it. Whether a model has been loaded, unloaded or downloaded
+is decided by the list of models and never by an event, because events may be missed, and older routers name them
+differently.
 """
 
 from __future__ import annotations

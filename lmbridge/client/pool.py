@@ -108,8 +108,8 @@ class LLMClientPool(NotCopyable):
         self._size = pool_size
         # This client checks the options and owns what all leases share. It is never handed out.
         self._client = LLMClient(**options)
-        # The references are weak, so that a client that is dropped frees its slot. The keys are ids, because an id is
-        # still known while the client is being collected, when the weak reference may already be dead.
+        # The references are weak, so that a client that is dropped frees its slot. The keys are the results of `id`,
+        # which are still known while the client is garbage-collected, when the weak reference may already be dead.
         self._leases: dict[int, weakref.ref[PooledClient]] = {}
         self._waiters: dict[_Waiter, None] = {}
         # A heap of the same waiters, in the order in which they are served. Those that have left are skipped.

@@ -55,9 +55,9 @@ _FINISHED_PART_EVENTS: Final = {
 class ResponseAccumulator:
     """Merges the events of a response into the response so far.
 
-    An item is known by its id and by its `output_index`. If the two contradict each other, the index decides, because
-    some servers give an item another id in each event. Others leave ids or indices out (llama.cpp leaves out all
-    indices). A piece without either belongs to the newest item, and to the newest part of it.
+    An item is recognized by its id and by its `output_index`. If the two contradict each other, the index decides,
+    because some servers give an item another id in each event. Other servers leave ids or indices out (llama.cpp leaves
+    out all indices). A piece that has neither belongs to the newest item, and to the newest part of it.
 
     Attributes:
         has_begun: Whether any event was added.
@@ -299,7 +299,7 @@ class _ItemAccumulator:
 
     def _part_list(self, list_name: str) -> list[dict[str, Any]]:
         if not self._fields.get(list_name):
-            # The list is new, so that the events that the caller holds do not change.
+            # This creates a new list, so that the events that the caller holds do not change.
             self._fields[list_name] = []
         return cast("list[dict[str, Any]]", self._fields[list_name])
 

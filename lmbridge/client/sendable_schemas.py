@@ -339,7 +339,7 @@ def _as_object_schema(whole: dict[str, Any]) -> dict[str, Any]:
     branches = whole.pop("anyOf", [])
     objects = [branch for branch in branches if branch.get("type", "object") == "object"]
     if whole.get("type", "object") != "object" or (branches and not objects):
-        raise ValueError("it is not of an object")
+        raise ValueError("the schema is not that of an object")
     if objects:
         required = set.intersection(*(set(branch.get("required", ())) for branch in objects))
         kept = [name for name in objects[0].get("required", ()) if name in required]

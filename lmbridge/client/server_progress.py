@@ -46,7 +46,8 @@ class ModelLoading:
 
 
 def reports_progress(data: bytes) -> bool:
-    """Returns whether the data of an event is the progress of a prompt. Within a text, the quotes would be escaped."""
+    """Returns whether the data of an event is the progress of a prompt."""
+    # The same words in the text of an answer do not match, because the quotation marks are escaped there.
     return b'"prompt_progress"' in data
 
 

@@ -44,7 +44,7 @@ def connect(api_base: str | Sequence[str] | None, **options: Any) -> BaseTranspo
     return NodePool([Transport(each, **options) for each in api_base])
 
 
-# What the pool asks
+# The models of a server, which the pool asks for
 
 
 @attrs.frozen
@@ -78,7 +78,7 @@ async def find_models(transport: Transport) -> _ListedModels:
     return _ListedModels(await describe(server, None))
 
 
-# What is asked of all servers
+# Questions to all servers
 
 
 async def ask_each(server: ServerApi, ask: Callable[[ServerApi], Awaitable[_T]]) -> dict[str, _T | LLMError]:

@@ -168,7 +168,7 @@ async def parse(
             reply = await collect(await ask_streamed(messages, **penalty))
         except LLMResponseError as refusal:
             if repeated is not None and refusal.status in _REFUSALS:
-                # The server does not accept the penalty. What had arrived without it says more.
+                # The server does not accept the penalty. The error of the attempt without the penalty says more.
                 raise repeated from refusal
             raise
         try:

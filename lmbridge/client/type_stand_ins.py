@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 
 class _TypeReader(Protocol):
-    """What msgspec needs to know about a type that it does not support."""
+    """Provides the JSON schema of a type that msgspec does not support, and converts values to the type."""
 
     @property
     def parts(self) -> Sequence[Any]:

@@ -165,7 +165,7 @@ def blamed_on_proxy(fault: Fault, *, unsent: bool) -> Fault:
     """Returns the fault for a failure that concerns the proxy, and not the server behind it.
 
     Args:
-        fault: The fault as if there were no proxy.
+        fault: The fault that the failure would be if there were no proxy.
         unsent: Whether the proxy had not even opened a connection to the server.
     """
     if fault in (NOT_CONNECTED, PROXY_UNREACHABLE):
