@@ -335,7 +335,10 @@ def test_a_tool_with_its_own_schema_gets_plain_json_values() -> None:
         (("x", "", {}, "print"), "tool 'x': its function cannot be called: 'print'"),
         (("x", "", None, print), "tool 'x': its parameters must be a JSON schema, not None; pass a dict"),
         (("x", "", [], print), r"tool 'x': its parameters must be a JSON schema, not \[\]"),
-        (("x", "", {"type": "array"}, print), "tool 'x': its parameters cannot be sent: the schema is not that of an object"),
+        (
+            ("x", "", {"type": "array"}, print),
+            "tool 'x': its parameters cannot be sent: the schema is not that of an object",
+        ),
         (
             ("x", "", {"properties": {"a": {"enum": [object()]}}}, print),
             "tool 'x': its parameters cannot be sent: properties.a.enum",

@@ -28,7 +28,7 @@ def test_the_top_of_the_schema_is_an_object(schema: dict[str, Any]) -> None:
     "schema", [{"type": "array"}, {"type": "string"}, {"anyOf": [{"type": "string"}, {"type": "null"}]}]
 )
 def test_parameters_that_are_not_an_object_are_refused(schema: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="it is not of an object"):
+    with pytest.raises(ValueError, match="the schema is not that of an object"):
         simplify_parameters(schema)
 
 
@@ -312,7 +312,7 @@ def test_every_schema_becomes_a_valid_schema_of_an_object_or_is_refused(schema: 
     try:
         sent = simplify_parameters(schema)
     except ValueError as exc:
-        assert str(exc) == "it is not of an object"  # noqa: PT017 - it need not be raised
+        assert str(exc) == "the schema is not that of an object"  # noqa: PT017 - it need not be raised
         return
     assert sent["type"] == "object"
     jsonschema.Draft202012Validator.check_schema(sent)
