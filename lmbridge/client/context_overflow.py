@@ -82,7 +82,8 @@ class PromptSize:
     def was_cut(self, counted: object) -> bool:
         """Returns whether the server has left out a part of the prompt, by the tokens that it has read.
 
-        A prompt that fills the whole context leaves no room for an answer, so it is what is left of a longer one.
+        If the tokens that it has read fill the whole context, there is no room for an answer. So they must be the rest
+        of a longer prompt.
         """
         if not is_integer(counted) or counted <= 0:
             return False

@@ -219,7 +219,7 @@ class ModelValidator(NotCopyable):
                 await self._client.close()
 
     def _current_cache(self) -> TTLCache[str, _ModelIds]:
-        """Returns the cache without the lists that are too old by now, which are counted."""
+        """Drops the lists that are too old by now, counts them, and returns the cache."""
         self._now = self._timer()
         self._expirations += len(self._cache.expire())
         return self._cache

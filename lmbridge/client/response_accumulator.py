@@ -72,7 +72,7 @@ class ResponseAccumulator:
         self._response: dict[str, Any] = {}
         self._final_output: list[Any] = []
         self._items: list[_ItemAccumulator] = []
-        # The newest item with each id, and with each pair of an id and an index; and the newest item with each index.
+        # The newest item for each id, and for each pair of an id and an index; and the newest item for each index.
         self._by_id: dict[Any, _ItemAccumulator] = {}
         self._by_index: dict[int, _ItemAccumulator] = {}
 

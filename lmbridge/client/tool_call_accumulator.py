@@ -43,8 +43,8 @@ class ToolCallAccumulator:
 
     def __init__(self) -> None:
         self._calls: list[_PartialCall] = []
-        # The newest call with each id, with each pair of an id and an index, and with each pair of an id and a name;
-        # and the newest call with each index. Searching all calls for each piece would take seconds for thousands of
+        # The newest call for each id, for each pair of an id and an index, and for each pair of an id and a name; and
+        # the newest call for each index. Searching all calls for each piece would take seconds for thousands of
         # calls.
         self._by_id: dict[Any, _PartialCall] = {}
         self._by_index: dict[Any, _PartialCall] = {}
@@ -188,7 +188,7 @@ class _PartialCall:
     def is_ended_by_object(self, arguments: Any) -> bool:
         """Returns whether arguments that arrive with the id and the name of this call are those of a new call.
 
-        That is so if they begin an object, although the arguments of this call are complete. An empty piece after
+        That is so if they begin an object, and the arguments of this call are already complete. An empty piece after
         complete arguments, which some servers send, belongs to this call.
         """
         begins_object = arguments.lstrip(_JSON_WHITESPACE).startswith("{") if isinstance(arguments, str) else arguments

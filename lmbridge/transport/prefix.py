@@ -1,8 +1,8 @@
 """Recognizes conversations, so that a request goes to the server that has read the beginning of its prompt before.
 
-A server keeps the prompts that it has processed for a while. The next request of a conversation repeats the whole
-conversation, so at that server only its new end has to be read. The pool therefore remembers where each conversation
-was answered last.
+For a while, a server keeps the prompts that it has processed in a cache. The next request of a conversation repeats the
+whole conversation, so this server has to read only the new end. The pool therefore remembers which server has answered
+each conversation last.
 
 A conversation is recognized by the bytes of its leading messages. The alternative, an id that the caller passes, would
 not be known to a gateway, and would be wrong as soon as a conversation is trimmed or branches. The JSON is not decoded

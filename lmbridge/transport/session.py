@@ -18,8 +18,8 @@ and everything that is done about them is in this module:
   server may send "100 Continue" or an extension of a chunk forever. So a `ConnectionGuard` stands between each
   connection and aiohttp. The answer of a proxy to `CONNECT` is read before anything public is called, so `_Connector`
   overrides a private method for it; a test notices if that method is no longer called.
-- *It decompresses without a limit*, or without noticing that the end is missing; see
-  `lmbridge.transport.decompression`, which does it instead.
+- *It decompresses without a limit*, or without noticing that the end is missing. So
+  `lmbridge.transport.decompression` decompresses in its place.
 - *It limits connecting, but not the resolution of a name.* `_Resolver` does.
 - *It forgets the reader of a body with broken chunk framing.* Its compiled parser closes the connection, and stores the
   error in the protocol object, where only the reader of a *head* looks. The reader of the body would wait until a time
@@ -306,7 +306,7 @@ def _open_response(response: aiohttp.ClientResponse, request: HttpRequest) -> Ht
     """Returns a response whose body can be read.
 
     Raises:
-        ConnectionFailed: The body is compressed, or divided, in a way that is not supported.
+        ConnectionFailed: The body is compressed or transferred in a way that is not supported.
     """
     transfer_coding = response.headers.get(hdrs.TRANSFER_ENCODING, "chunked")
     # aiohttp reads a body with any other coding until the connection ends, as if it were not encoded.

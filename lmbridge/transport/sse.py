@@ -155,8 +155,8 @@ class SSEDecoder:
         complete, _, rest = data.rpartition(b"\n\n")
         if self._data is None and self._name is None and complete.startswith(_DATA):
             payloads = complete[len(_DATA) :].split(_BETWEEN_EVENTS)
-            # A line feed anywhere else means that there is more than data in single lines. Counting all line feeds
-            # would take ten times as long as looking for one in the joined payloads.
+            # A line feed anywhere else means that the bytes have another form. Counting all line feeds would take ten
+            # times as long as looking for one in the joined payloads.
             if _LF not in b"".join(payloads) and _LF not in rest and b"" not in payloads:
                 events += payloads
                 return rest

@@ -46,7 +46,7 @@ class ServerStats:
     """The limits that are in force: those that were given, or that the server has reported, with no more
     `max_loaded_models` than the server is known to hold. They do not count when two of these objects are compared."""
     is_available: bool = True
-    """Whether the server gets requests. One of several servers that has failed gets none until it answers again."""
+    """Whether the server gets requests. If one of several servers has failed, it gets none until it answers again."""
     by_model: Mapping[str | None, ModelStats]
     """The same numbers for each model that this server was asked for."""
 
