@@ -137,8 +137,8 @@ async def run_together(works: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
     try:
         raise error
     finally:
-        # The traceback of the exception refers to this frame. If the frame referred to the exception as well, both would
-        # be kept alive until a garbage collection.
+        # The traceback of the exception refers to this frame. If the frame referred to the exception as well, only the
+        # garbage collector could free the two.
         del error
 
 
