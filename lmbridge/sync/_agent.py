@@ -194,7 +194,7 @@ class Agent(Wrapper):
         context_overflow: What happens if a prompt is longer than the model's context even after compaction, or if the
             server has silently cut a prompt, as Ollama does. "warn" adds a warning to `RunResult.warnings`, and "raise"
             raises `ContextLengthExceededError`. Default: "warn".
-        max_bad_calls: A run ends after this many consecutive replies without a single valid call. Default: 5.
+        max_bad_calls: A run ends after this many consecutive replies whose calls were all invalid. Default: 5.
         on_limit: What happens when `max_rounds`, `max_total_tokens` or `repetition_limit` is used up. With "answer",
             the model is asked for its best answer in one more round without tools; the `stop_reason` of the result
             names the limit. With "raise", `max_rounds` raises a `MaxRoundsExceededError`, and the other two limits
@@ -208,18 +208,18 @@ class Agent(Wrapper):
             reply on, the model gets a warning with the result. None allows any number of repetitions without a warning,
             for tasks in which they are normal, such as building again after each edit. Default: 5.
         deduplicate_calls: Whether identical calls of one reply are made only once, and all of them get that result.
-            Pass False if the model may want such a call to be made several times, like the throw of a die. Default:
+            Pass False if the model may want such a call to be made several times, such as the roll of a die. Default:
             True.
-        read_text_calls: Whether calls are made that the model wrote as text, and that the server did not recognize.
+        read_text_calls: What happens to calls that the model wrote as text, and that the server did not recognize.
             "always" makes them wherever they are meant as calls, "whole" only if the reply consists of nothing else,
             and "never" makes none. The run must have the tools that they name. Default: "always".
-        repair_calls: Whether a call with small mistakes is made if there is only one way to read it, and its arguments
-            are valid when read in this way. Such mistakes are single quotes or a missing bracket in the JSON, and names
-            such as `getWeather` for `get_weather`. Such a call has `repaired` set, which `approve` can check.
-            Arguments that were cut off are never completed. Default: True.
+        repair_calls: Whether a call with small mistakes is made, provided that it can be read in only one way and that
+            its arguments are then valid. Small mistakes are, for example, single quotes or a missing bracket in the
+            JSON, or the name `getWeather` for `get_weather`. A repaired call has `repaired` set, which `approve` can
+            check. Arguments that were cut off are never completed. Default: True.
         constrain_retries: Whether the reply after an invalid call is constrained to the JSON schema of its tool, by a
             `response_format`, so that the model corrects the call and does nothing else. This is done once after each
-            such call. After a server has refused such a request, no other one is sent to it. Default: True.
+            invalid call. A server that has refused a constrained request gets no further ones. Default: True.
         tool_search: What happens to tools whose definitions do not fit into `max_definition_tokens`. With "auto", the
             model gets a tool `find_tools` with which it can find them. A tool that it finds, or that it calls by its
             name, is offered for the rest of the run. With "never", all tools are offered; only those of MCP servers are
@@ -586,10 +586,9 @@ class Agent(Wrapper):
 
         The run has the same options, model and id as before. Only the functions, objects and types that a journal
         cannot keep have to be passed again. The conversation, the usage and the limits of the run continue where they
-        were. A call that had ended is not made again. A call that had started, and of which it is not known whether it
-        ended, is made again only if its tool is `idempotent`; otherwise the model reads that it may have happened. If
-        the run is already finished, its result is returned. So this method can be called again and again until it
-        returns::
+        were. A call that had ended is not made again. A call that had started, and may or may not have ended, is made
+        again only if its tool is `idempotent`; otherwise the model reads that it may have happened. If the run is
+        already finished, its result is returned. So this method can be called again and again until it returns::
 
             result = Agent.resume("runs.db", client=client, tools=[read_report])
 
@@ -610,8 +609,8 @@ class Agent(Wrapper):
             `raw`. The result of a run that was already finished has no `log`.
 
         Raises:
-            JournalError: The journal cannot be used, it has no such run or several of them, the run is in progress
-                elsewhere, or its model, tools or options are not those with which it began.
+            JournalError: The journal cannot be used, it has no such run, it has several runs and `run_id` is None, the
+                run is in progress elsewhere, or its model, tools or options are not those with which it began.
             LLMError: The run failed, as for `run`.
         """
         result: RunResult[Any] = cls._await(
@@ -633,8 +632,8 @@ class Agent(Wrapper):
         """Changes the model for runs that do not name one, once the runs that block the change have ended.
 
         With "isolate", the runs that did not name a model are cancelled. With "cancel", all runs with another model
-        are cancelled, and with "drain" the switch waits for their end. If the call is cancelled while it waits, the
-        model is unchanged.
+        are cancelled. With "drain", the switch waits until these runs have ended. If this method is cancelled while it
+        waits, the model is unchanged.
 
         Args:
             model: The name of the new model.

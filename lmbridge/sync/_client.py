@@ -68,7 +68,7 @@ class ChatStream(Stream[ChatCompletionChunk]):
         ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: The server reported this error.
         LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
         ContextLengthExceededError: At the end: the server has cut the prompt (only with `context_overflow="raise"`,
-            and with the usage in the stream).
+            and only if the stream reports the usage).
         ModelMismatchError: The model that answers was not asked for (only with `model_mismatch="raise"`).
         ModelChangedDuringExecutionError: Another model continued the answer (except with `model_mismatch="ignore"`).
         TaskCancelledError: The stream was closed, by another task or before its end.
@@ -570,8 +570,8 @@ class LLMClient(Owner):
             request rises by 1 for every `Limits.max_wait` seconds, up to the highest priority among those that wait.
             The priority is not sent to the server.
         model_mismatch: What happens if the model that answers is not the one that was asked for. "warn", the default,
-            logs a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing, not
-            even if another model continues an answer in the middle of a stream.
+            logs a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing. If
+            another model continues an answer in the middle of a stream, that is an error except with "ignore".
         ssl: The TLS context for https, for example with a certificate authority of your own. Default: aiohttp's default
             context.
         context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
@@ -709,7 +709,7 @@ class LLMClient(Owner):
 
     @property
     def with_raw_response(self) -> RawResponses:
-        """The methods of this client, with the status and headers of each HTTP response beside its reply."""
+        """The methods of this client, which then return each reply with the status and headers of its HTTP response."""
         result: RawResponses = self._call(lambda: self.wrapped.with_raw_response)
         return result
 
@@ -1028,8 +1028,8 @@ class LLMClient(Owner):
         """Answers typed questions about a text or a JSON value, with the probability of each possible answer.
 
         Decision models do this in a single pass and without writing anything (`POST /v1/systemone`, else `POST
-        /v1/decisions`). If the model is an ordinary chat model, it is asked for the label of an answer, and the
-        probabilities are those of the labels (`logprobs`); then `calibrated` is False, and a warning is logged once.
+        /v1/decisions`). An ordinary chat model is asked for the label of an answer instead, and the probabilities are
+        those of the labels (`logprobs`). Then `calibrated` is False, and a warning is logged once.
 
         For example::
 
@@ -1074,9 +1074,10 @@ class LLMClient(Owner):
     ) -> TokenCount:
         """Counts the tokens of a prompt, with the chat template and the tools, without generating anything.
 
-        llama.cpp (`POST /v1/chat/completions/input_tokens`) and vLLM (`POST /tokenize`) count exactly. LM Studio and
-        Ollama cannot; for them the result is an estimate, with `exact=False`, and so it is for a model that llama.cpp's
-        router has not loaded, because a count never loads a model. The request does not queue behind generations.
+        llama.cpp (`POST /v1/chat/completions/input_tokens`) and vLLM (`POST /tokenize`) count exactly. With other
+        servers, such as LM Studio and Ollama, the result is an estimate, with `exact=False`. It is also an estimate for
+        a model that llama.cpp's router has not loaded, because a count never loads a model. The request does not queue
+        behind generations.
 
         For example::
 
