@@ -380,6 +380,10 @@ class Toolset:
         meant = find_meant_name(asked, self._request_names)
         return None if meant is None else self._request_names[meant]
 
+    def _describe_unknown(self, asked: str) -> str:
+        """Returns what the model reads about a call of a tool that does not exist."""
+        return describe_unknown(asked, self.names, self._tools)
+
 
 async def collect_tools(
     tools: Sequence[Tool | Callable[..., Any] | ToolProvider],
