@@ -265,9 +265,7 @@ class Toolset:
         call_id, asked = str(call.get("id") or ""), asked_name(call)
         sent, problem, inexact = decode_arguments(arguments_of(call))
         if name is None:
-            return InvalidCall(
-                call_id, asked, describe_unknown(asked, self.names, self._tools), bad_arguments=_are_bad(sent)
-            )
+            return InvalidCall(call_id, asked, self._describe_unknown(asked), bad_arguments=_are_bad(sent))
         tool, decoded = self._tools[name], sent
         if decoded is None and problem is None:
             decoded, problem = check_missing_arguments(tool)
