@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lmbridge import Agent, LLMClient, TextDelta
+from lmbridge.agent.text_calls.finding import read_text_calls
 from lmbridge.agent.text_calls.held_text import HeldText
 from lmbridge.testing import ScriptedServer, answer, sse
 from tests.agent.call_examples import EXAMPLES, JSON
@@ -51,6 +52,8 @@ def test_nothing_of_a_call_is_shown(example: Any, before: str) -> None:
         "functools.partial is a function.",
         "Actions speak louder.\nAction: none.\n",
         "<b>bold</b> <table>\n<tr>",
+        f"For example:\n\n    {JSON}\n",
+        f"For example:\n\n \t  {JSON}\n",
     ],
 )
 def test_an_ordinary_answer_is_shown_before_its_end(text: str) -> None:
@@ -58,6 +61,16 @@ def test_an_ordinary_answer_is_shown_before_its_end(text: str) -> None:
         seen, held = shown([*pieces, " More text follows here, and it is long enough." * 4])
         assert seen.startswith(text.rstrip())
         assert (seen + held.rest(None)).startswith(text)
+
+
+@pytest.mark.parametrize("before", ["      ", "\n     ", "So:\n   ", "```json\n      ", "So:\n```\n      "])
+def test_an_indented_call_is_held_if_it_is_read_as_one(before: str) -> None:
+    text = before + JSON + ("\n```" if "```" in before else "")
+    assert read_text_calls(text) is not None
+    for pieces in (list(text), [text]):
+        seen, held = shown(pieces)
+        assert seen.strip() in ("", "So:")
+        assert seen + held.rest(None) == text
 
 
 def test_in_whole_mode_nothing_is_held_after_a_text() -> None:

@@ -28,6 +28,7 @@ from lmbridge.agent.text_calls.syntaxes import (
     PARAMETERS,
     SYNTAX_OF,
     CallSyntax,
+    begins_line,
 )
 
 _SPACE: Final = re.compile(r"\s*")
@@ -156,13 +157,9 @@ class CallReader:
     def _syntax_at(self, position: int) -> CallSyntax | None:
         match = OPENING.match(self._text, position)
         syntax = None if match is None else SYNTAX_OF.get(match[0])
-        if syntax is not None and syntax.opening in AT_LINE_START and not self._is_at_line_start(position):
+        if syntax is not None and syntax.opening in AT_LINE_START and not begins_line(self._text, position):
             return None
         return syntax
-
-    def _is_at_line_start(self, position: int) -> bool:
-        line = self._text.rfind("\n", 0, position) + 1
-        return position - line <= 3 and not self._text[line:position].strip()
 
     def _skip(self, position: int) -> int:
         space = _SPACE.match(self._text, position)

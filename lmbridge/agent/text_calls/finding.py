@@ -16,7 +16,15 @@ from typing import Any, Final, NamedTuple
 from lmbridge.agent.argument_json import decode_written_at
 from lmbridge.agent.text_calls.call_reader import CallReader, Region, TextCall
 from lmbridge.agent.text_calls.quotations import is_quoted, speaks_about_calls
-from lmbridge.agent.text_calls.syntaxes import MARKS, OPENING, OPENING_WITHOUT_WORDS, SYNTAX_OF, UNMARKED, WORDS
+from lmbridge.agent.text_calls.syntaxes import (
+    MARKS,
+    OPENING,
+    OPENING_WITHOUT_WORDS,
+    SYNTAX_OF,
+    UNMARKED,
+    WORDS,
+    begins_line,
+)
 from lmbridge.client.reasoning import split_reasoning
 
 # Matches tokens of chat templates, except for those with which a call begins, such as `<|python_tag|>`.
@@ -174,7 +182,7 @@ def _regions_in(text: str, reader: CallReader) -> Iterator[Region]:
         start = opening.start()
         is_bare = opening[0] not in SYNTAX_OF
         fence = fences.around(start)
-        if is_bare and not _begins_line(text, start, fence):
+        if is_bare and not (begins_line(text, start) or _begins_fence(text, start, fence)):
             position = opening.end()
             continue
         if text[start - 1 : start] == "`" and not text.startswith("`", start):
@@ -197,12 +205,9 @@ def _opening_pattern_for(text: str) -> re.Pattern[str]:
     return OPENING if any(word in text for word in WORDS) else OPENING_WITHOUT_WORDS
 
 
-def _begins_line(text: str, start: int, fence: _Fence | None) -> bool:
-    """Returns whether a position is the beginning of a line, or of the content of a fenced block."""
-    line = text.rfind("\n", 0, start) + 1
-    if text[line:start].strip() or start - line > 3:
-        return fence is not None and not text[fence.content : start].strip()
-    return True
+def _begins_fence(text: str, start: int, fence: _Fence | None) -> bool:
+    """Returns whether a position is the beginning of the content of a fenced block."""
+    return fence is not None and not text[fence.content : start].strip()
 
 
 def _whole_fence(text: str, region: Region, fence: _Fence) -> Region:

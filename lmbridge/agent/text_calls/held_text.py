@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from lmbridge.agent.text_calls.syntaxes import AT_LINE_START, OPENING, SYNTAX_OF
+from lmbridge.agent.text_calls.syntaxes import AT_LINE_START, MOST_INDENTED, OPENING, SYNTAX_OF, begins_line
 
 _FENCE: Final = re.compile(r"(?:\A|\n)[ \t]{0,3}(`{3}\w{0,20}[ \t]*\n\s{0,50})\Z")
 _PREFIXES: Final = frozenset(opening[:length] for opening in SYNTAX_OF for length in range(1, len(opening)))
@@ -39,8 +39,9 @@ class HeldText:
         self._is_tool = is_tool
         self._is_whole = is_whole
         self._passed: list[str] = []
-        # Whether the last line of the text that was passed on has nothing but white space.
-        self._is_line_blank = True
+        # Whether something other than white space was passed on, and how the last line of the text so far begins.
+        self._has_passed_text = False
+        self._line = ""
         self._last_shown = " "
         # The text that is held, and the position in it from which the search for openings goes on.
         self._held = ""
@@ -60,8 +61,9 @@ class HeldText:
         if shown:
             self._passed.append(shown)
             self._last_shown = shown[-1]
-            line = shown.rpartition("\n")
-            self._is_line_blank = (bool(line[1]) or self._is_line_blank) and not line[2].strip()
+            self._has_passed_text = self._has_passed_text or not shown.isspace()
+            _, line_break, line = shown.rpartition("\n")
+            self._line = (line if line_break else self._line + line)[: MOST_INDENTED + 1]
         return shown
 
     def rest(self, text_before_calls: str | None) -> str:
@@ -80,13 +82,13 @@ class HeldText:
     def _end_of_text(self) -> int:
         """Returns the position up to which the held text can be shown."""
         text = self._held
-        if self._is_whole and any(piece.strip() for piece in self._passed):
+        if self._is_whole and self._has_passed_text:
             return len(text)
         while (opening := OPENING.search(text, self._position)) is not None:
             start = opening.start()
             may_be_call = self._may_be_call(opening)
             if may_be_call is not False:
-                fence = _FENCE.search(text, 0, start)
+                fence = self._fence_before(start)
                 begin = start if fence is None else fence.start(1)
                 if may_be_call:
                     self._rest = []
@@ -98,7 +100,7 @@ class HeldText:
         """Returns whether a call begins at an opening; None if that is not clear yet."""
         syntax = SYNTAX_OF.get(opening[0])
         needs_line = syntax is None or syntax.opening in AT_LINE_START
-        if needs_line and not self._begins_line(opening.start()):
+        if needs_line and not self._begins_line(opening.start()) and self._fence_before(opening.start()) is None:
             return False
         is_clear = len(self._held) - opening.end() >= _EXAMINED_CHARACTERS
         if syntax is not None:
@@ -112,8 +114,13 @@ class HeldText:
         return bool(self._is_tool(name[1] or name[2]))
 
     def _begins_line(self, position: int) -> bool:
-        line = self._held.rfind("\n", 0, position) + 1
-        return not self._held[line:position].strip() and (line > 0 or self._is_line_blank)
+        # White space at the beginning of the reply is removed before its calls are read.
+        is_first = not self._has_passed_text and not self._held[:position].strip()
+        return is_first or begins_line(self._held, position, line_before=self._line)
+
+    def _fence_before(self, position: int) -> re.Match[str] | None:
+        """Returns the line that opens a fenced block whose content begins at a position, or None."""
+        return _FENCE.search(self._held, max(0, position - _LONGEST_PARTIAL), position)
 
     def _begin_of_partial_opening(self) -> int:
         """Returns the position from which the held text may be a partial opening, or else the length of the text."""

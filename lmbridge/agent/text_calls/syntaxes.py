@@ -179,7 +179,24 @@ AT_LINE_START: Final = (
     "```tool_call",
     "function call<|role_sep|>",
 )
-"""Openings that begin a call only at the beginning of a line."""
+"""Openings that begin a call only at the beginning of a line; see `begins_line`."""
+MOST_INDENTED: Final = 3
+"""How many spaces may precede a call on its line. In Markdown, a line with more of them is code."""
+
+
+def begins_line(text: str, position: int, *, line_before: str = "") -> bool:
+    """Returns whether a position of a text is the beginning of a line, apart from a few spaces.
+
+    Args:
+        text: The text.
+        position: The position.
+        line_before: What precedes the text on its first line. Default: nothing.
+    """
+    # One character more than the spaces shows whether the line has more of them. Its beginning may be far away.
+    begin = max(0, position - MOST_INDENTED - 1)
+    before = text[begin:position] if begin else line_before + text[:position]
+    line = before.rpartition("\n")[2]
+    return len(line) <= MOST_INDENTED and not line.strip()
 
 
 class ParameterSyntax(NamedTuple):
