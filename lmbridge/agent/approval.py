@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 from lmbridge._tasks import ITEMS_PER_STEP
+from lmbridge._text import shorten
 from lmbridge.agent.planned_calls import PlannedCall
 from lmbridge.agent.run_record import RunRecord
 from lmbridge.agent.settings import Approve
@@ -24,6 +25,8 @@ _HINT: Final = (
     "approve must return True or False, a text that tells the model why not, or the ToolCall to make instead;"
     " the call was not made"
 )
+_SHOWN_OF_DECISION: Final = 100
+"""How many characters of a wrong decision an error quotes."""
 
 
 class Approval:
@@ -44,7 +47,8 @@ class Approval:
         """Asks about each call that can be made, one after the other, and notes the decision in it.
 
         Raises:
-            LLMError: `approve` raised an exception, or returned a call that cannot be made.
+            LLMError: `approve` raised an exception, or returned a call that cannot be made, or something other than
+                a decision.
         """
         approve = self._approve
         if approve is None:
@@ -55,12 +59,11 @@ class Approval:
             # Nobody would want to refuse a search for tools.
             if isinstance(each.read, ReadyCall) and each.read.call.tool is not self._toolset.finder:
                 decision = await self._ask(approve, each.read.call)
-                if isinstance(decision, ToolCall) and decision != each.read.call:
-                    each.edited = self.read_edited(decision, each.read.call)
-                elif isinstance(decision, str) and decision.strip():
-                    each.refusal = f"Refused: {decision}"
-                elif not decision or isinstance(decision, str):
-                    each.refusal = _REFUSAL
+                if isinstance(decision, ToolCall):
+                    if decision != each.read.call:
+                        each.edited = await self.read_edited(decision, each.read.call)
+                elif decision is not True:
+                    each.refusal = self._refusal_of(decision)
 
     async def _ask(self, approve: Approve, call: ToolCall) -> bool | str | ToolCall:
         try:
@@ -76,7 +79,24 @@ class Approval:
                 context={"operation": "agent run", "model": self._record.model},
             ) from exc
 
-    def read_edited(self, edited: ToolCall, requested: ToolCall) -> ReadyCall:
+    def _refusal_of(self, decision: Any) -> str:
+        """Returns the refusal that a decision stands for.
+
+        Raises:
+            LLMError: The value is not a decision. A value such as `(False, "no")`, which is true in Python, must not
+                approve the call.
+        """
+        if isinstance(decision, str):
+            return f"Refused: {decision}" if decision.strip() else _REFUSAL
+        if decision is None or (isinstance(decision, int) and not decision):
+            return _REFUSAL
+        raise LLMError(
+            f"approve returned {shorten(repr(decision), _SHOWN_OF_DECISION)}, which is not a decision",
+            hint=_HINT,
+            context={"operation": "agent run", "model": self._record.model},
+        )
+
+    async def read_edited(self, edited: ToolCall, requested: ToolCall) -> ReadyCall:
         """Returns the call that the user wants in place of the one that the model has requested.
 
         Raises:
@@ -84,7 +104,7 @@ class Approval:
         """
         name = self._toolset.find_request_name(edited.name) or edited.name
         call = {"id": requested.id, "function": {"name": name, "arguments": edited.arguments}}
-        read = self._toolset.read(call)
+        (read,) = await self._toolset.read_all([call])
         if isinstance(read, ReadyCall):
             return read
         raise LLMError(

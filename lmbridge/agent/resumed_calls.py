@@ -17,7 +17,9 @@ from lmbridge.agent.toolset import ReadyCall
 from lmbridge.errors import JournalError
 
 
-def replay_decisions(planned: Iterable[PlannedCall], recorded: Mapping[int, RecordedCall], approval: Approval) -> None:
+async def replay_decisions(
+    planned: Iterable[PlannedCall], recorded: Mapping[int, RecordedCall], approval: Approval
+) -> None:
     """Takes over the state that the calls of a reply had before the interruption.
 
     Args:
@@ -41,6 +43,6 @@ def replay_decisions(planned: Iterable[PlannedCall], recorded: Mapping[int, Reco
         if not isinstance(each.read, ReadyCall):
             continue
         if call.edited is not None:
-            each.edited = approval.read_edited(call.edited, each.read.call)
+            each.edited = await approval.read_edited(call.edited, each.read.call)
         tool = (each.edited or each.read).call.tool
         each.is_uncertain = call.has_started and not (tool is not None and tool.is_idempotent)

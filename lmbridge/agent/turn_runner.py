@@ -192,7 +192,7 @@ class TurnRunner:
             if self._settings.approve is not None:
                 await self._approval.decide(planned)
         elif recorded := self._journal.calls_of_reply():
-            replay_decisions(planned, recorded, self._approval)
+            await replay_decisions(planned, recorded, self._approval)
         else:
             await self._approval.decide(planned)
             await self._journal.plan(await list_in_slices(map(PlannedCall.for_journal, planned)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import attrs
@@ -14,6 +15,7 @@ from lmbridge import (
     LLMError,
     LLMValidationError,
     TaskCancelledError,
+    Tool,
     ToolCall,
     ToolCallFinished,
     ToolCallStarted,
@@ -24,6 +26,7 @@ from lmbridge.agent.history import History
 from lmbridge.agent.model_reply import ModelReply
 from lmbridge.agent.pause import PauseGate
 from lmbridge.agent.run_record import RunRecord
+from lmbridge.agent.schema_check_limit import STEPS_AT_ONCE, spend_steps
 from lmbridge.agent.settings import Settings
 from lmbridge.agent.toolset import Toolset
 from lmbridge.agent.turn_runner import TurnRunner
@@ -423,6 +426,34 @@ async def test_a_refusal_without_a_reason_says_what_to_do(
     scripted_server.script(calls(asks("add", a=1, b=2)), answer("Then not."))
     result = await Agent(client, tools=[add], approve=lambda _call: decision).run("1 + 2?")
     assert tool_texts(result.messages)[0].startswith("Refused: this call is not allowed.")
+
+
+@pytest.mark.parametrize("decision", [(False, "no"), 1, 0.0, [], {"approved": False}], ids=repr)
+async def test_a_value_that_is_not_a_decision_does_not_approve_a_call(
+    scripted_server: ScriptedServer, client: LLMClient, decision: Any
+) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer("never"))
+    with pytest.raises(LLMError, match=r"approve returned .*, which is not a decision; approve must") as caught:
+        await Agent(client, tools=[add], approve=lambda _call: decision).run("1 + 2?")
+    assert "Not called" in tool_texts(caught.value.partial.messages)[0]
+
+
+async def test_an_edited_call_that_takes_long_to_check_is_read_in_a_thread(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    threads: list[bool] = []
+
+    def convert(values: Any) -> dict[str, Any]:
+        if values["n"] == 2:
+            threads.append(threading.current_thread() is not threading.main_thread())
+            spend_steps(STEPS_AT_ONCE)
+        return dict(values)
+
+    tool = Tool("double", "Doubles.", {"properties": {"n": {"type": "integer"}}}, lambda n: 2 * n, _convert=convert)
+    scripted_server.script(calls(asks("double", n=1)), answer("4"))
+    agent = Agent(client, tools=[tool], approve=lambda call: attrs.evolve(call, arguments={"n": 2}))
+    assert (await agent.run("2 * 2?")).log[0].tool_calls[0].raw == 4
+    assert threads == [False, True]
 
 
 async def test_an_edited_call_is_made_in_place_of_the_requested_one(

@@ -124,7 +124,7 @@ class Bridge:
             arguments: The arguments as the host sent them; they are validated here.
             report: Sends a progress notification. Default: None, which reports nothing.
         """
-        call = self._toolset.read({"function": {"name": name, "arguments": dict(arguments)}})
+        (call,) = await self._toolset.read_all([{"function": {"name": name, "arguments": dict(arguments)}}])
         if isinstance(call, InvalidCall):
             return HostAnswer([call.text], is_error=True)
         progress = HostProgressReporter(report)
