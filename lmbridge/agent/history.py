@@ -167,7 +167,9 @@ class History:
         self._shortened_calls: set[tuple[str, str]] = set()
         self._turn: Turn | None = None
         self.image_place: ImagePlace = "user"
+        # The last turn, if its results have images, and the number of characters to which its results were shortened.
         self._turn_with_images: Turn | None = None
+        self._kept_of_last_results: dict[str, int] = {}
         # The fields that send the reasoning of a message back. The keys are the positions in `_messages`.
         self._reasoning: dict[int, Mapping[str, str]] = {}
         self._sends_reasoning = False
@@ -214,7 +216,7 @@ class History:
         Args:
             ended: True if the run has ended, so that the missing results will never arrive.
         """
-        return [_copy_message(message) for message in self._conversation(ended=ended)]
+        return copy_messages(self._conversation(ended=ended))
 
     async def snapshot_in_slices(self) -> list[Message]:
         """Returns the copy that `snapshot` returns for a run that has ended, without blocking the event loop."""
@@ -332,13 +334,21 @@ class History:
         self.image_place = place
         if self._turn_with_images is None:
             return
-        old = self._groups_after_task[-1]
+        turn, old = self._turn_with_images, self._groups_after_task[-1]
+        shortened = attrs.evolve(turn, results={key: self._shortened(key, each) for key, each in turn.results.items()})
         # The first message stays, because reasoning may have been added to it.
-        new = [old[0], *list(self._turn_with_images.as_messages(ended=True, image_place=place))[1:]]
+        self._messages[-len(old) :] = [old[0], *list(turn.as_messages(ended=True, image_place=place))[1:]]
+        new = [old[0], *list(shortened.as_messages(ended=True, image_place=place))[1:]]
         self.size += sum(map(size_of, new)) - sum(map(size_of, old))
-        self._messages[-len(old) :] = new
         old[:] = new
         self._to_send = None
+
+    def _shortened(self, call_id: str, result: Message | None) -> Message | None:
+        """Returns a result of the last turn in the form that is sent, without its images."""
+        kept = self._kept_of_last_results.get(call_id)
+        if result is None or kept is None:
+            return result
+        return {**result, "content": truncate_output(result["content"], kept)}
 
     @property
     def fixed_size(self) -> int:
@@ -398,6 +408,7 @@ class History:
             # Each character takes at least a byte. The note about the omitted ones takes some as well.
             left = max(kept, length - excess * length // total - _OMISSION_BYTES)
             if excess > 0 and length > left + _OMISSION_BYTES:
+                self._kept_of_last_results[group[place]["tool_call_id"]] = left
                 self._replace_result(group, place, left)
                 count += 1
         return count
@@ -444,7 +455,7 @@ class History:
         self._to_send = None
 
     def _append(self, messages: list[Message], size: int) -> None:
-        self._turn_with_images = None
+        self._turn_with_images, self._kept_of_last_results = None, {}
         self._messages.extend(messages)
         self._groups_after_task.append(messages)
         if self._to_send is not None:
@@ -507,11 +518,13 @@ def _results_of_calls(group: Sequence[Message]) -> Iterator[tuple[int, tuple[str
 # Copies
 
 
-def _copy_message(message: Message) -> Message:
-    copied = _copy_without_calls(message)
-    if calls := copied.get("tool_calls"):
-        copied["tool_calls"] = list(map(_copy_call, calls))
-    return copied
+def copy_messages(messages: Iterable[Message]) -> list[Message]:
+    """Returns a copy of the messages of a run, which can be changed without an effect on the originals."""
+    copies = list(map(_copy_without_calls, messages))
+    for message in copies:
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = list(map(_copy_call, calls))
+    return copies
 
 
 def _copy_without_calls(message: Message) -> Message:

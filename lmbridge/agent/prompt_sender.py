@@ -113,6 +113,8 @@ class PromptSender:
                 if not self._move_refused_images(error):
                     raise
                 refusals.append(error)
+                # A note in place of the images may have made the prompt longer.
+                await self._compactor.fit()
             else:
                 self._learn_image_place(first_place, refusals)
                 return reply

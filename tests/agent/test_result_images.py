@@ -12,6 +12,7 @@ from lmbridge import Agent, LLMAuthenticationError, LLMClient, LLMResponseError,
 from lmbridge.agent.result_images import NOT_SHOWN, split_images
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, reply, sse
 from tests.agent.support import asks, calls, check_valid, generations, sent
+from tests.agent.test_compaction import know_context
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
 IMAGE: Any = image_part(PNG)
@@ -139,6 +140,29 @@ async def test_images_are_sent_where_the_server_takes_them(
     await agent.run("Look.")
     assert len(generations(scripted_server)) == requests + 2
     assert places_of_images(sent(scripted_server)["messages"]) == places
+
+
+@pytest.mark.parametrize("roles", [("user",), ("user", "tool")])
+async def test_results_that_were_shortened_stay_short_when_their_images_are_moved(
+    scripted_server: ScriptedServer, client: LLMClient, roles: tuple[str, ...]
+) -> None:
+    def read() -> Any:
+        """Reads a long page with a picture."""
+        return ["page " * 4_000, IMAGE]
+
+    know_context(scripted_server, 4_000)
+    scripted_server.default = refuses(*roles)
+    scripted_server.script(calls(asks("read")))
+    result = await Agent(client, tools=[read]).run("Read.")
+    texts = [_text_of(sent(scripted_server, number)["messages"][2]) for number in range(1, len(roles) + 2)]
+    assert all("characters omitted" in text and len(text) < 12_000 for text in texts)
+    (full,) = (_text_of(message) for message in result.messages if message["role"] == "tool")
+    assert "page " * 4_000 in full
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    return str(content if isinstance(content, str) else content[0]["text"])
 
 
 async def test_a_model_that_the_server_calls_blind_is_not_sent_images(
