@@ -170,7 +170,7 @@ class RunResult(Generic[OutputT]):
     """The result of a run that has ended, or the state of a run that is still in progress."""
 
     text: str
-    """The text of the model's last reply. If `stop_reason` is "stop", it is the answer."""
+    """The text of the model's last reply. If `has_answer` is True, it is the answer."""
     model: str | None
     """The model of the run; None before the run is admitted, and if the server chose it without naming it."""
     rounds: int
@@ -188,6 +188,9 @@ class RunResult(Generic[OutputT]):
     # Every run that returns with an output type has an output, so the type does not include None.
     output: OutputT = attrs.field(default=None)
     """The answer as an instance of the run's `output_type`; None if the run has no `output_type` or has not ended."""
+    has_answer: bool = False
+    """Whether `text` is an answer: the run ended with "stop", or at a limit with an answer that the model gave in an
+    additional round (see `on_limit` of `Agent`)."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
     """The errors of the tool sources, such as MCP servers, that failed; the run went on without these. The keys are
     their names."""

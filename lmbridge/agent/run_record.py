@@ -139,6 +139,7 @@ class RunRecord:
             usage=RunUsage(**self.usage),
             reasoning=self.reasoning,
             output=self.output,
+            has_answer=stop_reason == "stop" or self.has_last_words,
             errors=dict(self.errors),
             log=tuple(self.log),
             warnings=tuple(self.warnings),

@@ -18,7 +18,7 @@ from lmbridge.agent.cancel import OwnTask
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.client_source import ClientSource
 from lmbridge.agent.events import RunEvent, RunFinished
-from lmbridge.agent.history import History
+from lmbridge.agent.history import History, copy_messages
 from lmbridge.agent.journal_interface import FinishedRun, RunJournal
 from lmbridge.agent.loop import RunLoop
 from lmbridge.agent.pause import PauseGate
@@ -32,7 +32,7 @@ from lmbridge.agent.tool_search import ToolSearchOptions
 from lmbridge.agent.tool_sources import RunInfo, ToolSources
 from lmbridge.agent.toolset import Toolset
 from lmbridge.client.content_parts import text_of_part
-from lmbridge.client.structured import answer_format_of
+from lmbridge.client.structured import InvalidAnswerError, answer_format_of
 from lmbridge.errors import JournalError, LLMError, MaxRoundsExceededError, RunIncompleteError, TaskCancelledError
 from lmbridge.observe.watches import RunWatch
 
@@ -121,7 +121,9 @@ class RunHandle(NotCopyable, Generic[OutputT]):
     @property
     def messages(self) -> list[dict[str, Any]]:
         """A copy of the conversation so far, which is valid at any moment and can be continued by another run."""
-        return self.partial.messages if self._finished else self._record.history.snapshot(ended=self.done)
+        if self._finished is not None:
+            return copy_messages(self._finished.messages)
+        return self._record.history.snapshot(ended=self.done)
 
     @property
     def partial(self) -> RunResult:
@@ -281,12 +283,25 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         return result
 
     def _replay_result(self, finished: FinishedRun) -> RunResult:
-        """Returns the result of a run that was already finished, or raises the error with which it ended."""
-        self._stop_reason, self._record.has_last_words = finished.result.stop_reason, finished.has_last_words
+        """Returns the result of a run that was already finished, or raises the error with which it ended.
+
+        Raises:
+            RunIncompleteError: See `_checked`.
+            JournalError: The output type does not accept the output of the run.
+        """
         result, output_type = finished.result, self._settings.output_type
-        if output_type is not None and (result.stop_reason == "stop" or finished.has_last_words):
-            result = attrs.evolve(result, output=answer_format_of(output_type).decode(result.text))
-        self._finished = result
+        if output_type is not None and result.has_answer:
+            try:
+                output = answer_format_of(output_type).decode(result.text)
+            except InvalidAnswerError as error:
+                # A type may have the same schema as before, and still refuse a value that it accepted then.
+                raise JournalError(
+                    f"the run {self.id!r} cannot be resumed: its output type does not accept its output: {error}",
+                    problem="mismatch",
+                    hint="pass the same output_type= as when it was begun",
+                ) from error
+            result = attrs.evolve(result, output=output)
+        self._stop_reason, self._finished = result.stop_reason, result
         return self._checked(result)
 
     async def _run_to_result(self) -> RunResult:
@@ -322,15 +337,14 @@ class RunHandle(NotCopyable, Generic[OutputT]):
             RunIncompleteError: The run has used up its rounds, or lacks its output.
         """
         stop = result.stop_reason
-        if stop == "max_rounds" and not self._record.has_last_words:
+        if stop == "max_rounds" and not result.has_answer:
             raise MaxRoundsExceededError(
                 f"the run did not come to an answer within {result.rounds} rounds",
                 result=result,
                 hint=f"{ENDINGS['max_rounds'][1]}; the run so far is in .result",
                 context={"operation": "agent run", "model": result.model},
             )
-        has_output = stop == "stop" or self._record.has_last_words
-        if self._settings.output_type is not None and not has_output:
+        if self._settings.output_type is not None and not result.has_answer:
             meaning, hint = ENDINGS[stop]
             raise RunIncompleteError(
                 f"the run ended without its output: {meaning}",

@@ -26,6 +26,7 @@ async def test_a_run_at_its_limit_gives_its_best_answer(
     scripted_server.script(CALL, answer("Probably 3."))
     result = await Agent(client, tools=[add], on_limit="answer", tool_choice="auto", **options).run("1 + 2?")
     assert (result.text, result.stop_reason, result.rounds) == ("Probably 3.", stop, 2)
+    assert result.has_answer
     last = sent(scripted_server)
     assert "tools" not in last
     assert "tool_choice" not in last
@@ -53,6 +54,7 @@ async def test_a_run_whose_last_words_are_none_ends_like_any_other(
         await Agent(client, tools=[add], max_rounds=1, on_limit="answer").run("1 + 2?")
     check_valid(caught.value.result.messages)
     assert caught.value.result.messages[-1]["role"] == "tool"
+    assert not caught.value.result.has_answer
 
 
 async def test_last_words_that_were_cut_off_have_a_warning(scripted_server: ScriptedServer, client: LLMClient) -> None:

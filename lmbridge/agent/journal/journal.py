@@ -122,12 +122,12 @@ def find_run(database: Database, run_id: str | None) -> StoredRun:
     Raises:
         JournalError: The run does not exist, or several runs can be meant.
     """
-    runs = database.runs()
     if run_id is not None:
         run = database.run(run_id)
         if run is None:
-            raise database.error("run", f"the journal has no run {run_id!r}", _name_one(database, runs))
+            raise database.error("run", f"the journal has no run {run_id!r}", _name_one(database, database.runs()))
         return run
+    runs = database.runs()
     candidates = [run for run in runs if run.state != "finished"]
     if not candidates and len(runs) == 1:
         candidates = runs

@@ -16,6 +16,7 @@ from lmbridge.agent.journal.database import Database, StoredStep
 from lmbridge.agent.journal.journal import JournalState, read_start
 from lmbridge.agent.journal.journal_file import JournalFile
 from lmbridge.agent.journal.steps import RunStart, Step, encode, encode_step
+from lmbridge.errors import JournalError
 
 _T = TypeVar("_T")
 
@@ -32,7 +33,8 @@ class RunStore(Protocol):
         """Claims a run, adds it if it is new, and returns its steps.
 
         Raises:
-            JournalError: The journal cannot be used, or the run is in progress elsewhere or has another task.
+            JournalError: The journal cannot be used, or the run is in progress elsewhere, or has another task or output
+                type.
         """
         ...
 
@@ -40,6 +42,9 @@ class RunStore(Protocol):
         """Adds a step, and changes the state of the run unless it is None.
 
         The step is written even if the caller is cancelled.
+
+        Raises:
+            JournalError: The journal cannot be used, or the run is not open.
         """
         ...
 
@@ -69,7 +74,12 @@ class FileStore:
     async def open_run(self, run_id: str, start: RunStart) -> list[StoredStep]:
         """See `RunStore`."""
         if run_id not in self._files:
-            self._files[run_id] = await JournalFile.open(self._path)
+            file = await JournalFile.open(self._path)
+            # The store uses the file once for each run, even if the run was opened a second time in the meantime.
+            if run_id in self._files:
+                file.release()
+            else:
+                self._files[run_id] = file
 
         def open_run(database: Database) -> list[StoredStep]:
             if not database.locks.claim(run_id, self):
@@ -83,6 +93,9 @@ class FileStore:
             if (begun_with.task, begun_with.messages) != (start.task, start.messages):
                 hint = "give each task its own run_id"
                 raise database.error("mismatch", f"the run {run_id!r} was begun with another task", hint)
+            if mismatch := begun_with.output_mismatch(start.output_schema):
+                reason, hint = mismatch
+                raise database.error("mismatch", f"the run {run_id!r} cannot be resumed: {reason}", hint)
             return database.steps(run_id)
 
         return await self._submit(run_id, open_run, create=True)
@@ -110,4 +123,12 @@ class FileStore:
         await asyncio.wait([released])
 
     def _submit(self, run_id: str, function: Callable[[Database], _T], *, create: bool = False) -> asyncio.Future[_T]:
-        return self._files[run_id].submit(function, create=create)
+        file = self._files.get(run_id)
+        if file is None:
+            raise JournalError(
+                f"the run {run_id!r} was released while it was in progress",
+                problem="in_use",
+                hint="let only one program at a time have the run in progress",
+                path=self._path,
+            )
+        return file.submit(function, create=create)

@@ -61,6 +61,17 @@ class RunStart:
     version: str
     """The version of lmbridge that began the run."""
 
+    def output_mismatch(self, schema: Any) -> tuple[str, str] | None:
+        """Returns why the run cannot be resumed with an output of this schema, and what to do; None if it can be.
+
+        Args:
+            schema: The JSON schema of the output type with which the run would be resumed; None if there is none.
+        """
+        if schema == self.output_schema:
+            return None
+        reason = "it needs its output type" if schema is None else "its output type was another one"
+        return reason, "pass the same output_type= as when it was begun"
+
 
 @attrs.frozen(kw_only=True)
 class BegunStep:
@@ -299,6 +310,7 @@ def _finished_run(ended: EndedStep) -> FinishedRun:
         ),
         usage=ended.usage,
         reasoning=ended.reasoning,
+        has_answer=ended.stop_reason == "stop" or ended.has_last_words,
         errors={name: LLMError(text) for name, text in ended.errors.items()},
         warnings=tuple(ended.warnings),
     )

@@ -79,9 +79,8 @@ class FoundRun:
         if self.start.has_approve and given.approve is None:
             raise self._mismatch("its calls have to be approved", "pass the approve= or the gate= with which it began")
         schema = None if given.output_type is None else answer_format_of(given.output_type).schema
-        if _through_json(schema) != self.start.output_schema:
-            problem = "it needs its output type" if schema is None else "its output type was another one"
-            raise self._mismatch(problem, "pass the same output_type= as when it was begun")
+        if mismatch := self.start.output_mismatch(_through_json(schema)):
+            raise self._mismatch(*mismatch)
         try:
             return attrs.evolve(given, **self.start.settings)
         except TypeError as exc:

@@ -22,6 +22,8 @@ from lmbridge import Agent, Journal, JournalError, LLMClient, LLMResponseError, 
 from lmbridge.agent.journal.database import Database
 from lmbridge.agent.journal.journal_file import JournalFile
 from lmbridge.agent.journal.locks import RunLocks, _byte_of
+from lmbridge.agent.journal.run_store import FileStore
+from lmbridge.agent.journal.steps import BegunStep, RunStart
 from lmbridge.testing import ScriptedServer, answer, reply
 from tests.agent.journal.support import interrupt_after
 from tests.agent.support import add, asks, calls
@@ -353,3 +355,33 @@ def test_the_blocking_classes_have_journals(path: Path) -> None:
         again = lmbridge.sync.Agent.resume(path, client=client, tools=[add], run_id=run.id)
         assert again.text == "It is 3."
         assert json.loads(journal.export(run.id))["id"] == run.id
+
+
+async def test_a_run_that_is_named_is_found_although_another_one_is_damaged(path: Path) -> None:
+    make(path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("INSERT INTO runs VALUES ('two', 'long ago', 'unfinished', '{}')")
+        connection.commit()
+    assert json.loads(await Journal(path).export("one"))["id"] == "one"
+
+
+async def test_a_run_that_is_opened_twice_at_once_leaves_no_file_behind(path: Path) -> None:
+    start = RunStart(
+        task="Go.",
+        messages=None,
+        model=None,
+        settings={},
+        has_approve=False,
+        output_schema=None,
+        extra={},
+        version="1",
+    )
+    store = FileStore(path)
+    assert await asyncio.gather(store.open_run("one", start), store.open_run("one", start)) == [[], []]
+    await store.add_step("one", 0, BegunStep(model=None, tools=[]), None)
+    await store.release_run("one")
+    assert JournalFile._files == {}
+    with pytest.raises(JournalError, match="was released while it was in progress") as caught:
+        await store.add_step("one", 1, BegunStep(model=None, tools=[]), None)
+    assert (caught.value.problem, caught.value.path) == ("in_use", str(path))
+    await store.release_run("one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -235,6 +236,10 @@ async def test_a_finished_run_gives_its_result_without_a_request(
     handle = Agent(client).start("1 + 2?", journal=JournalEntry(journal, run_id=(await Journal(journal).runs())[0].id))
     assert (await handle.result()).text == handle.partial.text == "It is 3."
     assert handle.messages == result.messages
+    copied = handle.messages
+    copied.pop()
+    copied[1]["tool_calls"][0]["function"]["name"] = "sub"
+    assert handle.messages == handle.partial.messages == result.messages
 
 
 async def test_a_run_that_used_up_its_rounds_is_finished(
@@ -368,6 +373,52 @@ async def test_the_output_of_a_run_is_read_again(
         result = await Agent.resume(journal, client=client, tools=[add], output_type=Sum)
         assert result.output == Sum(3)
     assert len(generations(scripted_server)) == 4
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+async def test_a_repeated_run_needs_the_output_type_that_it_began_with(
+    scripted_server: ScriptedServer, client: LLMClient, journal: Path, is_finished: bool
+) -> None:
+    @attrs.frozen
+    class Sum:
+        value: int
+
+    agent, entry = Agent(client), JournalEntry(journal, run_id="sum")
+    if is_finished:
+        scripted_server.script(answer('{"value": 3}'))
+        await agent.run("Go.", journal=entry, output_type=Sum)
+    else:
+        await interrupt_after(scripted_server, agent, entry, output_type=Sum)
+    for wrong in (None, int):
+        handle = agent.start("Go.", journal=entry, output_type=wrong)
+        with pytest.raises(JournalError, match="output type") as caught:
+            await handle.result()
+        assert (caught.value.problem, handle.stop_reason) == ("mismatch", "error")
+    scripted_server.script(answer('{"value": 3}'))
+    assert (await agent.run("Go.", journal=entry, output_type=Sum)).output == Sum(3)
+
+
+async def test_an_output_that_its_type_no_longer_accepts_is_an_error_of_the_journal(
+    scripted_server: ScriptedServer, client: LLMClient, journal: Path
+) -> None:
+    limit = 5
+
+    @dataclass
+    class Sum:
+        value: int
+
+        def __post_init__(self) -> None:
+            if self.value > limit:
+                raise ValueError("too large")
+
+    agent, entry = Agent(client, output_type=Sum), JournalEntry(journal, run_id="sum")
+    scripted_server.script(answer('{"value": 3}'))
+    await agent.run("Go.", journal=entry)
+    limit = 2
+    handle = agent.start("Go.", journal=entry)
+    with pytest.raises(JournalError, match=r"does not accept its output.*too large") as caught:
+        await handle.result()
+    assert (caught.value.problem, handle.stop_reason) == ("mismatch", "error")
 
 
 async def test_images_of_results_stay_where_the_server_takes_them(
