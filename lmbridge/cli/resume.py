@@ -16,7 +16,7 @@ from lmbridge.cli.connection import connect_to_server
 from lmbridge.cli.exit_status import ExitStatus
 from lmbridge.cli.options import ApiBase, Debug, Json, Local, ServerOptions
 from lmbridge.cli.queue_times import QueueTimes
-from lmbridge.cli.run import MCP_SERVERS, RunOutput, make_agent, open_tools, show_run
+from lmbridge.cli.run import LOCAL_MODEL, MCP_SERVERS, RunOutput, make_agent, open_tools, show_run
 from lmbridge.cli.terminal import Terminal
 from lmbridge.cli.tool_options import Approval, McpConfigFile, ToolOptions, TrustProject
 
@@ -76,8 +76,10 @@ async def _resume_run(
     found = await find(str(journal), run_id)
     names: Sequence[str] = found.start.extra.get(MCP_SERVERS) or ()
     queue = QueueTimes()
+    # The embedded server is started with the file of its model, and not with the name that it gives the model.
+    model = found.start.extra.get(LOCAL_MODEL) if server.local else found.model
     async with AsyncExitStack() as stack:
-        model_server = attrs.evolve(server, model=found.model)
+        model_server = attrs.evolve(server, model=model)
         connection = await stack.enter_async_context(connect_to_server(model_server, view.terminal, observers=[queue]))
         access = await stack.enter_async_context(open_tools(attrs.evolve(options, names=names), view))
         agent = make_agent(connection, access, {"observers": [queue]})

@@ -36,9 +36,11 @@ _HINTS: Final[Mapping[str, str]] = {
     "budget": "raise --max-seconds",
     "max_rounds": "raise --max-rounds, or give it a smaller task",
 }
-"""What the user can do, for each stop reason without an answer."""
+"""What the user can do about a run that did not end with "stop", for each stop reason."""
 MCP_SERVERS: Final = "mcp_servers"
 """The field of `JournalEntry.extra` with the names of the servers of a run."""
+LOCAL_MODEL: Final = "local_model"
+"""The field of `JournalEntry.extra` with the path of the model of a run with `--local`; None for the default model."""
 _ALL: Final = "all"
 """The name that stands for all enabled servers of the configuration."""
 
@@ -111,19 +113,21 @@ def run_agent(
             access = await stack.enter_async_context(open_tools(tools, view))
             await choose_tools(access, terminal)
             agent = make_agent(connection, access, {name: each for name, each in settings.items() if each is not None})
-            async with agent.stream(text, journal=_entry(journal, access)) as events:
+            async with agent.stream(text, journal=_entry(journal, access, server)) as events:
                 return await show_run(events, view, queue)
 
     run(work, debug=debug)
 
 
-def _entry(journal: Path | None, access: ToolAccess) -> JournalEntry | None:
-    """Returns the journal entry of the run, which also records the names of its MCP servers."""
+def _entry(journal: Path | None, access: ToolAccess, server: ServerOptions) -> JournalEntry | None:
+    """Returns the journal entry of the run, which also records its MCP servers and the file of its model."""
     if journal is None:
         return None
     from lmbridge.agent.journal import JournalEntry  # noqa: PLC0415 - as in `make_agent`
 
-    return JournalEntry(str(journal), extra={MCP_SERVERS: access.names})
+    # The run may be resumed in another folder.
+    local_model = str(Path(server.model).absolute()) if server.local and server.model is not None else None
+    return JournalEntry(str(journal), extra={MCP_SERVERS: access.names, LOCAL_MODEL: local_model})
 
 
 def open_tools(options: ToolOptions, view: RunOutput) -> ToolAccess:
@@ -182,12 +186,10 @@ async def show_run(events: AsyncIterator[RunEvent], view: RunOutput, queue: Queu
 
 def end_run(result: RunResult[Any], terminal: Terminal) -> ExitStatus:
     """Shows warnings about what is missing in the answer of a run that has ended, and returns the exit status."""
-    from lmbridge.agent.result import ENDINGS  # noqa: PLC0415 - as in `make_agent`
+    from lmbridge.cli.run_view import describe_ending  # noqa: PLC0415 - as in `make_agent`
 
-    if result.stop_reason in ENDINGS:
-        what, _ = ENDINGS[result.stop_reason]
-        hint = _HINTS[result.stop_reason]
-        terminal.problem(f"the run ended without an answer: {what}", hint, kind="warning")
+    if result.stop_reason in _HINTS:
+        terminal.problem(describe_ending(result), _HINTS[result.stop_reason], kind="warning")
     for name, error in result.errors.items():
         terminal.problem(f"without {name}: {error}", kind="warning")
     for warning in result.warnings:

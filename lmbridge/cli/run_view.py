@@ -18,7 +18,7 @@ from lmbridge.agent.events import (
     ToolCallFinished,
     ToolCallStarted,
 )
-from lmbridge.agent.result import CompactionStep, Round, RunResult
+from lmbridge.agent.result import ENDINGS, CompactionStep, Round, RunResult
 from lmbridge.cli.answer_view import AnswerView
 from lmbridge.cli.answering import describe_context, describe_speed
 from lmbridge.cli.queue_times import QueueTimes
@@ -157,3 +157,10 @@ def _describe_compaction(step: CompactionStep) -> str:
     one, several = _COMPACTIONS[step.kind]
     what = f"1 message {one}" if step.messages == 1 else f"{step.messages} messages {several}"
     return f"made room in the context: {what} (about {step.tokens_before} tokens before, {step.tokens_after} after)"
+
+
+def describe_ending(result: RunResult[Any]) -> str:
+    """Returns one line about a run that ended for another reason than its answer."""
+    what, _ = ENDINGS[result.stop_reason]
+    how = "with the best answer so far" if result.has_answer else "without an answer"
+    return f"the run ended {how}: {what}"

@@ -38,7 +38,8 @@ class ToolAccess:
         self._options = options
         self._opened_hub: McpHub | None = None
         self._ask = ask
-        self._always: set[str] = set()
+        # The tools whose calls are always made, by the names of their servers and their own.
+        self._always: set[tuple[str | None, str]] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -86,12 +87,12 @@ class ToolAccess:
 
     async def approve(self, call: ToolCall) -> bool | str:
         """Decides whether a call is made, as `Agent(approve=...)` expects it: True, or the reason why not."""
-        if (
-            self._options.approval == "all"
-            or call.tool is None
-            or not may_destroy(call.tool)
-            or call.name in self._always
-        ):
+        tool = call.tool
+        if self._options.approval == "all" or tool is None or not may_change_something(tool):
+            return True
+        # The name of a call is not enough: in a later turn, it may belong to a tool of another server.
+        key = (tool.server, tool.name)
+        if key in self._always:
             return True
         if self._options.approval == "none":
             return "the user does not allow calls that may change something"
@@ -101,15 +102,15 @@ class ToolAccess:
         answer = await self._ask(f"Run {one_line(call.name)} {arguments}? [y]es, [n]o, [a]lways: ")
         word = answer.strip().lower()
         if word in ("a", "always"):
-            self._always.add(call.name)
+            self._always.add(key)
             return True
         return True if word in ("y", "yes") else "the user has refused this call"
 
 
-def may_destroy(tool: Tool) -> bool:
+def may_change_something(tool: Tool) -> bool:
     """Returns whether calls of a tool need an approval.
 
-    They do, unless a hint of its server says that the tool only reads, or that it is not destructive.
+    They do, unless a hint of its server says that the tool only reads. The hint `destructiveHint` is not enough: a tool
+    that is not destructive may still add something, such as a file or a message that is sent.
     """
-    hints = tool.annotations
-    return hints.get("readOnlyHint") is not True and hints.get("destructiveHint") is not False
+    return tool.annotations.get("readOnlyHint") is not True

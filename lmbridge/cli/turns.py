@@ -97,7 +97,8 @@ class ChatTurn:
             terminal.problem("the answer was cut off", _CUT_HINT, kind="warning")
         elif self._result is not None and reason != "stop":
             from lmbridge.agent.result import ENDINGS  # noqa: PLC0415 - see `take`
+            from lmbridge.cli.run_view import describe_ending  # noqa: PLC0415 - see `take`
 
-            what, hint = ENDINGS[self._result.stop_reason]
-            terminal.problem(f"the run ended without an answer: {what}", hint, kind="warning")
+            _, hint = ENDINGS[self._result.stop_reason]
+            terminal.problem(describe_ending(self._result), hint, kind="warning")
         return OF_STOP_REASON.get(reason or "stop", ExitStatus.OK)

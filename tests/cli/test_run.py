@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lmbridge import Tool, ToolCall
 from lmbridge.cli.terminal import Terminal
-from lmbridge.cli.tool_access import ToolAccess, may_destroy
+from lmbridge.cli.tool_access import ToolAccess, may_change_something
 from lmbridge.cli.tool_options import ApprovalMode, ToolOptions
+from lmbridge.sync import Agent, LLMClient
 from lmbridge.testing import answer, reply
 from tests.cli.support import Command
 from tests.threaded_server import ThreadedServer
@@ -143,18 +146,38 @@ async def test_the_person_is_asked_before_each_call_unless_always_was_the_answer
     assert len(questions) == (1 if typed == "a" else 2)
 
 
+async def test_always_does_not_apply_to_a_tool_of_another_server_with_the_same_name() -> None:
+    answers = iter(["a", "n"])
+
+    async def ask(_question: str) -> str:
+        return next(answers)
+
+    def call(server: str) -> ToolCall:
+        tool = Tool("delete", "Deletes.", NO_ARGUMENTS, delete_files, server=server)
+        return ToolCall("call_1", "delete", {}, tool)
+
+    async with ToolAccess(ToolOptions(), ask) as access:
+        assert [await access.approve(call(server)) for server in ("notes", "notes", "files")] == [
+            True,
+            True,
+            "the user has refused this call",
+        ]
+
+
 @pytest.mark.parametrize(
     ("hints", "expected"),
     [
         ({}, True),
         ({"destructiveHint": True}, True),
-        ({"destructiveHint": False}, False),
+        ({"destructiveHint": False}, True),
         ({"readOnlyHint": True, "destructiveHint": True}, False),
     ],
 )
-def test_a_tool_may_destroy_something_unless_its_server_says_no(hints: dict[str, bool], expected: bool) -> None:
+def test_a_tool_may_change_something_unless_its_server_says_that_it_only_reads(
+    hints: dict[str, bool], expected: bool
+) -> None:
     tool = Tool("tool", "", NO_ARGUMENTS, list_files, annotations=hints)
-    assert may_destroy(tool) is expected
+    assert may_change_something(tool) is expected
 
 
 def test_json_has_one_event_a_line(command: Command, server: ThreadedServer) -> None:
@@ -215,6 +238,44 @@ def test_a_run_with_a_journal_goes_on_with_its_servers_and_makes_no_call_again(
     assert results(server) == ["deleted"]
     assert hubs[-1].leased == [["files"]]
     assert command("resume", journal).output == "All files are gone.\n"
+
+
+@pytest.mark.parametrize("model", [None, "models/tiny.gguf"])
+def test_a_run_with_the_embedded_server_is_resumed_with_the_same_file(
+    command: Command,
+    server: ThreadedServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str | None,
+) -> None:
+    started: list[str | None] = []
+
+    @asynccontextmanager
+    async def start_local(model: str | None, _terminal: Terminal) -> AsyncIterator[Any]:
+        started.append(model)
+        yield SimpleNamespace(api_base=server.api_base, model="test-model")
+
+    monkeypatch.setattr("lmbridge.cli.local_start.start_local", start_local)
+    journal, path = str(tmp_path / "run.db"), None if model is None else str(Path(model).absolute())
+    server.scripted.script(reply(400, {"error": "broken"}))
+    command("run", "Tidy up", "--local", "--journal", journal, *([] if model is None else ["--model", model]))
+    server.scripted.script(answer("Done."))
+    monkeypatch.chdir(tmp_path)
+    assert command("resume", journal, "--local") == (0, "Done.\n", "")
+    assert started == [model, path]
+
+
+def test_a_run_that_answered_at_its_limit_is_not_said_to_have_no_answer(
+    command: Command, server: ThreadedServer, tmp_path: Path
+) -> None:
+    journal = str(tmp_path / "run.db")
+    server.scripted.script(calling("list_files"), answer("Probably one."))
+    with LLMClient(server.api_base, "test-model") as client:
+        agent = Agent(client, tools=[READING], max_rounds=1, on_limit="answer")
+        assert agent.run("Which files are there?", journal=journal).has_answer
+    status, output, errors = command("resume", journal)
+    assert (status, output) == (14, "Probably one.\n")
+    assert errors.startswith("warning: the run ended with the best answer so far: it used up its rounds\nhint: ")
 
 
 def test_the_result_of_a_resumed_run_as_json(command: Command, server: ThreadedServer, tmp_path: Path) -> None:
