@@ -30,6 +30,7 @@ except ImportError as _error:
     raise ImportError("lmbridge.interop.langchain needs langchain-core: pip install 'lmbridge[langchain]'") from _error
 
 import lmbridge.errors
+from lmbridge._checks import invalid_argument
 from lmbridge.client import LLMClient
 from lmbridge.sync import LLMClient as SyncLLMClient
 from lmbridge.sync._wrap import unwrap
@@ -49,6 +50,8 @@ _ERRORS: Final[tuple[tuple[type[lmbridge.errors.LLMError], type[exceptions.Model
     (lmbridge.errors.LLMResponseError, exceptions.ModelAPIError),
 )
 """The class of LangChain for each error class of lmbridge. The first entry whose class an error belongs to is used."""
+_CHOICES: Final[Mapping[str, str]] = {"auto": "auto", "none": "none", "any": "required", "required": "required"}
+"""The choices that are not the name of a tool, in OpenAI's form. Other models of LangChain say "any" for "required"."""
 _USAGE: Final[dict[str, Any]] = {"stream_options": {"include_usage": True}}
 
 
@@ -87,14 +90,24 @@ class ChatLMBridge(BaseChatModel):
         self,
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
         *,
-        tool_choice: str | None = None,
+        tool_choice: str | dict[str, Any] | bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Returns the model with tools. `tool_choice` is "auto", "none", "any" or the name of a tool."""
-        choices: dict[str | None, Any] = {None: None, "auto": "auto", "none": "none", "any": "required"}
-        choice = choices.get(tool_choice, {"type": "function", "function": {"name": tool_choice}})
+        """Returns the model with tools.
+
+        Args:
+            tools: The tools.
+            tool_choice: The name of the tool that has to be called; "any", "required" or True if any of them has to be
+                called; "auto" or "none"; or a dict in OpenAI's form. Default: it is not sent.
+            **kwargs: Further parameters of each request.
+
+        Raises:
+            LLMValidationError: `tool_choice` is anything else.
+        """
+        definitions = [convert_to_openai_tool(tool) for tool in tools]
+        choice = _choice_of_tool(tool_choice, [each["function"]["name"] for each in definitions])
         options = {"tool_choice": choice, **kwargs} if choice else kwargs
-        return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **options)
+        return self.bind(tools=definitions, **options)
 
     async def _agenerate(
         self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
@@ -148,6 +161,25 @@ class ChatLMBridge(BaseChatModel):
         # The method that LangChain calls already says whether the reply is streamed.
         given.pop("stream", None)
         return {"messages": convert_to_openai_messages(messages), **given}
+
+
+def _choice_of_tool(choice: object, names: Sequence[str]) -> str | dict[str, Any] | None:
+    """Returns a `tool_choice` in OpenAI's form, or None if it is not sent. It is read as langchain-openai reads it.
+
+    Raises:
+        LLMValidationError: The choice cannot be read.
+    """
+    if choice is None or choice is False or isinstance(choice, dict):
+        return choice or None
+    if choice is True:
+        return "required"
+    if isinstance(choice, str):
+        if choice in names:
+            return {"type": "function", "function": {"name": choice}}
+        if choice in _CHOICES:
+            return _CHOICES[choice]
+    expected = "the name of one of the tools, 'auto', 'none', 'any', 'required', a bool, or a dict in OpenAI's form"
+    raise invalid_argument("tool_choice", expected, choice)
 
 
 @contextmanager

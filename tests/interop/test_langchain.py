@@ -54,6 +54,10 @@ def test_an_asynchronous_client_cannot_be_called_without_await(langchain: LangCh
     ("choice", "sent"),
     [
         ("any", "required"),
+        ("required", "required"),
+        (True, "required"),
+        (False, None),
+        ({"type": "function", "function": {"name": "add"}}, {"type": "function", "function": {"name": "add"}}),
         ("auto", "auto"),
         ("none", "none"),
         ("add", {"type": "function", "function": {"name": "add"}}),
@@ -61,10 +65,16 @@ def test_an_asynchronous_client_cannot_be_called_without_await(langchain: LangCh
     ],
 )
 async def test_the_choice_of_a_tool(
-    langchain: LangChain, client: LLMClient, scripted_server: ScriptedServer, choice: str | None, sent: Any
+    langchain: LangChain, client: LLMClient, scripted_server: ScriptedServer, choice: Any, sent: Any
 ) -> None:
     await langchain.chat(client).bind_tools([add], tool_choice=choice).ainvoke("Hi")
     assert scripted_server.requests[-1].json.get("tool_choice") == sent
+
+
+@pytest.mark.parametrize("choice", ["subtract", 3, ["add"]])
+def test_a_choice_that_is_not_a_tool_is_refused(langchain: LangChain, client: LLMClient, choice: Any) -> None:
+    with pytest.raises(LLMValidationError, match="tool_choice must be the name of one of the tools"):
+        langchain.chat(client).bind_tools([add], tool_choice=choice)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
