@@ -47,7 +47,7 @@ _ESCAPE: Final = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
 _VALID_ESCAPES: Final = '"\\/bfnrtu'
 _PLAIN_ESCAPES: Final = '"\\/'
 _TRAILING_BRACKETS: Final = re.compile(r"[\s}\]]*")
-_ENDS: Final = ("<", "`", "[END", "</")
+_ENDS: Final = ("<", "`", "[END")
 """The texts that may follow a complete JSON value: a tag, or the end of a Markdown fence."""
 _FENCE: Final = re.compile(r"```\w{0,20}(.*?)(?:```)?", re.DOTALL)
 

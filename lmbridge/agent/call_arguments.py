@@ -119,11 +119,10 @@ def read_encoded_twice(decoded: Any, inexact: set[float]) -> dict[str, Any]:
         except DuplicateKeyError:
             raise
         except (ValueError, RecursionError):
-            # The string is not JSON, so the error quotes it unchanged.
-            values = decoded
-    values = values if isinstance(values, dict) else decoded
+            # The string is not JSON, so the error below quotes it unchanged.
+            pass
     if not isinstance(values, dict):
-        shown = shorten(json.dumps(values), _QUOTED_CHARACTERS)
+        shown = shorten(json.dumps(decoded), _QUOTED_CHARACTERS)
         raise ValueError(f"they have to be a JSON object, not {shown}")  # noqa: TRY004 - callers expect a ValueError
     return values
 

@@ -109,8 +109,9 @@ class ClientSource:
         """Returns how many tokens fit into the model's context, the answer included; None if the server does not say.
 
         The server is asked once for each model. If it did not say, because the model was not loaded or the server was
-        busy, it is asked again after a minute. An error of this request is only logged: the generation that follows
-        meets the same problem, and reports it.
+        busy, it is asked again after a minute. An `LLMError` or a `TimeoutError` of this request is only logged: the
+        generation that follows meets the same problem, and reports it. Any other exception is raised, because it is a
+        mistake in a client of the user.
         """
         if not self._is_known(model):
             async with self._locks.setdefault(model, asyncio.Lock()):
@@ -136,8 +137,8 @@ class ClientSource:
     ) -> int | None:
         """Returns how many tokens a prompt has, or None if the server cannot count them exactly.
 
-        A server that cannot count exactly is not asked again for this model. An error of this request is only logged:
-        the generation that follows meets the same problem, and reports it.
+        A server that cannot count exactly is not asked again for this model. As in `context_length`, an `LLMError` or a
+        `TimeoutError` is only logged, and any other exception is raised.
         """
         if model in self._cannot_count:
             return None

@@ -124,3 +124,19 @@ async def test_a_server_without_a_list_of_models_serves_agents(
     scripted_server.on_path("/v1/models", reply(404, {"error": "no such thing"}))
     assert (await Agent(client).run("Hi.")).stop_reason == "stop"
     assert sent(scripted_server)["max_tokens"] == 8192
+
+
+async def test_a_mistake_in_the_client_of_the_user_ends_the_run() -> None:
+    with pytest.raises(AttributeError, match="no such field"):
+        await Agent(FixedInfoClient(AttributeError("no such field"))).run("Hi.")
+
+
+async def test_a_mistake_in_counting_tokens_is_raised_and_a_failed_request_is_not() -> None:
+    class Counting(FixedInfoClient):
+        async def count_tokens(self, messages: Any, *, model: str | None, tools: Any) -> Any:
+            return await self.server_info()
+
+    for error in (LLMResponseError("busy"), TimeoutError()):
+        assert await ClientSource(Counting(error)).count_tokens("own", [], None) is None
+    with pytest.raises(AttributeError, match="no such field"):
+        await ClientSource(Counting(AttributeError("no such field"))).count_tokens("own", [], None)
