@@ -91,6 +91,8 @@ def run_agent(
     Calls that may change or delete something are made only if you approve them. Ctrl-C stops the run, the tools, and
     what the server is generating. The exit status says how the run ended.
     """
+    # The run may be resumed in another folder.
+    local_model = str(Path(model).absolute()) if local and model is not None else None
 
     async def work(terminal: Terminal, _signals: Signals) -> ExitStatus:
         text = await whole_prompt(task)
@@ -113,20 +115,18 @@ def run_agent(
             access = await stack.enter_async_context(open_tools(tools, view))
             await choose_tools(access, terminal)
             agent = make_agent(connection, access, {name: each for name, each in settings.items() if each is not None})
-            async with agent.stream(text, journal=_entry(journal, access, server)) as events:
+            async with agent.stream(text, journal=_entry(journal, access, local_model)) as events:
                 return await show_run(events, view, queue)
 
     run(work, debug=debug)
 
 
-def _entry(journal: Path | None, access: ToolAccess, server: ServerOptions) -> JournalEntry | None:
+def _entry(journal: Path | None, access: ToolAccess, local_model: str | None) -> JournalEntry | None:
     """Returns the journal entry of the run, which also records its MCP servers and the file of its model."""
     if journal is None:
         return None
     from lmbridge.agent.journal import JournalEntry  # noqa: PLC0415 - as in `make_agent`
 
-    # The run may be resumed in another folder.
-    local_model = str(Path(server.model).absolute()) if server.local and server.model is not None else None
     return JournalEntry(str(journal), extra={MCP_SERVERS: access.names, LOCAL_MODEL: local_model})
 
 

@@ -148,7 +148,7 @@ async def test_results_that_were_shortened_stay_short_when_their_images_are_move
 ) -> None:
     def read() -> Any:
         """Reads a long page with a picture."""
-        return ["page " * 4_000, IMAGE]
+        return ["page " * 3_900, IMAGE]
 
     know_context(scripted_server, 4_000)
     scripted_server.default = refuses(*roles)
@@ -157,7 +157,7 @@ async def test_results_that_were_shortened_stay_short_when_their_images_are_move
     texts = [_text_of(sent(scripted_server, number)["messages"][2]) for number in range(1, len(roles) + 2)]
     assert all("characters omitted" in text and len(text) < 12_000 for text in texts)
     (full,) = (_text_of(message) for message in result.messages if message["role"] == "tool")
-    assert "page " * 4_000 in full
+    assert "page " * 3_900 in full
 
 
 def _text_of(message: Mapping[str, Any]) -> str:

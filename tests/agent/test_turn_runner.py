@@ -446,7 +446,7 @@ async def test_an_edited_call_that_takes_long_to_check_is_read_in_a_thread(
     def convert(values: Any) -> dict[str, Any]:
         if values["n"] == 2:
             threads.append(threading.current_thread() is not threading.main_thread())
-            spend_steps(STEPS_AT_ONCE)
+            spend_steps(STEPS_AT_ONCE + 1)
         return dict(values)
 
     tool = Tool("double", "Doubles.", {"properties": {"n": {"type": "integer"}}}, lambda n: 2 * n, _convert=convert)

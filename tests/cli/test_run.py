@@ -258,7 +258,8 @@ def test_a_run_with_the_embedded_server_is_resumed_with_the_same_file(
     monkeypatch.setattr("lmbridge.cli.local_start.start_local", start_local)
     journal, path = str(tmp_path / "run.db"), None if model is None else str(Path(model).absolute())
     server.scripted.script(reply(400, {"error": "broken"}))
-    command("run", "Tidy up", "--local", "--journal", journal, *([] if model is None else ["--model", model]))
+    arguments = [] if model is None else ["--model", model]
+    assert "broken" in command("run", "Tidy up", "--local", "--journal", journal, *arguments).errors
     server.scripted.script(answer("Done."))
     monkeypatch.chdir(tmp_path)
     assert command("resume", journal, "--local") == (0, "Done.\n", "")
