@@ -11,8 +11,11 @@ import inspect
 from collections.abc import Iterable
 from typing import Any, Final
 
+import attrs
+
 from lmbridge._tasks import ITEMS_PER_STEP
 from lmbridge._text import shorten
+from lmbridge.agent.decision_gate import GatedApproval
 from lmbridge.agent.planned_calls import PlannedCall
 from lmbridge.agent.run_record import RunRecord
 from lmbridge.agent.settings import Approve
@@ -39,6 +42,8 @@ class Approval:
     """
 
     def __init__(self, approve: Approve | None, toolset: Toolset, record: RunRecord) -> None:
+        if isinstance(approve, GatedApproval):
+            approve = attrs.evolve(approve, task=record.history.task_text)
         self._approve = approve
         self._toolset = toolset
         self._record = record

@@ -60,7 +60,8 @@ class Gate:
     """
 
     question: TrueFalse = attrs.field(converter=_as_question)
-    """The question, or its text. The model reads it with the name, the description and the arguments of the call."""
+    """The question, or its text. The model reads it with the task of the run, and with the name, the description and
+    the arguments of the call."""
     threshold: float = attrs.field(default=0.5, validator=_check_threshold, kw_only=True)
     """The call is made only if the answer "true" has at least this probability. Default: 0.5."""
     model: str | None = attrs.field(default=None, kw_only=True)
@@ -87,6 +88,8 @@ class GatedApproval:
     """The question, the threshold and the model of the decision."""
     approve: Approve | None = attrs.field(validator=as_validator(check_callable, optional=True))
     """The option `approve` of the agent; None if the gate alone decides."""
+    task: str = ""
+    """The task of the run, without which nobody can say whether a call is the right one; empty if it is not a text."""
 
     @property
     def option_name(self) -> str:
@@ -101,6 +104,7 @@ class GatedApproval:
         """
         tool = call.tool
         state = {
+            "task": self.task,
             "tool": call.name,
             "description": "" if tool is None else tool.description,
             "arguments": call.arguments,

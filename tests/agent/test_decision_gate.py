@@ -39,7 +39,7 @@ async def test_a_call_that_passes_the_gate_is_made(
     decides(scripted_server, 0.5)
     result = await Agent(client, tools=[add], gate=gate).run("Go.")
     assert tool_texts(result.messages) == ["3"]
-    state = {"tool": "add", "description": "Adds two numbers.", "arguments": {"a": 1, "b": 2}}
+    state = {"task": "Go.", "tool": "add", "description": "Adds two numbers.", "arguments": {"a": 1, "b": 2}}
     assert questions(scripted_server) == [
         {"state": state, "questions": {"gate": {"type": "noul", "instructions": QUESTION}}, "model": "test-model"}
     ]
