@@ -1,9 +1,10 @@
 """The real models whose solved tasks are counted.
 
-SmolLM2 and Gemma come from PyPI. The environment variable `LMBRIDGE_SOLVING_MODEL` adds any other GGUF file, once with its
-own template, and once with one that calls tools in a block fenced as `json` instead of in `<tool_call>` tags. Qwen2.5-Coder
-writes its calls as such blocks, whatever its template says. Its own template makes llama.cpp look for the tags, so the
-server recognizes no call. With the other template it does, and agents that read no calls in texts can be compared as well.
+SmolLM2 and Gemma come from PyPI. The environment variable `LMBRIDGE_SOLVING_MODEL` adds any other GGUF file: once with
+its own template, and once with a template in which calls are in a block fenced as `json` instead of in `<tool_call>`
+tags. Qwen2.5-Coder writes its calls as such blocks, whatever its template says. Its own template makes llama.cpp look
+for the tags, so the server recognizes no call. With the other template it recognizes them, and then agents that read no
+calls in texts can be compared as well.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ async def start_model(name: str, context_length: int) -> AsyncIterator[str]:
 
 async def _template_of(path: str | Path | None) -> str:
     """Returns the chat template of a GGUF file, as its server reports it."""
-    async with LocalServer(path, n_parallel=1) as server, aiohttp.ClientSession() as session:
-        async with session.get(f"{server.api_base.removesuffix('/v1')}/props") as response:
-            template: str = (await response.json())["chat_template"]
-            return template
+    async with (
+        LocalServer(path, n_parallel=1) as server,
+        aiohttp.ClientSession(server.api_base.removesuffix("v1")) as session,
+        session.get("props") as response,
+    ):
+        template: str = (await response.json())["chat_template"]
+        return template
