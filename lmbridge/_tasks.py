@@ -15,6 +15,7 @@ import asyncio
 import copy
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -335,6 +336,21 @@ class LoopGuard:
             return False
 
 
+def call_in_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: Any) -> None:
+    """Makes an event loop call a function soon. Any thread may call this, and so may a finalizer.
+
+    If the loop is closed, nothing happens, because no task is left in it that could need the call. Asking the loop
+    first whether it is closed would not be enough: its own thread may close it right after the answer.
+
+    Args:
+        loop: The event loop.
+        function: The function.
+        *args: The arguments of the function.
+    """
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)
+
+
 async def run_until_signal(work: Coroutine[Any, Any, _T]) -> _T | None:
     """Runs a coroutine in a separate task, and cancels it on SIGINT or SIGTERM. That counts as a normal end.
 
@@ -349,6 +365,7 @@ async def run_until_signal(work: Coroutine[Any, Any, _T]) -> _T | None:
 
     Raises:
         Exception: Whatever the work raises, even while it is being cancelled.
+        ValueError: The calling thread is not the main thread. The work has not begun.
     """
     loop = asyncio.get_running_loop()
     task = loop.create_task(work)
@@ -360,9 +377,14 @@ async def run_until_signal(work: Coroutine[Any, Any, _T]) -> _T | None:
             got_signal = True
             task.cancel()
 
-    # loop.add_signal_handler would be simpler, but it does not exist on Windows.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(cancel_once))
+    try:
+        # loop.add_signal_handler would be simpler, but it does not exist on Windows.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(cancel_once))
+    except ValueError:
+        # This is not the main thread, and nobody else knows the task.
+        await end_task(task)
+        raise
     try:
         await asyncio.wait({task})
     except asyncio.CancelledError:

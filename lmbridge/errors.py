@@ -41,6 +41,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal, Self, TypedDict, Unpack
 
 from lmbridge._similar_names import close_matches
+from lmbridge._text import shorten
 
 _NAMES_SHOWN: Final = 20
 """The number of models that the text of a `ModelNotFoundError` names."""
@@ -209,10 +210,6 @@ def _picklable(value: Any) -> Any:
     return value
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= _NAME_CHARACTERS else f"{name[:_NAME_CHARACTERS]}..."
-
-
 def _describe_exception(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
@@ -345,7 +342,7 @@ class ModelNotFoundError(LLMValidationError):
         elif close := close_matches(self.model_name or "", self.available_models):
             text += f" (did you mean {' or '.join(repr(name) for name in close)}?)"
         if self.available_models:
-            names = [_shortened(name) for name in self.available_models[:_NAMES_SHOWN]]
+            names = [shorten(name, _NAME_CHARACTERS) for name in self.available_models[:_NAMES_SHOWN]]
             rest = len(self.available_models) - len(names)
             text += f"; the server has: {', '.join(names)}{f' and {rest} more' if rest else ''}"
         return text
@@ -368,7 +365,7 @@ class ModelMismatchError(LLMValidationError):
         served: str | None = None,
         **details: Unpack[ErrorDetails],
     ) -> None:
-        answered = _shortened(served or "")
+        answered = shorten(served or "", _NAME_CHARACTERS)
         super().__init__(
             message or f"asked for model {asked!r}, but {answered!r} answered", original_exception, **details
         )

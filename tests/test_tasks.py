@@ -6,10 +6,11 @@ import asyncio
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lmbridge._tasks import LoopGuard, SingleFlight, end_task, run_together, settle
+from lmbridge._tasks import LoopGuard, SingleFlight, call_in_loop, end_task, run_together, run_until_signal, settle
 from lmbridge.errors import LLMConnectionError, LLMError, MCPError, TaskCancelledError
 from tests.support import turns
 
@@ -449,3 +450,32 @@ asyncio.run(main())
 """
     )
     assert (done.stdout, done.stderr) == ("cleaned up\ncancelled\n", "")
+
+
+def test_work_is_not_begun_outside_the_main_thread() -> None:
+    async def work() -> None:
+        pytest.fail("the work has begun")
+
+    async def main() -> None:
+        with pytest.raises(ValueError, match="main thread"):
+            await run_until_signal(work())
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    with ThreadPoolExecutor() as threads:
+        threads.submit(asyncio.run, main()).result()
+
+
+# call_in_loop
+
+
+def test_a_call_in_a_loop_that_is_closed_or_is_being_closed_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.new_event_loop()
+    called: list[int] = []
+    call_in_loop(loop, called.append, 1)
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    call_in_loop(loop, called.append, 2)
+    # Its thread closes the loop after another one has asked it.
+    monkeypatch.setattr(loop, "is_closed", lambda: False)
+    call_in_loop(loop, called.append, 3)
+    assert called == [1]

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
-from lmbridge._tasks import end_task
+from lmbridge._tasks import call_in_loop, end_task
 from lmbridge.errors import TaskCancelledError
 
 T = TypeVar("T")
@@ -64,8 +64,8 @@ class OwnTask(Generic[T]):
 
     def cancel_from_anywhere(self, error: TaskCancelledError) -> None:
         """Cancels the task from any thread, or from a finalizer."""
-        if not self._task.done() and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.cancel, error)
+        if not self._task.done():
+            call_in_loop(self._loop, self.cancel, error)
 
     async def end(self, error: TaskCancelledError) -> None:
         """Cancels the task and waits until it has ended.

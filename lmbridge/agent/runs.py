@@ -14,6 +14,7 @@ import attrs
 from lmbridge._closable_stream import ClosableStream
 from lmbridge._copying import NotCopyable
 from lmbridge._scheduled_run import ScheduledRun, current_run
+from lmbridge._tasks import call_in_loop
 from lmbridge.agent.cancel import OwnTask
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.client_source import ClientSource
@@ -515,7 +516,7 @@ class RunStream(ClosableStream[RunEvent], Generic[OutputT]):
             )
             error = TaskCancelledError("the run was cancelled, because its event stream was dropped")
             self._run._task.cancel_from_anywhere(error)  # noqa: SLF001 - the stream and its run share a module
-        self._loop.call_soon_threadsafe(self._events.leave)
+        call_in_loop(self._loop, self._events.leave)
 
 
 def _task_text(task: str | list[Any]) -> str:

@@ -15,7 +15,6 @@ running; its result is dropped, and it can call `ToolContext.cancelled()` to not
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import inspect
 import logging
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import attrs
 
-from lmbridge._tasks import mark_exception_retrieved
+from lmbridge._tasks import call_in_loop, mark_exception_retrieved
 from lmbridge.agent.result_images import split_images
 from lmbridge.agent.tool_results import result_as_text, truncate_output
 from lmbridge.errors import ToolError
@@ -249,8 +248,7 @@ def _start_thread(call: Callable[[], Any]) -> asyncio.Future[_ThreadResult]:
         except BaseException as exc:  # noqa: BLE001 - raised again by the task that awaits the future
             result = _ThreadResult(None, exc)
         # If the event loop has been closed in the meantime, nothing waits for the result.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(future.set_result, result)
+        call_in_loop(loop, future.set_result, result)
 
     # The function sees the context variables of its run, as it would with asyncio.to_thread.
     threading.Thread(target=contextvars.copy_context().run, args=(run,), name="lmbridge-tool", daemon=True).start()

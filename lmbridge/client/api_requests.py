@@ -533,11 +533,8 @@ def is_unknown_path(error: LLMError, reply: Reply) -> bool:
     if type(error) is not LLMResponseError:
         return False
     if reply.status == 200:
-        return _UNKNOWN_PATH_OF_LM_STUDIO in (error.body or "")[:1000].lower()
+        return failures.UNKNOWN_PATH_OF_LM_STUDIO in (error.body or "")[:1000].lower()
     return reply.status in (404, 405, 501)
-
-
-_UNKNOWN_PATH_OF_LM_STUDIO: Final = "unexpected endpoint or method"
 
 
 def _json_object_in(reply: Reply, decode: Callable[[bytes], Any]) -> dict[str, Any] | None:

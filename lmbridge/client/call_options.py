@@ -13,7 +13,7 @@ from typing import Any, Final, TypedDict
 
 import attrs
 
-from lmbridge._checks import check_integer, wrong_type
+from lmbridge._checks import check_integer, is_number, wrong_type
 from lmbridge.config import Priority, Timeouts, as_timeouts, check_priority
 from lmbridge.errors import LLMValidationError
 from lmbridge.transport.headers import check_headers, check_query
@@ -116,6 +116,22 @@ def take_options(params: dict[str, Any]) -> CallSettings | None:
         body=_check_extra_body(given.get("extra_body")),
         priority=check_priority(given["priority"]) if "priority" in given else None,
     )
+
+
+def limit_load(options: dict[str, Any]) -> None:
+    """Makes a number of seconds as the `timeout` of a call limit the loading of a model as well.
+
+    For other calls, a number does not change `Timeouts.load`. A call that loads a model has nothing else to wait for.
+
+    Args:
+        options: The options of the call, in which `Timeouts` take the place of the number.
+
+    Raises:
+        LLMValidationError: The number is not valid.
+    """
+    seconds = options.get("timeout")
+    if is_number(seconds):
+        options["timeout"] = attrs.evolve(as_timeouts(seconds), load=seconds)
 
 
 def take_request_options(options: dict[str, Any], method: str, *, retries: bool = True) -> CallSettings | None:

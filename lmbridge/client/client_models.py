@@ -11,7 +11,7 @@ from lmbridge._checks import check_callable, check_text
 from lmbridge._copying import NotCopyable
 from lmbridge._pending_call import explains_missing_await
 from lmbridge.client.api_requests import ServerApi
-from lmbridge.client.call_options import CallOptions, RequestOptions, take_options, take_request_options
+from lmbridge.client.call_options import CallOptions, RequestOptions, limit_load, take_options, take_request_options
 from lmbridge.client.model_backends import Capability, DownloadProgress, LoadProgress, loading_events, manager_of
 from lmbridge.client.server_info import ModelInfo, describe, entries_named
 from lmbridge.client.server_progress import ModelLoading
@@ -54,6 +54,7 @@ class Models(NotCopyable):
     async def load(self, model: str, *, progress: LoadProgress | None = None, **options: Any) -> ModelInfo:
         """Loads a model, and returns when it is loaded, which may take minutes; the limit is `Timeouts.load`.
 
+        If this call has a `timeout` in seconds, that is the limit.
         A model that is loaded already is not loaded again, unless LM Studio gets options for another instance of it.
         The request is not repeated once the server may have begun.
 
@@ -81,6 +82,7 @@ class Models(NotCopyable):
         """
         check_text("model", model, hint=_NAME_HINT)
         check_callable("progress", progress, optional=True, sync=True)
+        limit_load(options)
         server, body = self._for_call(options)
         info = await describe(server, None)
         manager = manager_of(server, info)

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Generator, Mapping
 from typing import Any, Final, Literal
 
-from lmbridge._checks import MAPPING_TYPES
+from lmbridge._checks import MAPPING_TYPES, is_integer
 from lmbridge.client.content_parts import (
     consists_of_parts,
     flatten_content,
@@ -32,7 +32,7 @@ _BROKEN_REASONS: Final = frozenset({"abort", "aborted", "cancelled", "canceled",
 """Finish reasons of an answer that the server has not finished, in lower case: those of vLLM, SGLang and koboldcpp, in
 their spellings. An unknown reason is accepted, because servers invent new ones."""
 _MAX_INDEX_DIGITS: Final = 9
-"""The length up to which a string is read as the index of a choice."""
+"""The length up to which a string is read as an index."""
 _EMPTY_VALUES: Final = ("", False, 0)
 """The values besides null, empty lists and empty dicts that servers send in place of choices or a delta."""
 
@@ -201,16 +201,24 @@ def _text_from(value: object) -> str:
     return text_of_part(value)
 
 
+def read_index(value: object) -> int | None:
+    """Returns an index, which some servers send as a string or as a float, or None if the value is anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isdecimal() and len(value) <= _MAX_INDEX_DIGITS:
+        return int(value)
+    return value if is_integer(value) else None
+
+
 def _index_from(value: Any) -> int:
-    """Returns the index of a choice, which some servers send as a string or as a float.
+    """Returns the index of a choice.
 
     Raises:
-        TypeError, ValueError: It is anything else, or negative.
+        TypeError, ValueError: It is not an index, or negative.
     """
-    is_readable = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if not is_readable and not (isinstance(value, str) and value.isdecimal() and len(value) <= _MAX_INDEX_DIGITS):
+    index = read_index(value)
+    if index is None:
         raise TypeError("the index of a choice is not a number")
-    index = int(value)
     if index < 0:
         raise ValueError("the index of a choice is negative")
     return index

@@ -93,7 +93,8 @@ async def decide(
     way = None if before is None else before.way
     refusal: LLMError | None = None
     if way != "chat" or not fallback:
-        for each in _DECISION_ENDPOINTS if way in (None, "chat") else (way,):
+        # The endpoint that has worked comes first. Another server may run by now, which has only the other one.
+        for each in sorted(_DECISION_ENDPOINTS, key=lambda endpoint: endpoint != way):
             answered = await _ask_decision_model(server, each, state, questions, body)
             if isinstance(answered, Decisions):
                 known[model] = _KnownWay(each, answered.model)

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from lmbridge._checks import check_integer, is_integer
 from lmbridge.client.api_requests import ServerApi
+from lmbridge.client.completion_shape import read_index
 from lmbridge.client.input_checks import Text, check_texts
 from lmbridge.errors import LLMError, LLMResponseError, ModelChangedDuringExecutionError
 from lmbridge.transport import Reply
 from lmbridge.types import Embeddings
-
-_MAX_INDEX_DIGITS: Final = 9
-"""The length up to which a string is read as the index of an entry."""
 
 
 async def request_embeddings(server: ServerApi, body: dict[str, Any], batch_size: int | None) -> Embeddings:
@@ -79,13 +77,7 @@ def _sorted_entries(entries: object, count: int) -> list[dict[str, Any]] | None:
 
 def _index_of(index: object, position: int) -> object:
     """Returns the index of an entry, which is its position in the reply if the server sends none."""
-    if index is None:
-        return position
-    if isinstance(index, float) and index.is_integer():
-        return int(index)
-    if isinstance(index, str) and index.isdecimal() and len(index) <= _MAX_INDEX_DIGITS:
-        return int(index)
-    return index if is_integer(index) else None
+    return position if index is None else read_index(index)
 
 
 def _is_embedding(value: object) -> bool:

@@ -111,8 +111,10 @@ _REQUEST_MISTAKE: Final = TextPatterns(
     r"\btool with name .{1,80} not found\b",  # llama-cpp-python
     r"\bcan only concatenate str\b",  # llama-cpp-python
 )
+UNKNOWN_PATH_OF_LM_STUDIO: Final = "unexpected endpoint or method"
+"""What LM Studio answers, with status 200, to a request for a path that it does not have, in lower case."""
 _UNKNOWN_PATH: Final = TextPatterns(
-    r"unexpected endpoint or method",  # LM Studio, with status 200
+    UNKNOWN_PATH_OF_LM_STUDIO,
     r"^((file|page|route|path) )?not found\.?$",  # llama.cpp, FastAPI
     r"^404 page not found$",  # Ollama
     r"^method not allowed\.?$",

@@ -494,7 +494,8 @@ def _refuse_beside_transport(**options: Any) -> None:
     Raises:
         LLMValidationError: One or more are set.
     """
-    given = [name for name, value in options.items() if value not in (None, False)]
+    # Compared by identity, because 0 equals False.
+    given = [name for name, value in options.items() if value is not None and value is not False]
     if given:
         raise LLMValidationError(
             f"{' and '.join(given)} cannot be combined with transport=", hint="pass them to the Transport instead"

@@ -15,13 +15,14 @@ from urllib.parse import quote
 
 import attrs
 
-from lmbridge._checks import check_text, is_number
+from lmbridge._checks import check_text
 from lmbridge._copying import NotCopyable
 from lmbridge._pending_call import explains_missing_await
 from lmbridge._text import excerpt
 from lmbridge.client.api_requests import ServerApi, is_damaged
-from lmbridge.client.call_options import CallOptions, RequestOptions, take_options, take_request_options
+from lmbridge.client.call_options import CallOptions, RequestOptions, limit_load, take_options, take_request_options
 from lmbridge.client.error_body import parse_error_body
+from lmbridge.client.failures import UNKNOWN_PATH_OF_LM_STUDIO
 from lmbridge.client.model_lists import add_available_models, entries_of
 from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError, ModelNotFoundError, TaskCancelledError
 from lmbridge.transport import Reply
@@ -34,7 +35,6 @@ _V1_MODELS: Final = "/api/v1/models"
 _V0_MODELS: Final = "/api/v0/models"
 # Loading, unloading and downloading change the server, so they are not repeated once the server may have begun.
 _CHANGE_OPTIONS: Final[Mapping[str, Any]] = {"below_root": True, "queued": False, "repeatable": False}
-_UNKNOWN_PATH_MESSAGE: Final = "unexpected endpoint or method"
 _FINAL_STATUSES: Final = ("completed", "already_downloaded")
 _NAME_HINT: Final = "for example 'qwen/qwen3-4b-2507'"
 _UPDATE_HINT: Final = "update LM Studio to 0.4.0 or newer"
@@ -123,12 +123,10 @@ class LMStudio(NotCopyable):
             LLMTimeoutError: Phase "load". LM Studio may go on loading the model.
         """
         check_text("model", model, hint=_NAME_HINT)
-        limits_load = is_number(config.get("timeout"))
+        limit_load(config)
         api, body = self._for_call({"model": model}, config)
         try:
-            value = await api._post(  # noqa: SLF001 - same class
-                "model load", "load", body, "instance_id", model, limits_load=limits_load
-            )
+            value = await api._post("model load", "load", body, "instance_id", model)  # noqa: SLF001 - same class
         except LLMTimeoutError as error:
             if error.phase != "first_byte":
                 raise
@@ -230,16 +228,7 @@ class LMStudio(NotCopyable):
             value = await self._checked_object(reply, "status")
         yield cast("DownloadStatus", value)
 
-    async def _post(
-        self,
-        operation: str,
-        verb: str,
-        body: Mapping[str, Any],
-        field: str,
-        name: str,
-        *,
-        limits_load: bool = False,
-    ) -> dict[str, Any]:
+    async def _post(self, operation: str, verb: str, body: Mapping[str, Any], field: str, name: str) -> dict[str, Any]:
         """Sends a request, and returns the reply.
 
         Args:
@@ -248,10 +237,9 @@ class LMStudio(NotCopyable):
             body: The body of the request.
             field: A field that the reply must have.
             name: The model, for errors and logs.
-            limits_load: Whether the call has a number of seconds as its `timeout`, which then limits a load as well.
         """
         request = self._server.build_post(operation, f"{_V1_MODELS}/{verb}", body, name, **_CHANGE_OPTIONS)
-        if verb == "load" and not limits_load:
+        if verb == "load":
             # The limit of a plain reply is `first_byte`, which covers the whole of it.
             request.timeouts = attrs.evolve(request.timeouts, first_byte=request.timeouts.load)
         return await self._checked_object(await self._server.request(request), field)
@@ -369,7 +357,7 @@ def _listed_models(
 def _is_unknown_path(reply: Reply) -> bool:
     """Returns whether a reply is LM Studio's answer to an unknown path. No other server uses these words."""
     error_body = parse_error_body(reply.body)
-    return not error_body.is_text and _UNKNOWN_PATH_MESSAGE in error_body.message.lower()
+    return not error_body.is_text and UNKNOWN_PATH_OF_LM_STUDIO in error_body.message.lower()
 
 
 def _interrupted_download(reason: str, reply: Reply, value: Mapping[str, Any]) -> TaskCancelledError:

@@ -50,6 +50,8 @@ Capability = Literal["list", "load", "unload", "download", "load progress"]
 """Something that a server can do with its models."""
 
 _LOAD_POLL_SECONDS: Final = 0.2
+_BEGIN_SECONDS: Final = 10.0
+"""The seconds in which a router has to begin with a load that it has accepted."""
 
 
 @attrs.frozen(kw_only=True)
@@ -204,15 +206,24 @@ class _RouterManager(ModelManager):
                 raise
 
     async def _until_loaded(self, model: str) -> None:
-        has_begun = False
-        while (status := (await self._statuses()).get(model, {})).get("value") not in ("loaded", "sleeping"):
-            has_begun |= status.get("value") == "loading"
-            if status.get("value") not in ("loading", "downloading") and (has_begun or status.get("failed")):
+        loop = asyncio.get_running_loop()
+        begins_by = loop.time() + _BEGIN_SECONDS
+        while True:
+            status = (await self._statuses()).get(model, {})
+            value = status.get("value")
+            if value in ("loaded", "sleeping"):
+                return
+            if value == "loading":
+                begins_by = loop.time()
+            elif value == "downloading":
+                begins_by = loop.time() + _BEGIN_SECONDS
+            # A model may have been loaded and evicted between two looks, so that it is never seen while it loads.
+            elif status.get("failed") or loop.time() >= begins_by:
                 code = status.get("exit_code")
                 ended = f", and its process ended with {code}" if is_integer(code) else ""
                 raise ModelLoadError(
                     f"the router could not load {model!r}{ended}",
-                    hint="see the log of the router; the model may not fit into memory",
+                    hint="see the log of the router; the model may not fit into memory, or was unloaded again",
                     context={"operation": "model load", "model": model},
                 )
             await self._pause(_LOAD_POLL_SECONDS, "loaded")

@@ -16,7 +16,7 @@ import heapq
 import warnings
 import weakref
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Final, Self, Unpack, cast
 
@@ -26,7 +26,7 @@ from lmbridge._checks import check_integer, check_model_name, hint_for
 from lmbridge._copying import NotCopyable
 from lmbridge._pending_call import explains_missing_await
 from lmbridge._scheduled_run import current_run, next_order_number
-from lmbridge._tasks import LoopGuard
+from lmbridge._tasks import LoopGuard, call_in_loop
 from lmbridge.client.auto_limits import auto_limits, default_limits
 from lmbridge.client.llm import ClientOptions, LLMClient
 from lmbridge.config import Limits
@@ -281,9 +281,7 @@ class LLMClientPool(NotCopyable):
 
     def _serve_waiters_soon(self) -> None:
         if (loop := self._loop_guard.loop) is not None:
-            # The call raises if the loop is closed. In that case, no caller waits in it.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._serve_waiters)
+            call_in_loop(loop, self._serve_waiters)
 
     def _serve_waiters(self) -> None:
         while self._waiters and len(self._leases) < self._size:

@@ -93,7 +93,17 @@ class ReasoningSplitter:
     Mistral's models; of gpt-oss, whose other channels are read as well; of Gemma 4; of Seed-OSS; of Cohere's models; of
     Apertus; and of Kimi's older models."""
 
-    __slots__ = ("_blanks", "_block", "_harmony", "_held_back", "_markers", "_pieces", "_starts_in_reasoning", "_state")
+    __slots__ = (
+        "_blanks",
+        "_block",
+        "_harmony",
+        "_has_begun",
+        "_held_back",
+        "_markers",
+        "_pieces",
+        "_starts_in_reasoning",
+        "_state",
+    )
 
     def __init__(
         self, *, starts_in_reasoning: bool = False, markers: Iterable[tuple[str, str] | ReasoningMarkers] | None = None
@@ -109,6 +119,8 @@ class ReasoningSplitter:
         self._harmony: harmony.HarmonyReader | None = None
         self._pieces: list[Piece] = []
         self._starts_in_reasoning = starts_in_reasoning
+        # Whether a piece of the answer has arrived.
+        self._has_begun = False
 
     def feed(self, chunk: Mapping[str, Any]) -> list[Piece]:
         """Returns the pieces that a chunk adds. A whole reply can be fed as if it were a single chunk."""
@@ -116,10 +128,16 @@ class ReasoningSplitter:
         for choice in _choices_in(chunk):
             if choice.get("index"):
                 continue
-            part = choice.get("delta") or choice.get("message")
-            if not isinstance(part, Mapping) or (len(part) == 1 and "tool_calls" in part):
+            # Some servers send the whole message in place of all deltas, and others repeat it after them.
+            part = choice.get("delta") or (None if self._has_begun else choice.get("message"))
+            if not isinstance(part, Mapping):
                 continue
+            if part.get("tool_calls"):
+                self._has_begun = True
+                if len(part) == 1:
+                    continue
             reasoning, content = _texts_in(part)
+            self._has_begun = self._has_begun or bool(reasoning or content)
             if reasoning:
                 self._starts_in_reasoning = False
                 pieces.append(Piece("reasoning", reasoning))

@@ -31,6 +31,7 @@ from lmbridge.client.api_requests import ServerApi, is_damaged
 from lmbridge.client.lmstudio import find_lmstudio
 from lmbridge.client.model_lists import fetch_models
 from lmbridge.client.served_model import is_same_model
+from lmbridge.client.several_servers import smallest
 from lmbridge.errors import LLMError
 from lmbridge.types import LMStudioModel
 
@@ -146,8 +147,8 @@ def _summarized(info: ServerInfo, model: str | None) -> ServerInfo:
     relevant = list(_relevant_models(info.models, model))
     return attrs.evolve(
         info,
-        context_length=_smallest(each.context_length for each in relevant),
-        slots=_smallest(each.slots for each in relevant),
+        context_length=smallest(*(each.context_length for each in relevant)),
+        slots=smallest(*(each.slots for each in relevant)),
     )
 
 
@@ -367,10 +368,6 @@ def _relevant_models(models: Sequence[ModelInfo], model: str | None) -> Iterator
 
 def _has_name(model_id: str, model: str) -> bool:
     return is_same_model(model, model_id) or model_id == _with_tag(model)
-
-
-def _smallest(values: Iterable[int | None]) -> int | None:
-    return min((value for value in values if value is not None), default=None)
 
 
 def _with_tag(name: str) -> str:

@@ -128,9 +128,9 @@ def combined_info(infos: Sequence[ServerInfo]) -> ServerInfo:
         kind=first.kind if all(info.kind == first.kind for info in infos) else "unknown",
         version=first.version if all(info.version == first.version for info in infos) else None,
         models=tuple(models.values()),
-        context_length=_smallest(*(info.context_length for info in infos)),
-        slots=_smallest(*(info.slots for info in infos)),
-        max_loaded_models=_smallest(*(info.max_loaded_models for info in infos)),
+        context_length=smallest(*(info.context_length for info in infos)),
+        slots=smallest(*(info.slots for info in infos)),
+        max_loaded_models=smallest(*(info.max_loaded_models for info in infos)),
     )
 
 
@@ -138,14 +138,15 @@ def _combined_model(one: ModelInfo, other: ModelInfo) -> ModelInfo:
     return attrs.evolve(
         one,
         loaded=one.loaded or other.loaded if None not in (one.loaded, other.loaded) else None,
-        context_length=_smallest(one.context_length, other.context_length),
-        slots=_smallest(one.slots, other.slots),
+        context_length=smallest(one.context_length, other.context_length),
+        slots=smallest(one.slots, other.slots),
         embeds=one.embeds and other.embeds,
         vision=one.vision and other.vision if None not in (one.vision, other.vision) else None,
         tools=one.tools and other.tools if None not in (one.tools, other.tools) else None,
-        size_bytes=_smallest(one.size_bytes, other.size_bytes),
+        size_bytes=smallest(one.size_bytes, other.size_bytes),
     )
 
 
-def _smallest(*values: int | None) -> int | None:
+def smallest(*values: int | None) -> int | None:
+    """Returns the smallest of several numbers without those that are None, or None if there is no other."""
     return min((value for value in values if value is not None), default=None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import msgspec
+
 from lmbridge._checks import MAPPING_TYPES
 from lmbridge.client.json_codec import decode_json
 from lmbridge.transport import TokenUsage
@@ -17,8 +19,22 @@ class _HasUsage(Protocol):
     def usage(self) -> Any: ...
 
 
+class _UsageField(msgspec.Struct):
+    """The only field of a reply that is decoded here. Of the others, which may be large, no objects are made."""
+
+    usage: Any = None
+
+
+_decode_usage = msgspec.json.Decoder(_UsageField).decode
+
+
 def usage_in_body(body: bytes) -> TokenUsage | None:
     """Returns the number of tokens that a JSON body reports; None if it reports none."""
+    try:
+        return _token_usage(_decode_usage(body).usage)
+    except (ValueError, RecursionError):
+        # The body is not an object, or not strict JSON.
+        pass
     try:
         reply = decode_json(body)
     except ValueError:

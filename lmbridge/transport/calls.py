@@ -308,7 +308,7 @@ class Call:
         self.permit.has_answered = True
         if self.permit.is_first_request or self.permit.begins_run or self.permit.is_on_the_way:
             name, data = (first.name, first.data) if isinstance(first, NamedEvent) else ("", first)
-            if name != "error" and not self.request.interpreter.reports_error(data):
+            if name != "error" and not self.request.interpreter.is_error(data):
                 self._admission.mark_loaded(self.permit)
 
     def mark_unloaded(self) -> None:
@@ -371,7 +371,7 @@ class Call:
             self.watch.ended(outcome, attempts=self.attempts, tokens=tokens)
         if not is_shown:
             return
-        seconds = self.deadline_timer.time() - self._started
+        seconds = self.seconds
         logger.info(
             "%s %s model=%s %s in %.2f s%s, %d attempt%s",
             self.request.method,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -85,9 +86,11 @@ class DeadlineTimer:
             else:
                 earliest = min(earliest, watched.deadline)
         self._set_timer(earliest)
-        for watched in overdue:
-            self.discard(watched)
-            watched.on_deadline()
+        # The stack calls all of them, in order, even if one of them raises an exception.
+        with ExitStack() as calls:
+            for watched in reversed(overdue):
+                self.discard(watched)
+                calls.callback(watched.on_deadline)
 
 
 class Deadline:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Final
 
+from lmbridge._tasks import call_in_loop
 from lmbridge.errors import LLMConnectionError, LLMError, LLMStreamError
 from lmbridge.transport.calls import Call
 from lmbridge.transport.deadline import Deadline
@@ -23,6 +24,8 @@ from lmbridge.transport.sse import Event, SSEDecoder
 DRAIN_SECONDS: Final = 0.25
 """The most seconds to wait for the end of the body after the last event. Only a connection whose body has ended can be
 used again."""
+_DROPPED: Final = "dropped unclosed"
+"""How the log describes the end of a stream that was garbage-collected."""
 
 
 class EventStream:
@@ -333,8 +336,9 @@ class EventStream:
         loop = getattr(self, "_loop", None)
         if loop is None:
             return
+        self._loop = None
         try:
-            self._close_from_any_thread(loop)
+            close_abandoned(loop, self._response, self.call)
         finally:
             # The warning comes last, because a filter may turn it into an exception.
             warnings.warn(
@@ -345,26 +349,34 @@ class EventStream:
                 source=self,
             )
 
-    def _close_from_any_thread(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Closes the connection and returns the permit, which has to happen in the thread of the event loop."""
-        if loop.is_closed():
-            self.call.log("dropped unclosed")
-            return
-        try:
-            is_running_here = asyncio.get_running_loop() is loop
-        except RuntimeError:
-            is_running_here = False
-        self._loop = None
-        if is_running_here:
-            _close_abandoned(self._response, self.call)
-        else:
-            # The garbage collector ran in another thread, or the event loop is not running at the moment.
-            loop.call_soon_threadsafe(_close_abandoned, self._response, self.call)
+
+def close_abandoned(loop: asyncio.AbstractEventLoop, response: HttpResponse, call: Call) -> None:
+    """Closes the connection of a stream that was dropped unclosed, and returns its permit.
+
+    Both have to happen in the thread of the event loop, but a garbage collection may run in any thread.
+
+    Args:
+        loop: The event loop of the stream.
+        response: The response that the stream has read.
+        call: The call that the response belongs to.
+    """
+    if loop.is_closed():
+        call.log(_DROPPED)
+        return
+    try:
+        is_running_here = asyncio.get_running_loop() is loop
+    except RuntimeError:
+        is_running_here = False
+    if is_running_here:
+        _finish_abandoned(response, call)
+    else:
+        # The garbage collector ran in another thread, or the event loop is not running at the moment.
+        call_in_loop(loop, _finish_abandoned, response, call)
 
 
-def _close_abandoned(response: HttpResponse, call: Call) -> None:
+def _finish_abandoned(response: HttpResponse, call: Call) -> None:
     response.close()
-    call.finish("dropped unclosed")
+    call.finish(_DROPPED)
 
 
 async def _read_events(response: HttpResponse, decoder: SSEDecoder, data: bytes = b"") -> list[Event] | None:

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from lmbridge.transport.http_interface import ConnectionFailed
 
 _REFUSED_KEY: Final = (401, 403)
-_SMALL_REPLY: Final = 20_000
-"""The most bytes of a reply with a good status that are searched for an error."""
 
 
 class Delivery:
@@ -92,7 +90,8 @@ class Delivery:
     def on_failure(self, call: Call, failure: ConnectionFailed, reason: str) -> None:
         """Moves the request on after an attempt without a reply, if it may be sent again."""
         self._note(reason)
-        self._node.note_failure(call.deadline_timer.time(), reason)
+        if failure.blames_server:
+            self._node.note_failure(call.deadline_timer.time(), reason)
         if failure.unsent:
             # Even if every server is down, each gets an attempt, because one of them may work again.
             if self._has_alternative(call, may_be_down=True):
@@ -144,7 +143,7 @@ class Delivery:
 
     def _is_refusal(self, status: int, body: bytes) -> bool:
         """Returns whether an answer is an error that concerns this server and not the request."""
-        if status < 400 and (len(body) > _SMALL_REPLY or not self.request.interpreter.reports_error(body)):
+        if status < 400 and not self.request.interpreter.is_error(body):
             return False
         if self.conversation.previous_response_id is not None and status in (400, 404):
             return True

@@ -34,6 +34,8 @@ class Fault:
     """The next step for the user, which ends the text of the error; None where no advice would help."""
     unsent: bool = False
     """Whether the server has certainly not seen any part of the request."""
+    blames_server: bool = True
+    """Whether the server may be the cause. If not, the failure says nothing about the server's health."""
 
 
 _START_SERVER: Final = "start the server there, or pass the right api_base"
@@ -67,12 +69,13 @@ UNSUPPORTED_ENCODING: Final = Fault(
     "the server's answer is compressed in a way that lmbridge does not support",
     hint="make the server, or the proxy in front of it, send gzip, deflate or no compression, which is all that"
     " lmbridge asks for; leave Accept-Encoding out of headers=",
+    blames_server=False,
 )
 BROKEN_COMPRESSION: Final = Fault(
     "the server's answer cannot be decompressed",
     hint="switch off the compression in the server or in the proxy in front of it",
 )
-NOT_SENT: Final = Fault("the request could not be sent")
+NOT_SENT: Final = Fault("the request could not be sent", blames_server=False)
 
 FaultTable = Iterable[tuple[type[BaseException], Fault]]
 """Classes of exceptions, each with the fault that it stands for. The first class that matches decides."""
@@ -222,13 +225,14 @@ def connection_failed(
     """
     message = f"{fault.message}: {reason}" if reason else fault.message
     error = LLMConnectionError(message, cause, hint=fault.hint, status=status)
-    return kind(error, fault.verdict, unsent=fault.unsent)
+    return kind(error, fault.verdict, unsent=fault.unsent, blames_server=fault.blames_server)
 
 
 def unsupported_encoding(encoding: str, status: int) -> ConnectionFailed:
     """Returns the failure for a response whose body is compressed in a way that is not supported."""
     message = f"{UNSUPPORTED_ENCODING.message}: {shorten(encoding, 100)}"
-    return ConnectionFailed(LLMResponseError(message, hint=UNSUPPORTED_ENCODING.hint, status=status))
+    error = LLMResponseError(message, hint=UNSUPPORTED_ENCODING.hint, status=status)
+    return ConnectionFailed(error, UNSUPPORTED_ENCODING.verdict, blames_server=UNSUPPORTED_ENCODING.blames_server)
 
 
 Phase = Literal["connect", "load", "first_byte", "idle", "total"]

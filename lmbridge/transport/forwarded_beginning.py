@@ -11,9 +11,8 @@ from typing import Final
 
 from lmbridge.errors import LLMStreamError
 from lmbridge.transport.decompression import BrokenCompression, UnsupportedEncoding, decompressor_for
-from lmbridge.transport.sse import Event, SSEDecoder
+from lmbridge.transport.sse import BOM, Event, SSEDecoder
 
-_BOM: Final = b"\xef\xbb\xbf"
 _BEFORE_ANSWER: Final = (b":", b"id:", b"retry:")
 """The beginnings of lines that belong to no answer."""
 _LONGEST_FIELD: Final = max(map(len, _BEFORE_ANSWER))
@@ -79,10 +78,10 @@ class StreamBeginning:
         """Returns whether a line of the answer begins in these bytes, or began before and continues in them."""
         text = self._line + text
         if self._may_have_bom:
-            if len(text) < len(_BOM) and _BOM.startswith(text):
+            if len(text) < len(BOM) and BOM.startswith(text):
                 self._line = text
                 return False
-            text = text.removeprefix(_BOM)
+            text = text.removeprefix(BOM)
             self._may_have_bom = False
         lines = text.splitlines(keepends=True)
         self._line = lines.pop()[:_LONGEST_FIELD] if lines and not lines[-1].endswith((b"\n", b"\r")) else b""

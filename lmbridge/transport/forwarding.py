@@ -31,16 +31,15 @@ from typing import Final, Self
 from lmbridge.errors import LLMError, LLMStreamError
 from lmbridge.transport.calls import Call, Reply
 from lmbridge.transport.decompression import decompressed_beginning
+from lmbridge.transport.events import close_abandoned
 from lmbridge.transport.faults import Phase
 from lmbridge.transport.forwarded_beginning import StreamBeginning
 from lmbridge.transport.http_interface import ConnectionFailed, HttpResponse
-from lmbridge.transport.receive import error_of_server, note_arrived
+from lmbridge.transport.receive import LONGEST_PRELUDE, error_of_server, note_arrived
 from lmbridge.transport.retry import Verdict
 
 _LARGEST_WHOLE_BODY: Final = 1024 * 1024
 """The most bytes of JSON that are read before the response is handed out."""
-_LONGEST_PRELUDE: Final = 64 * 1024
-"""The most bytes of an event stream that are read before the response is handed out, even if no answer has begun."""
 
 
 class ForwardedResponse:
@@ -199,20 +198,17 @@ class ForwardedResponse:
         loop, source = getattr(self, "_loop", None), getattr(self, "_source", None)
         if loop is None or source is None:
             return
-        if not loop.is_closed():
-            # The garbage collector may run in another thread than the event loop.
-            loop.call_soon_threadsafe(_close_abandoned, source, self.call)
-        warnings.warn(
-            f"unclosed response to {self.call.request.operation}: read it to its end, or use `async with`",
-            ResourceWarning,
-            stacklevel=2,
-            source=self,
-        )
-
-
-def _close_abandoned(source: HttpResponse, call: Call) -> None:
-    source.close()
-    call.finish("dropped unclosed")
+        self._loop = None
+        try:
+            close_abandoned(loop, source, self.call)
+        finally:
+            # The warning comes last, because a filter may turn it into an exception.
+            warnings.warn(
+                f"unclosed response to {self.call.request.operation}: read it to its end, or use `async with`",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
 
 
 async def receive_forwarded(call: Call, response: HttpResponse) -> ForwardedResponse:
@@ -223,7 +219,7 @@ async def receive_forwarded(call: Call, response: HttpResponse) -> ForwardedResp
     stream: StreamBeginning | None = None
     wanted = 1
     if content_type.startswith("text/event-stream"):
-        stream, wanted = StreamBeginning(encoding, whole_event=has_alternatives), _LONGEST_PRELUDE
+        stream, wanted = StreamBeginning(encoding, whole_event=has_alternatives), LONGEST_PRELUDE
     elif content_type.startswith("application/json"):
         wanted = _LARGEST_WHOLE_BODY
     parts: list[bytes] = []

@@ -114,13 +114,18 @@ class ConnectionFailed(Exception):  # noqa: N818 - it is caught by the transport
         error: The error for the user, in case this was the last attempt.
         verdict: Whether a further attempt makes sense.
         unsent: Whether the server has certainly not seen any part of the request.
+        blames_server: Whether the server may be the cause, so that another server should get the next requests. It is
+            False if the request itself is the cause.
     """
 
-    def __init__(self, error: LLMError, verdict: Verdict = Verdict.FAIL, *, unsent: bool = False) -> None:
+    def __init__(
+        self, error: LLMError, verdict: Verdict = Verdict.FAIL, *, unsent: bool = False, blames_server: bool = True
+    ) -> None:
         super().__init__(error.message)
         self.error = error
         self.verdict = verdict
         self.unsent = unsent
+        self.blames_server = blames_server
 
 
 class StaleConnection(ConnectionFailed):

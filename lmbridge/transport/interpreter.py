@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -12,6 +12,9 @@ from lmbridge.transport.retry import Classify
 if TYPE_CHECKING:
     from lmbridge.transport.calls import Call, TokenUsage
     from lmbridge.transport.node import FindModels
+
+_LARGEST_ERROR: Final = 100_000
+"""The most bytes of a reply with a good status, or of an event, that are searched for an error."""
 
 
 def _never_reports_error(_data: bytes) -> bool:
@@ -54,3 +57,13 @@ class Interpreter:
     model. It is called if another server gets the request, because then nothing else reads the reply."""
     find_models: FindModels | None = None
     """Asks a server which models it has. It is called only if there are several servers, and never for each request."""
+
+    def is_error(self, data: bytes) -> bool:
+        """Returns what `reports_error` does for small data, and False for data that is larger than any error.
+
+        To find out whether data is an error, it has to be decoded, and a large reply would hold up the event loop.
+
+        Args:
+            data: The body of a reply with a good status, or the data of an event.
+        """
+        return len(data) <= _LARGEST_ERROR and self.reports_error(data)

@@ -2,7 +2,7 @@
 
 Each server has its own `Transport`, with its own connections, limits and schedule; the pool only decides which of
 them gets a request. The rules for choosing a server are in `node.py`, and those for what happens after a failure are in
-`delivery.py`. The division is that of elastic-transport, whose node pool knows nothing of requests, and whose nodes
+`failover.py`. The division is that of elastic-transport, whose node pool knows nothing of requests, and whose nodes
 know nothing of each other.
 
 The alternative was one schedule for all servers, from which each server takes its next request. A request would then
@@ -108,7 +108,8 @@ class NodePool(NotCopyable):
         self._limits: SingleFlight[None] = SingleFlight(
             "the client was closed while it asked for the servers' limits", keep_going=True
         )
-        self._knows_limits = False
+        # The value of `_restarts` when the servers were last asked for their limits; None if they have not been asked.
+        self._limits_known_at: int | None = None
         # The number of requests for which a server is still to be chosen.
         self._arriving = 0
         self._guard = LoopGuard("this client")
@@ -209,6 +210,7 @@ class NodePool(NotCopyable):
         """
         self._guard.check()
         closing, self._closing = self._closing, None
+        self._limits_known_at = None
         self._guard = LoopGuard("this client")
         if closing is not None and not closing.get_loop().is_closed():
             closing.set_result(None)
@@ -233,7 +235,7 @@ class NodePool(NotCopyable):
         self._arriving += 1
         try:
             await self._learn_models(request)
-            if request.queued and not self._knows_limits:
+            if request.queued and self._limits_known_at != self._restarts():
                 await self._learn_limits()
         finally:
             self._arriving -= 1
@@ -335,11 +337,15 @@ class NodePool(NotCopyable):
         Otherwise the requests of a program that starts many at once would be divided equally between a server with one
         slot and one with eight.
         """
-        if self._arriving > 1 or self.in_flight or self.queued:
+        # A request is underway before it is in flight or queued, because its transport may ask for the limits as well.
+        if self._arriving > 1 or self.in_flight or any(node.underway for node in self._nodes):
             with suppress(TaskCancelledError):
                 await self._limits.run("limits", self._ask_for_limits)
 
     async def _ask_for_limits(self) -> None:
+        # A server that is down is not asked. When it comes back, this number grows, so that all servers are asked anew.
+        # Those that have answered before get no further request.
+        asked_at = self._restarts()
         questions = [node.transport.learn_limits() for node in self._nodes if not node.is_down]
         # An answer that takes longer is put in force when it arrives.
         with suppress(TimeoutError):
@@ -347,7 +353,11 @@ class NodePool(NotCopyable):
                 for outcome in await asyncio.gather(*questions, return_exceptions=True):
                     if isinstance(outcome, BaseException) and not isinstance(outcome, LLMError):
                         raise outcome
-        self._knows_limits = True
+        self._limits_known_at = asked_at
+
+    def _restarts(self) -> int:
+        """Returns how often servers have come back after a failure."""
+        return sum(node.restarts for node in self._nodes)
 
     def _start_look_up(self, node: Node, find_models: FindModels | None, now: float) -> None:
         if node.look_up is not None:
@@ -398,7 +408,7 @@ class NodePool(NotCopyable):
             # The futures and tasks of the former loop are lost.
             self._closing = None
             self._forget_look_ups()
-            self._knows_limits, self._arriving = False, 0
+            self._limits_known_at, self._arriving = None, 0
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_future()
         return self._closing

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from contextlib import suppress
 
 import attrs
 
-from lmbridge._tasks import LoopGuard
+from lmbridge._tasks import LoopGuard, call_in_loop
 from lmbridge.errors import TaskCancelledError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import Call
@@ -106,9 +105,7 @@ class OpenState:
         if self.loop.is_closed():
             self.session.abandon()
         else:
-            # The thread of the loop may be closing it at this moment.
-            with suppress(RuntimeError):
-                self.loop.call_soon_threadsafe(self.session.abandon)
+            call_in_loop(self.loop, self.session.abandon)
 
     async def close(self) -> None:
         """Ends all streams, waits and requests, and closes the session.

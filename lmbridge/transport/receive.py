@@ -11,6 +11,8 @@ from lmbridge.transport.http_interface import ConnectionFailed, HttpResponse
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder, begins_event_stream
 
+LONGEST_PRELUDE: Final = 64 * 1024
+"""The most bytes of an event stream that are read before it is handed out, even if its answer has not begun."""
 _UNDECIDED_BYTES: Final = 4096
 """The most bytes that are read to find out whether a body is an event stream. Line feeds alone do not decide it."""
 _KEPT_BYTES: Final = 1024**2
@@ -41,16 +43,19 @@ async def receive_begun_stream(call: Call, response: HttpResponse) -> EventStrea
     """Does what `receive_stream` does, but waits for the first event. Until then, another server can get the request.
 
     Some servers send the head of a response before they have looked at the request. If the first event reports an error
-    that concerns only this server, it is returned as a `Reply`.
+    that concerns only this server, it is returned as a `Reply`. The wait ends after 64 KiB, even without an event.
     """
     if response.status >= 300 or not response.headers.get("Content-Type", "").lower().startswith("text/event-stream"):
         return await receive_stream(call, response)
-    decoder, first = SSEDecoder(), b""
+    decoder = SSEDecoder()
+    parts: list[bytes] = []
+    size = 0
     events: list[Event] = []
     try:
-        while not events and decoder.failure is None and (more := await response.read_some()):
-            first += more
-            events = decoder.feed(more)
+        while not events and size < LONGEST_PRELUDE and (part := await response.read_some()):
+            parts.append(part)
+            size += len(part)
+            events = decoder.feed(part)
     except ConnectionFailed as failure:
         # Nothing of the answer has arrived, so this is the same as a connection that breaks before the response.
         failure.verdict = Verdict.RETRY
@@ -58,14 +63,14 @@ async def receive_begun_stream(call: Call, response: HttpResponse) -> EventStrea
     if events and (data := error_of_server(call, events[0])) is not None:
         response.close()
         return Reply(call=call, status=response.status, headers=response.headers, body=data)
-    return EventStream(call, response, first)
+    return EventStream(call, response, b"".join(parts))
 
 
 def error_of_server(call: Call, event: Event) -> bytes | None:
     """Returns the data of an event if it reports an error that another server may not have, and None otherwise."""
     data = event.data if isinstance(event, NamedEvent) else event
     interpreter = call.request.interpreter
-    return data if interpreter.reports_error(data) and interpreter.concerns_server(200, data) else None
+    return data if interpreter.is_error(data) and interpreter.concerns_server(200, data) else None
 
 
 def note_arrived(call: Call, response: HttpResponse, parts: Iterable[bytes]) -> None:

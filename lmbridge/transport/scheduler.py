@@ -445,7 +445,7 @@ class Scheduler:
     def _enqueue(self, permit: Permit) -> None:
         permit.queue = queue = self._models.queue_for(permit.model)
         queue.waiting[permit] = None
-        is_by_run = permit.run is not None and self.limits.order == "run"
+        is_by_run = self.limits.order == "run"
         permit.order_number = permit.run.number if permit.run is not None and is_by_run else permit.arrival_number
         self._levels.update(permit, permit.arrived_at)
         permit.is_newcomer = self._is_newcomer(permit)

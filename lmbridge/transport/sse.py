@@ -22,7 +22,8 @@ MAX_EVENT_SIZE: Final = 100 * 2**20
 """The default of `max_size` in bytes, which is far beyond what a server sends on purpose."""
 _MAX_BARE_TEXT: Final = 4096
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
-_BOM: Final = b"\xef\xbb\xbf"
+BOM: Final = b"\xef\xbb\xbf"
+"""The byte order mark that may be at the beginning of an event stream, or of any other text in UTF-8."""
 # Numbers are faster here: for bytes of length 1, `in` first tries to read them as a number, which costs a microsecond.
 _CR: Final = ord("\r")
 _LF: Final = ord("\n")
@@ -32,7 +33,7 @@ _BETWEEN_EVENTS: Final = b"\n\n" + _DATA
 
 def begins_event_stream(first: bytes) -> bool | None:
     """Returns whether a body that begins with these bytes is an event stream, or None if more bytes are needed."""
-    begun = first.lstrip(_BOM + b"\r\n")
+    begun = first.lstrip(BOM + b"\r\n")
     if not begun or any(field.startswith(begun) and field != begun for field in _FIELDS):
         return None
     return begun.startswith(_FIELDS)
@@ -91,7 +92,8 @@ class SSEDecoder:
         self._name: str | None = None
         self._bare_text = b""
         self.failure: LLMStreamError | None = None
-        """The error that the next call of `feed` raises. The last call met it after some events, and returned these."""
+        """The error that every further call of `feed` and `close` raises, or None. The call that met it has raised it,
+        unless there were events before it, which that call has returned."""
 
     @property
     def bare_text(self) -> str:
@@ -103,7 +105,8 @@ class SSEDecoder:
 
         Raises:
             LLMStreamError: A line or an event is larger than `max_size`. If there are events before it, these are
-                returned, and the error is raised when the method is called again.
+                returned, and the error is raised when the method is called again. The rest of the stream cannot be
+                read, so every further call raises the error.
         """
         if self.failure is not None:
             raise self.failure
@@ -127,10 +130,9 @@ class SSEDecoder:
                 rest = self._interpret_blocks(data, events)
             if rest:
                 self._buffer_partial_line(rest)
-        except LLMStreamError as error:
+        except LLMStreamError:
             if not events:
                 raise
-            self.failure = error
         return events
 
     def close(self) -> list[Event]:
@@ -220,18 +222,19 @@ class SSEDecoder:
 
     def _check_size(self, size: int) -> None:
         if size > self._max_size:
-            raise LLMStreamError(f"the stream contains an event of more than {self._max_size} bytes")
+            self.failure = LLMStreamError(f"the stream contains an event of more than {self._max_size} bytes")
+            raise self.failure
 
     def _without_bom(self, data: bytes) -> bytes:
-        if not self._possible_bom and data and data[0] != _BOM[0]:
+        if not self._possible_bom and data and data[0] != BOM[0]:
             self._possible_bom = None
             return data
         start = (self._possible_bom or b"") + data
-        if len(start) < len(_BOM) and _BOM.startswith(start):
+        if len(start) < len(BOM) and BOM.startswith(start):
             self._possible_bom = start
             return b""
         self._possible_bom = None
-        return start.removeprefix(_BOM)
+        return start.removeprefix(BOM)
 
     def _take_possible_bom(self) -> list[bytes]:
         start, self._possible_bom = self._possible_bom, None

@@ -184,6 +184,44 @@ async def test_a_load_that_takes_too_long_is_a_timeout(router: Router, client: L
     assert caught.value.phase == "load"
 
 
+@pytest.mark.parametrize("kind", ["router", "lmstudio", "ollama"])
+async def test_a_timeout_in_seconds_limits_a_load(
+    scripted_server: ScriptedServer, client: LLMClient, kind: str
+) -> None:
+    if kind == "router":
+        Router(scripted_server).next = [{"value": "loading"}]
+    elif kind == "lmstudio":
+        model = {"type": "llm", "key": "small", "loaded_instances": []}
+        scripted_server.on_path("/api/v1/models", reply(200, {"models": [model]}))
+        scripted_server.on_path("/api/v1/models/load", stall())
+    else:
+        scripted_server.on_path("/v1/models", reply(200, {"data": [{"id": "small", "owned_by": "library"}]}))
+        scripted_server.on_path("/api/tags", reply(200, {"models": [{"name": "small", "model": "small"}]}))
+        scripted_server.on_path("/api/ps", reply(200, {"models": []}))
+        scripted_server.on_path("/api/version", reply(200, {"version": "0.35.0"}))
+        scripted_server.on_path("/api/generate", stall())
+    with pytest.raises(LLMTimeoutError, match=r"within 0\.5 s") as caught:
+        async with asyncio.timeout(10):
+            await client.models.load("small", timeout=0.5)
+    assert caught.value.phase == "load"
+
+
+async def test_a_model_that_is_evicted_before_anybody_saw_it_load_is_not_waited_for(
+    router: Router, client: LLMClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_backends, "_BEGIN_SECONDS", 0.05)
+    # It waits for as long as the download takes.
+    router.next = [*[{"value": "downloading"}] * 5, {"value": "unloaded"}]
+    async with asyncio.timeout(10):
+        with pytest.raises(ModelLoadError, match="could not load 'small'"):
+            await client.models.load("small", timeout=None)
+
+
+async def test_a_load_may_begin_late(router: Router, client: LLMClient) -> None:
+    router.next = [{"value": "unloaded"}, {"value": "unloaded"}, {"value": "loading"}, {"value": "loaded"}]
+    assert (await client.models.load("small")).loaded
+
+
 async def test_a_request_that_times_out_during_a_load_keeps_its_own_error(router: Router, client: LLMClient) -> None:
     router.server.on_path("/models", stall())
     router.next = [{"value": "loading"}]

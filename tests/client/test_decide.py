@@ -220,6 +220,22 @@ async def test_a_cancelled_decision_leaves_nothing_behind(scripted_server: Scrip
     await cancel_at_each_step(lambda: client.decide(STATE, QUESTIONS), is_idle, at_least=3)
 
 
+async def test_an_endpoint_that_is_gone_is_replaced_by_the_other_one(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    gone = reply(404, {"error": {"message": "File Not Found", "type": "not_found_error"}})
+    answers = [{"type": "predicate", "name": "angry", "probability": 0.25}]
+    questions = {"angry": QUESTIONS["angry"]}
+    scripted_server.on_path(SYSTEM_ONE, reply(200, {**BODY, "answers": {"angry": ANSWERS["angry"]}}))
+    await client.decide(STATE, questions)
+    scripted_server.on_path(SYSTEM_ONE, gone)
+    scripted_server.on_path(DECISIONS, reply(200, {"model": "test-model", "answers": answers}))
+    for _ in range(2):
+        assert (await client.decide(STATE, questions)).calibrated
+    expected = [SYSTEM_ONE, SYSTEM_ONE, DECISIONS, DECISIONS]
+    assert [request.path for request in scripted_server.requests] == expected
+
+
 # Chat models
 
 

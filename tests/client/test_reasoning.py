@@ -286,6 +286,29 @@ async def test_a_stream_and_its_collected_reply_are_split_alike(
     assert split_reasoning(await client.chat_completion(MESSAGES)) == ("Be kind, be brief.", "Hello to you.")
 
 
+@pytest.mark.parametrize(
+    ("deltas", "expected"),
+    [
+        ([], ("Hm.", "Hello.")),
+        ([{"role": "assistant", "content": ""}], ("Hm.", "Hello.")),
+        ([{"content": "Hel"}, {"content": "lo."}], ("", "Hello.")),
+        ([{"reasoning_content": "Hm."}], ("Hm.", "")),
+        ([{"tool_calls": [{"index": 0, "id": "1", "function": {"name": "add", "arguments": "{}"}}]}], ("", "")),
+    ],
+)
+def test_a_whole_message_at_the_end_of_a_stream_counts_only_if_nothing_came_before(
+    deltas: list[dict[str, Any]], expected: tuple[str, str]
+) -> None:
+    message = {"role": "assistant", "content": "Hello.", "reasoning_content": "Hm."}
+    last = {"index": 0, "delta": {}, "message": message, "finish_reason": "stop"}
+    chunks = [*(chunk(**delta) for delta in deltas), {"choices": [last]}]
+    assert streamed(chunks) == expected
+    accumulator = ChatAccumulator()
+    for each in chunks:
+        accumulator.add(each)
+    assert split_reasoning(accumulator.reply()) == expected
+
+
 async def test_usage_is_none_if_the_server_did_not_send_it(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(answer("Hello."), reply(200, a_reply("Hello.")))
     assert (await collect(await client.chat_completion(MESSAGES, stream=True)))["usage"] is None

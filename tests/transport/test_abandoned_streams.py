@@ -109,6 +109,36 @@ def test_asyncio_never_logs_the_exception_of_a_stream_that_nobody_reads(ending: 
         assert not [report for report in reports if "never retrieved" in report]
 
 
+@pytest.mark.parametrize("is_forwarded", [False, True])
+def test_a_stream_can_be_dropped_while_another_thread_closes_its_loop(
+    is_forwarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def events() -> AsyncIterator[Any]:
+        yield HALF[0]
+        await asyncio.Event().wait()
+
+    async def open_stream() -> object:
+        if not is_forwarded:
+            return await opened(client)
+        build = client._server.build_post
+        return await transport.forward(build("chat completion", "/chat/completions", {"stream": True}, "m"))
+
+    def is_closing(*_: object) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    transport = MockTransport(lambda _: events())
+    client = LLMClient(model="m", transport=transport)
+    loop = asyncio.new_event_loop()
+    references = [loop.run_until_complete(open_stream())]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "call_soon_threadsafe", is_closing)
+        # An exception in `__del__` would fail the test.
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            references.clear()
+    loop.run_until_complete(transport.close())
+    loop.close()
+
+
 async def test_reading_again_after_an_abandoned_read_is_an_error(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:

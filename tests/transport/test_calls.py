@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -236,3 +237,44 @@ async def test_a_reply_has_the_seconds_of_its_retry_after_header() -> None:
     reply = Reply(call=a_call(), status=429, headers={"Retry-After": "1.5"}, body=b"")
     assert reply.retry_after == 1.5
     assert attrs.evolve(reply, headers={}).retry_after is None
+
+
+class Moved:
+    """A `Failover` of a request that another server has had before."""
+
+    attempts = 1
+    retries = 1
+    seconds = 3.0
+    tried = ("http://other: could not connect",)
+
+
+async def test_the_line_in_the_log_counts_the_attempts_and_the_seconds_at_all_servers(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved: Any = Moved()
+    call = a_call(failover=moved)
+    call.begin_attempt()
+    clock.wait(0.5)
+    with caplog.at_level(logging.INFO, "lmbridge.transport"):
+        call.finish(200)
+    fields = vars(caplog.records[-1])
+    assert (fields["lmbridge_attempts"], fields["lmbridge_seconds"]) == (2, 3.5)
+    assert "200 in 3.50 s, 2 attempts" in caplog.text
+    assert call.context()["seconds"] == 3.5
+
+
+async def test_only_small_data_is_searched_for_an_error() -> None:
+    sizes: list[int] = []
+
+    def reports_error(data: bytes) -> bool:
+        sizes.append(len(data))
+        return True
+
+    call = a_call(interpreter=Interpreter(classify=lambda *_: FAIL, reports_error=reports_error))
+    call._admission = Admission(Limits(max_loaded_models=1))
+    call.admit(await call._admission.acquire("m"))
+    call.note_first_event(b"x" * 1_000, is_stream=False)
+    assert call.is_first_request, "an error does not show that the model is loaded"
+    call.note_first_event(b"x" * 1_000_000, is_stream=False)
+    assert not call.is_first_request
+    assert sizes == [1_000]

@@ -8,6 +8,7 @@ import math
 import pytest
 
 from lmbridge.transport.deadline import Deadline, DeadlineTimer
+from tests.support import turns
 
 
 async def wait_until(when: float) -> str:
@@ -82,3 +83,29 @@ async def test_a_deadline_and_an_asyncio_timeout_can_be_nested() -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0):
             await wait_until(loop.time() + 50)
+
+
+async def test_each_overdue_object_is_called_even_if_another_one_raises() -> None:
+    loop = asyncio.get_running_loop()
+    reported: list[object] = []
+    loop.set_exception_handler(lambda _, context: reported.append(context["exception"]))
+    called: list[str] = []
+
+    class Overdue:
+        def __init__(self, name: str, error: Exception | None = None) -> None:
+            self.deadline = 0.0
+            self._name = name
+            self._error = error
+
+        def on_deadline(self) -> None:
+            called.append(self._name)
+            if self._error is not None:
+                raise self._error
+
+    error = KeyError("one")
+    timer = DeadlineTimer(loop, [Overdue("three")])
+    timer.add(Overdue("one", error))
+    timer.add(Overdue("two"))
+    await turns()
+    assert called == ["one", "two", "three"]
+    assert reported == [error]

@@ -29,9 +29,9 @@ from lmbridge import (
 )
 from lmbridge.client import failures
 from lmbridge.client.error_body import reports_error
-from lmbridge.testing import MockResponse, ScriptedServer, answer, hang_up, reply, sse, stall
+from lmbridge.testing import Exchange, MockResponse, ScriptedServer, answer, hang_up, reply, sse, stall
 from lmbridge.transport import Interpreter, Request, Verdict
-from tests.support import MESSAGES, cancel_at_each_step, piece, turns
+from tests.support import MESSAGES, cancel_at_each_step, piece, read_text, turns
 from tests.transport.fake_servers import FakeServer, client_of, pool_of
 from tests.transport.support import ask
 
@@ -117,6 +117,39 @@ async def test_a_stream_that_breaks_before_its_first_event_goes_to_another_serve
     servers[0].default = sse(b": still reading the prompt\n\n", end=False)
     async with url_client(*servers[:2]) as client:
         assert await ask(client, True) == "Hello from the scripted server."
+
+
+async def test_comments_before_the_first_event_are_not_kept_without_a_bound(servers: list[ScriptedServer]) -> None:
+    comments = b": still reading the prompt\n\n" * 10_000
+    gate = asyncio.Event()
+
+    async def behaviour(exchange: Exchange) -> None:
+        await exchange.start()
+        await exchange.send(comments)
+        await gate.wait()
+        await exchange.chunk(piece("Hello"))
+        await exchange.chunk(piece(finish_reason="stop"))
+        await exchange.done()
+
+    servers[0].default = servers[1].default = behaviour
+    async with url_client(*servers[:2]) as client:
+        async with asyncio.timeout(10):
+            stream = await client.chat_completion(MESSAGES, stream=True)
+        gate.set()
+        assert await read_text(stream) == "Hello"
+
+
+@STREAM
+async def test_a_reply_that_cannot_be_decompressed_does_not_take_the_server_down(
+    servers: list[ScriptedServer], stream: bool
+) -> None:
+    servers[0].default = reply(200, b"?", {"Content-Encoding": "br"})
+    transports = [Transport(servers[0].api_base)]
+    async with NodePool(transports) as pool:
+        client = LLMClient(transport=pool, model="test-model")
+        with pytest.raises(LLMResponseError, match="compressed in a way"):
+            await ask(client, stream)
+        assert pool.stats().by_server[servers[0].api_base].is_available
 
 
 async def test_a_stream_that_has_begun_is_never_sent_again(servers: list[ScriptedServer]) -> None:
@@ -656,6 +689,50 @@ async def test_requests_that_start_together_are_divided_by_the_slots_of_the_serv
         gate.set()
         await asyncio.gather(*asked)
     assert (generated(small), generated(large)) == (2, 16)
+
+
+async def ask_18_together(client: LLMClient, gate: asyncio.Event, topic: str) -> None:
+    """Sends 18 requests, and opens the gate of the servers when all of them have been given to a server.
+
+    Each topic makes other conversations, which no server has in its cache.
+    """
+    gate.clear()
+    conversations = [[{"role": "user", "content": f"{topic} {number}"}] for number in range(18)]
+    asked = [asyncio.create_task(client.chat_completion(each)) for each in conversations]
+    while client.stats().in_flight + client.stats().queued < 18:
+        await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(*asked)
+
+
+@pytest.mark.usefixtures("no_checks")
+async def test_a_server_that_comes_back_is_asked_for_its_slots(servers: list[ScriptedServer]) -> None:
+    small, large, _ = servers
+    has_slots(small, 1)
+    has_slots(large, 8)
+    gate = asyncio.Event()
+    small.default = large.default = answer("Hello", gate=gate)
+    async with LLMClient([small.api_base, large.api_base], "m") as client:
+        # A client of several servers has a `NodePool`.
+        node = client._server.transport._nodes[0]  # type: ignore[attr-defined]
+        node.note_failure(asyncio.get_running_loop().time(), "a test")
+        await ask_18_together(client, gate, "one")
+        node.note_success()
+        await ask_18_together(client, gate, "two")
+    assert (generated(small), generated(large)) == (2, 18 + 16)
+
+
+async def test_servers_are_asked_for_their_slots_again_after_a_close(servers: list[ScriptedServer]) -> None:
+    one, two, _ = servers
+    gate = asyncio.Event()
+    one.default = two.default = answer("Hello", gate=gate)
+    async with LLMClient([one.api_base, two.api_base], "m") as client:
+        for slots in ((1, 8), (8, 1)):
+            has_slots(one, slots[0])
+            has_slots(two, slots[1])
+            await ask_18_together(client, gate, str(slots))
+            await client.close()
+    assert (generated(one), generated(two)) == (2 + 16, 16 + 2)
 
 
 async def test_a_program_with_one_request_at_a_time_does_not_ask_for_slots(servers: list[ScriptedServer]) -> None:

@@ -268,9 +268,10 @@ def test_the_limit_must_be_a_positive_integer(size: Any) -> None:
         LLMClient(max_reply_bytes=size)
 
 
-def test_the_limit_belongs_to_the_transport() -> None:
+@pytest.mark.parametrize("size", [0, 1])
+def test_the_limit_belongs_to_the_transport(size: int) -> None:
     with pytest.raises(LLMValidationError, match="max_reply_bytes cannot be combined with transport="):
-        LLMClient(transport=Transport(), max_reply_bytes=1)
+        LLMClient(transport=Transport(), max_reply_bytes=size)
 
 
 # Encodings

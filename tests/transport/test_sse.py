@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tracemalloc
 from collections.abc import Coroutine, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -273,6 +274,17 @@ def test_the_cap_applies_to_comments() -> None:
     for pieces in ([b":" * 101 + b"\n"], [*one_by_one(b":" * 101)]):
         with pytest.raises(LLMStreamError):
             decode(*pieces, max_size=100)
+
+
+@pytest.mark.parametrize("too_large", [b"data: aaaaaaaaaa", b"data: aaaaaaaaaaaaaaaaaaaaaaaa\n"])
+def test_nothing_can_be_read_after_an_event_that_is_too_large(too_large: bytes) -> None:
+    decoder = SSEDecoder(max_size=20)
+    with pytest.raises(LLMStreamError, match="more than 20 bytes"):
+        decoder.feed(too_large + b"b" * 14)
+    assert decoder.failure is not None
+    for again in (partial(decoder.feed, b"cc\n\ndata: d\n\n"), partial(decoder.feed, b""), decoder.close):
+        with pytest.raises(LLMStreamError, match="more than 20 bytes"):
+            again()
 
 
 def test_each_piece_of_a_line_of_20_mb_costs_no_more_than_its_own_size() -> None:

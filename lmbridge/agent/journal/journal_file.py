@@ -12,7 +12,6 @@ that are lost when the program ends do no harm, because a run continues only aft
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import queue
 import threading
@@ -22,6 +21,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 import attrs
 
+from lmbridge._tasks import call_in_loop
 from lmbridge.agent.journal.database import Database
 
 _T = TypeVar("_T")
@@ -166,8 +166,7 @@ def _deliver(work: _Work, result: Any, error: Exception | None) -> None:
             work.future.set_exception(error)
 
     # If the loop has been closed, no task is waiting for the result.
-    with contextlib.suppress(RuntimeError):
-        work.loop.call_soon_threadsafe(deliver)
+    call_in_loop(work.loop, deliver)
 
 
 def _release_opened(opening: asyncio.Future[JournalFile]) -> None:
