@@ -167,8 +167,8 @@ MUTANTS = {
         "now >= first.arrived_at + limit / (1 + max(0, first.priority))\n",
     ),
     # Runs
-    "the order of runs ignored": ('and self.limits.order == "run"', "and False"),
-    "runs are ordered although requests should be": ('and self.limits.order == "run"', "and True"),
+    "the order of runs ignored": ('is_by_run = self.limits.order == "run"', "is_by_run = False"),
+    "runs are ordered although requests should be": ('is_by_run = self.limits.order == "run"', "is_by_run = True"),
     "the number of begun runs is not limited": (
         "if limit is None or self.total < limit:",
         "if True:",
