@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -351,6 +351,25 @@ def call_in_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., object
         loop.call_soon_threadsafe(function, *args)
 
 
+@contextmanager
+def calling_on_signal(callback: Callable[[], None]) -> Iterator[None]:
+    """Calls a function in the running event loop on each SIGINT and SIGTERM within the block.
+
+    It is meant for the main function of a program: it must be used in the main thread, and it replaces the handlers of
+    both signals. After the block the signals are ignored, because a handler that uses the event loop would raise an
+    exception once the loop has been closed.
+    """
+    loop = asyncio.get_running_loop()
+    # loop.add_signal_handler would be simpler, but it does not exist on Windows.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(callback))
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
 async def run_until_signal(work: Coroutine[Any, Any, _T]) -> _T | None:
     """Runs a coroutine in a separate task, and cancels it on SIGINT or SIGTERM. That counts as a normal end.
 
@@ -367,8 +386,7 @@ async def run_until_signal(work: Coroutine[Any, Any, _T]) -> _T | None:
         Exception: Whatever the work raises, even while it is being cancelled.
         ValueError: The calling thread is not the main thread. The work has not begun.
     """
-    loop = asyncio.get_running_loop()
-    task = loop.create_task(work)
+    task = asyncio.get_running_loop().create_task(work)
     got_signal = False
 
     def cancel_once() -> None:
@@ -378,21 +396,16 @@ async def run_until_signal(work: Coroutine[Any, Any, _T]) -> _T | None:
             task.cancel()
 
     try:
-        # loop.add_signal_handler would be simpler, but it does not exist on Windows.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(cancel_once))
+        with calling_on_signal(cancel_once):
+            try:
+                await asyncio.wait({task})
+            except asyncio.CancelledError:
+                await end_task(task)
+                raise
     except ValueError:
         # This is not the main thread, and nobody else knows the task.
         await end_task(task)
         raise
-    try:
-        await asyncio.wait({task})
-    except asyncio.CancelledError:
-        await end_task(task)
-        raise
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
     if got_signal and task.cancelled():
         return None
     return task.result()

@@ -6,11 +6,11 @@ import argparse
 import asyncio
 import logging
 import os
-import signal
 import sys
 from typing import Final
 
 from lmbridge._foreground import log_to_stderr, run_program
+from lmbridge._tasks import calling_on_signal
 from lmbridge._version import __version__
 from lmbridge.config import Limits
 from lmbridge.gateway.gateway import Gateway
@@ -93,29 +93,26 @@ async def serve(gateway: Gateway) -> None:
     """Runs a gateway until SIGINT or SIGTERM has arrived and the requests in flight have finished.
 
     A second signal ends the gateway at once. This function must be called in the main thread, and it replaces the
-    handlers of both signals.
+    handlers of both signals. Afterwards the signals are ignored.
 
     Raises:
         LLMError: The gateway cannot listen.
     """
-    loop = asyncio.get_running_loop()
     first, second = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
         (second if first.is_set() else first).set()
 
-    # loop.add_signal_handler would be simpler, but it does not exist on Windows.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(on_signal))
-    async with gateway:
-        sys.stdout.write(f"lmbridge gateway: {gateway.api_base}, status page: {gateway.origin}/status\n")
-        sys.stdout.flush()
-        await first.wait()
-        draining = asyncio.create_task(gateway.drain())
-        at_once = asyncio.create_task(second.wait())
-        await asyncio.wait({draining, at_once}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (draining, at_once):
-            task.cancel()
+    with calling_on_signal(on_signal):
+        async with gateway:
+            sys.stdout.write(f"lmbridge gateway: {gateway.api_base}, status page: {gateway.origin}/status\n")
+            sys.stdout.flush()
+            await first.wait()
+            draining = asyncio.create_task(gateway.drain())
+            at_once = asyncio.create_task(second.wait())
+            await asyncio.wait({draining, at_once}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (draining, at_once):
+                task.cancel()
 
 
 if __name__ == "__main__":

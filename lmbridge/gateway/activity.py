@@ -45,6 +45,8 @@ class Entry:
     """Whether the client has asked for an event stream."""
     place: FairPlace
     """The position of the request in the order of all requests."""
+    needs_model: bool = True
+    """Whether the server has to load the model for the request. It need not for a token count."""
     arrived_at: float
     """The time of arrival, by the monotonic clock."""
     admitted_at: float | None = None
@@ -55,6 +57,9 @@ class Entry:
     """The number of parts of the body that have been passed on."""
     bytes: int = 0
     """The number of bytes of the body that have been passed on."""
+    events: int = 0
+    """The number of events that have been passed on, which is about the number of tokens; 0 if the body is not an event
+    stream."""
     tokens: int | None = None
     """The number of tokens that the server has generated, if it has reported that."""
     status: int | str | None = None
@@ -127,7 +132,9 @@ class Activity:
         self.request_seconds: Final = Histogram()
         """How long requests have taken from arrival to end."""
         self.answered_models: Final[set[str]] = set()
-        """The models that have answered a request; no more than the number of models that are counted by name."""
+        """The models that have answered a request for which the server has to load them. There are no more than models
+        that are counted by name."""
+        self._named_models: set[str] = set()
         self._ids = itertools.count(1)
         self._requests = RateCounter(_MINUTE)
         self._recent_tokens = RateCounter(_TOKEN_SECONDS)
@@ -141,28 +148,23 @@ class Activity:
         self.entries[entry.id] = entry
         self._requests.add(entry.arrived_at)
 
-    def note_part(self, entry: Entry, size: int, tokens: int) -> None:
+    def note_part(self, entry: Entry, size: int, events: int) -> None:
         """Records that a part of a body was passed on.
 
         Args:
             entry: The request.
             size: The number of bytes.
-            tokens: The number of events in the part, which is about the number of tokens; 0 if the body is not an event
+            events: The number of events in the part, which is about the number of tokens; 0 if the body is not an event
                 stream.
         """
         entry.chunks += 1
         entry.bytes += size
-        if tokens:
-            self._recent_tokens.add(time.monotonic(), tokens)
+        entry.events += events
+        if events:
+            self._recent_tokens.add(time.monotonic(), events)
 
-    def leave(self, entry: Entry, *, counts_tokens: bool) -> None:
-        """Records the end of a request.
-
-        Args:
-            entry: The request.
-            counts_tokens: Whether the tokens of the request are added to the rate of tokens now. The tokens of a stream
-                were added as they arrived.
-        """
+    def leave(self, entry: Entry) -> None:
+        """Records the end of a request."""
         del self.entries[entry.id]
         now = entry.ended_at = time.monotonic()
         self.finished.append(entry)
@@ -173,7 +175,8 @@ class Activity:
             self.queue_seconds.add(entry.admitted_at - entry.arrived_at)
         if entry.tokens is not None:
             self.tokens[model] += entry.tokens
-            if counts_tokens:
+            # The tokens of an event stream were added to the rate as they arrived.
+            if not entry.events:
                 self._recent_tokens.add(now, entry.tokens)
 
     def tokens_per_second(self, now: float) -> float | None:
@@ -194,6 +197,12 @@ class Activity:
         return sorted(waiting, key=lambda entry: (-entry.priority, entry.place.number, entry.id))
 
     def _name_for_counting(self, entry: Entry) -> str:
-        if isinstance(entry.status, int) and entry.status < 400 and len(self.answered_models) < _NAMED_MODELS:
-            self.answered_models.add(entry.model or "")
-        return entry.model or "" if (entry.model or "") in self.answered_models else _OTHER_MODELS
+        model = entry.model or ""
+        has_answered = isinstance(entry.status, int) and entry.status < 400
+        if has_answered and len(self._named_models) < _NAMED_MODELS:
+            self._named_models.add(model)
+        if model not in self._named_models:
+            return _OTHER_MODELS
+        if has_answered and entry.needs_model:
+            self.answered_models.add(model)
+        return model

@@ -55,7 +55,7 @@ class FairPlace(ScheduledRun):
         group: The priority of the request, and its model if models are counted separately.
     """
 
-    __slots__ = ("client", "group")
+    __slots__ = ("client", "group", "is_waiting")
 
     def __init__(self, number: int, client: str, group: tuple[int, str | None]) -> None:
         super().__init__(number=number)
@@ -63,6 +63,8 @@ class FairPlace(ScheduledRun):
         """The name of the client."""
         self.group: Final = group
         """The priority of the request, and its model if models are counted separately."""
+        self.is_waiting: bool = True
+        """Whether the request still waits for its turn."""
 
 
 class FairOrder:
@@ -101,10 +103,13 @@ class FairOrder:
 
     def leave(self, place: FairPlace) -> None:
         """Records that a request no longer waits. Calling it again does nothing."""
-        group = self._groups.get(place.group)
-        if group is None or (rounds := group.waiting.get(place.client)) is None:
+        if not place.is_waiting:
+            # A later request of the client may have the same round, because its group was forgotten in between.
             return
-        rounds.pop(place.number, None)
+        place.is_waiting = False
+        group = self._groups[place.group]
+        rounds = group.waiting[place.client]
+        del rounds[place.number]
         if not rounds:
             del group.waiting[place.client]
         if not group.waiting:

@@ -13,6 +13,7 @@ from typing import Final
 import attrs
 
 from lmbridge._scheduled_run import current_run
+from lmbridge._tasks import run_in_slices
 from lmbridge.client import failures
 from lmbridge.client.error_body import Redact, parse_error_body
 from lmbridge.client.several_servers import find_models
@@ -129,7 +130,8 @@ class Generations:
             Problem: The request is not passed on, or was not answered by the server.
         """
         body = await incoming.read_body(self._options.max_body_bytes)
-        fields = read_fields(body, incoming.headers.get("Content-Encoding"), self._options.max_body_bytes)
+        encoding = incoming.headers.get("Content-Encoding")
+        fields = await run_in_slices(read_fields(body, encoding, self._options.max_body_bytes))
         streams = fields.streams and incoming.path not in _NEVER_STREAMED
         headers = self._headers_for_server(incoming, streams=streams)
         name, priority = _priority_in(incoming.headers.get(PRIORITY_HEADER))
@@ -185,7 +187,7 @@ class Generations:
             current_run.reset(token)
             entry.place.end()
             self._order.leave(entry.place)
-            self._activity.leave(entry, counts_tokens=not entry.streaming)
+            self._activity.leave(entry)
 
     def _request(
         self, incoming: IncomingRequest, body: bytes, headers: dict[str, str], entry: Entry, *, repeatable: bool
@@ -215,6 +217,7 @@ class Generations:
     def _admit_at_once(self, entry: Entry, request: Request) -> None:
         """Lets a request pass without a permit."""
         entry.admitted_at = entry.arrived_at
+        entry.needs_model = False
         self._order.leave(entry.place)
         request.queued = False
         request.below_root = not entry.endpoint.startswith("/v1/")
@@ -273,8 +276,7 @@ class Generations:
                 # Some servers report errors with status 200.
                 is_error = is_error or (b'"error"' in plain and begins_with_error(plain))
         if incoming.has_begun and (response.status != 200 or not is_event_stream(response) or not body.is_readable):
-            await incoming.write(_late_event(incoming.path, response, whole, self._upstream.redact))
-            await incoming.finish()
+            await _report_problem(incoming, entry, _late_problem(response, whole, self._upstream.redact))
         elif whole is not None and not incoming.has_begun:
             headers = [each for each in headers_for_client(response.headers) if each[0].lower() != "content-length"]
             if is_error:
@@ -330,10 +332,10 @@ async def _report_problem(incoming: IncomingRequest, entry: Entry, problem: Prob
     await incoming.finish()
 
 
-def _late_event(path: str, response: ForwardedResponse, whole: bytes | None, redact: Redact) -> bytes:
-    """Returns the event that ends a client's stream, which has already begun, if the response is not a readable stream.
+def _late_problem(response: ForwardedResponse, whole: bytes | None, redact: Redact) -> Problem:
+    """Returns the problem that ends a client's stream, which has already begun, if the response is not a readable one.
 
-    The event reports the error in the response, or that the response is not an event stream.
+    The problem is the error in the response, or that the response is not an event stream.
     """
     plain = decompressed_beginning(whole or b"", response.headers.get("Content-Encoding"))
     error = parse_error_body(plain, redact)
@@ -343,7 +345,7 @@ def _late_event(path: str, response: ForwardedResponse, whole: bytes | None, red
         response.status if response.status >= 400 else 502,
         f"the server {answered}: {error.message or 'its body cannot be read'}",
         code=redact(str(error.fields.get("code") or "upstream_error"))[:100],
-    ).event(path)
+    )
 
 
 def _priority_in(header: str | None) -> tuple[str, int]:

@@ -46,6 +46,7 @@ class ModelCatalog:
         self._unreachable: set[Transport] = set()
         self._listed_at = -_LIST_AGE
         self._listing: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     def names(self, server: Transport) -> tuple[str, ...]:
         """Returns the models that a server listed most recently."""
@@ -94,14 +95,22 @@ class ModelCatalog:
         await incoming.respond_json(entry)
 
     def refresh(self) -> None:
-        """Asks the servers for their models, at most once in ten seconds. It does not wait for the answers."""
+        """Asks the servers for their models, at most once in ten seconds, unless the catalog has been closed.
+
+        It does not wait for the answers.
+        """
         now = asyncio.get_running_loop().time()
-        if self._listing is None and now - self._listed_at >= _LIST_AGE:
+        if self._listing is None and not self._is_closed and now - self._listed_at >= _LIST_AGE:
             self._listed_at = now
             self._listing = asyncio.get_running_loop().create_task(self._list_quietly())
 
     async def close(self) -> None:
-        """Cancels the request for the models that `refresh` has started, if it is in flight, and waits for its end."""
+        """Cancels the request for the models that `refresh` has started, if it is in flight, and waits for its end.
+
+        After that, `refresh` does nothing.
+        """
+        # Nobody would wait for a request that begins later: the gateway still answers its status page while it closes.
+        self._is_closed = True
         if self._listing is not None:
             self._listing.cancel()
             await asyncio.wait({self._listing})

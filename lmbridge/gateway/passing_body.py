@@ -20,6 +20,7 @@ from typing import Final
 
 import msgspec
 
+from lmbridge._tasks import pause_after
 from lmbridge.client import failures
 from lmbridge.client.error_body import Redact, reports_error
 from lmbridge.errors import LLMStreamError
@@ -124,14 +125,10 @@ class PassingBody:
             LLMError: The body broke off, or a time limit has run out.
         """
         while True:
-            part = await self._response.read()
+            part = await self._read_part()
             if not part:
-                if self._decompressor is not None:
-                    _decompressed_part(self._decompressor, b"")
                 rest, self._line = self._line, b""
                 return self._inspect_lines(rest)
-            if self._decompressor is not None:
-                part = _decompressed_part(self._decompressor, part)
             if self._is_stream and self.is_readable:
                 if self._line:
                     part = self._line + part
@@ -144,6 +141,23 @@ class PassingBody:
             if part:
                 self._last_part = part
                 return part
+
+    async def _read_part(self) -> bytes:
+        """Returns the next part of the body as it is passed on, but with lines that are cut off; `b""` at the end."""
+        if self._decompressor is None:
+            return await self._response.read()
+        try:
+            while not (plain := self._decompressor.next_part()):
+                part = await self._response.read()
+                if not part:
+                    self._decompressor.finish()
+                    return b""
+                self._decompressor.feed(part)
+        except BrokenCompression as exc:
+            raise LLMStreamError(f"the compressed body of the response is broken: {exc}", exc) from exc
+        # A part can become a thousand times as large, so other tasks run between the steps of its decompression.
+        await pause_after(len(plain))
+        return plain
 
     def count_events(self, part: bytes) -> int:
         """Returns the number of events in a part of an event stream, which is about the number of tokens in it."""
@@ -230,17 +244,3 @@ def _decompressor(encoding: str | None) -> Decompressor | None:
         return decompressor_for(encoding)
     except UnsupportedEncoding:
         return None
-
-
-def _decompressed_part(decompressor: Decompressor, part: bytes) -> bytes:
-    """Returns the decompressed bytes of a part. An empty part stands for the end of the body."""
-    decompressor.feed(part)
-    parts = []
-    try:
-        while text := decompressor.next_part():
-            parts.append(text)
-        if not part:
-            decompressor.finish()
-    except BrokenCompression as exc:
-        raise LLMStreamError(f"the compressed body of the response is broken: {exc}", exc) from exc
-    return b"".join(parts)

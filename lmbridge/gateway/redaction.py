@@ -8,11 +8,18 @@ secrets are replaced, so an error without a secret is passed on byte for byte as
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from typing import Final
 
+from lmbridge._tasks import run_in_slices
 from lmbridge.client.error_body import Redact
-from lmbridge.transport.decompression import BrokenCompression, UnsupportedEncoding, decompressor_for
+from lmbridge.transport.decompression import (
+    BrokenCompression,
+    DecompressedTooLarge,
+    UnsupportedEncoding,
+    decompress_whole,
+    decompressor_for,
+)
 
 _STEP: Final = 512 * 1024
 """The number of characters that are searched before other tasks get their turn. It takes about ten milliseconds."""
@@ -42,7 +49,7 @@ async def redacted_body(
     """
     headers = [(name, redact(value)) for name, value in headers]
     encoding = next((value for name, value in headers if name.lower() == "content-encoding"), None)
-    plain = _decompressed(body, encoding)
+    plain = await run_in_slices(_decompressed(body, encoding))
     if plain is None:
         return headers, body
     redacted = b"".join([part async for part in _redacted_parts(plain, redact)])
@@ -62,20 +69,12 @@ async def _redacted_parts(plain: bytes, redact: Redact) -> AsyncIterator[bytes]:
     yield rest.encode("utf-8", "surrogateescape")
 
 
-def _decompressed(body: bytes, content_encoding: str | None) -> bytes | None:
+def _decompressed(body: bytes, content_encoding: str | None) -> Generator[None, None, bytes | None]:
     """Returns the plain text of a body, or None if it cannot be read, or is too large."""
     try:
         decompressor = decompressor_for(content_encoding)
         if decompressor is None:
             return body
-        decompressor.feed(body)
-        parts = []
-        size = 0
-        while part := decompressor.next_part():
-            parts.append(part)
-            size += len(part)
-            if size > _LARGEST_DECOMPRESSED:
-                return None
-    except (BrokenCompression, UnsupportedEncoding):
+        return (yield from decompress_whole(decompressor, body, _LARGEST_DECOMPRESSED))
+    except (BrokenCompression, DecompressedTooLarge, UnsupportedEncoding):
         return None
-    return b"".join(parts)

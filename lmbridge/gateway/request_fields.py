@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import attrs
 import msgspec
 
 from lmbridge.gateway.gateway_errors import Problem
 from lmbridge.transport.decompression import (
     BrokenCompression,
-    Decompressor,
+    DecompressedTooLarge,
     UnsupportedEncoding,
+    decompress_whole,
     decompressor_for,
 )
 
@@ -34,8 +37,8 @@ class RequestFields:
     """Whether the request says `"store": false`, so that the server must not keep the response."""
 
 
-def read_fields(body: bytes, content_encoding: str | None, max_bytes: int) -> RequestFields:
-    """Returns the fields of a body.
+def read_fields(body: bytes, content_encoding: str | None, max_bytes: int) -> Generator[None, None, RequestFields]:
+    """Returns the fields of a body, and yields after each step of its decompression. `run_in_slices` runs it.
 
     Args:
         body: The body as the client sent it.
@@ -47,7 +50,7 @@ def read_fields(body: bytes, content_encoding: str | None, max_bytes: int) -> Re
     """
     if not body:
         raise Problem(400, "the request has no body", code="invalid_json", hint="send a JSON object with a model")
-    text = _decompressed_body(body, content_encoding, max_bytes)
+    text = yield from _decompressed_body(body, content_encoding, max_bytes)
     try:
         outline = msgspec.json.decode(text, type=_RequestOutline)
         model = None if outline.model is msgspec.UNSET else msgspec.json.decode(outline.model)
@@ -61,28 +64,21 @@ def read_fields(body: bytes, content_encoding: str | None, max_bytes: int) -> Re
     return RequestFields(model or None, stream is True, store is False)
 
 
-def _decompressed_body(body: bytes, content_encoding: str | None, max_bytes: int) -> bytes:
+def _decompressed_body(body: bytes, content_encoding: str | None, max_bytes: int) -> Generator[None, None, bytes]:
     try:
         decompressor = decompressor_for(content_encoding)
-        return body if decompressor is None else _read_all(decompressor, body, max_bytes)
+        if decompressor is None:
+            return body
+        text = yield from decompress_whole(decompressor, body, max_bytes)
+        decompressor.finish()
     except UnsupportedEncoding as exc:
         message = f"the body of the request is compressed as {exc}, which the gateway cannot read"
         raise Problem(415, message, code="unsupported_encoding", hint="use gzip, deflate or no compression") from exc
     except BrokenCompression as exc:
         raise Problem(400, "the compressed body of the request is broken", code="invalid_encoding") from exc
-
-
-def _read_all(decompressor: Decompressor, body: bytes, max_bytes: int) -> bytes:
-    decompressor.feed(body)
-    parts: list[bytes] = []
-    size = 0
-    while part := decompressor.next_part():
-        parts.append(part)
-        size += len(part)
-        if size > max_bytes:
-            raise body_too_large(max_bytes)
-    decompressor.finish()
-    return b"".join(parts)
+    except DecompressedTooLarge as exc:
+        raise body_too_large(max_bytes) from exc
+    return text
 
 
 def body_too_large(max_bytes: int) -> Problem:

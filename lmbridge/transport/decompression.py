@@ -12,6 +12,7 @@ in the same network, and only new versions of the libraries can limit how much a
 from __future__ import annotations
 
 import zlib
+from collections.abc import Generator
 from typing import Final
 
 ACCEPTED_ENCODINGS: Final = "gzip, deflate"
@@ -28,6 +29,10 @@ class BrokenCompression(Exception):  # noqa: N818 - it never reaches a user
 
 class UnsupportedEncoding(Exception):  # noqa: N818 - it never reaches a user
     """A body is compressed in a way that is not supported. The text is the value of `Content-Encoding`."""
+
+
+class DecompressedTooLarge(Exception):  # noqa: N818 - it never reaches a user
+    """A body is larger after decompression than the caller allows."""
 
 
 class Decompressor:
@@ -125,6 +130,32 @@ def decompressor_for(content_encoding: str | None) -> Decompressor | None:
     if encoding in ("gzip", "x-gzip", "deflate"):
         return Decompressor(is_gzip=encoding != "deflate")
     raise UnsupportedEncoding(encoding)
+
+
+def decompress_whole(decompressor: Decompressor, body: bytes, max_bytes: int) -> Generator[None, None, bytes]:
+    """Decompresses a whole body, and yields after each step of at most a millisecond. `run_in_slices` runs it.
+
+    It does not check that the body has ended where it should; see `Decompressor.finish`.
+
+    Args:
+        decompressor: A new decompressor.
+        body: The compressed body.
+        max_bytes: The maximum size of the body after decompression, in bytes.
+
+    Raises:
+        BrokenCompression: The body cannot be decompressed.
+        DecompressedTooLarge: The body has more than `max_bytes` bytes.
+    """
+    decompressor.feed(body)
+    parts: list[bytes] = []
+    size = 0
+    while part := decompressor.next_part():
+        parts.append(part)
+        size += len(part)
+        if size > max_bytes:
+            raise DecompressedTooLarge
+        yield
+    return b"".join(parts)
 
 
 def decompressed_beginning(body: bytes, content_encoding: str | None) -> bytes:

@@ -228,7 +228,7 @@ def read_request(data: bytes) -> None:
     """Reads the body of a request to the gateway. Allows `Problem`."""
     for encoding in (None, "gzip", "deflate"):
         with suppress(Problem):
-            read_fields(data, encoding, 10_000_000)
+            run_at_once(read_fields(data, encoding, 10_000_000))
 
 
 def _words(text: str) -> tuple[bytes, ...]:

@@ -12,7 +12,7 @@ from lmbridge import Limits, LLMClient
 from lmbridge.gateway import Gateway
 from lmbridge.gateway.generations import COUNTS
 from lmbridge.testing import ScriptedServer, reply, stall
-from tests.gateway.support import BODY, CHAT, fetch
+from tests.gateway.support import BODY, CHAT, fetch, fetch_json
 from tests.support import HALF
 
 
@@ -71,3 +71,24 @@ async def test_a_server_that_cannot_count_says_so_itself(
     async with Gateway(scripted_server.api_base) as gateway:
         status, _, answer = await fetch(http, gateway, "/tokenize", b'{"content": "x"}')
     assert (status, json.loads(answer)) == (404, {"error": "no such path here"})
+
+
+async def test_a_count_does_not_show_that_the_model_is_loaded(
+    scripted_server: ScriptedServer, http: aiohttp.ClientSession
+) -> None:
+    scripted_server.on_path("/tokenize", reply(200, {"tokens": [1]}))
+    async with Gateway(scripted_server.api_base, limits=Limits()) as gateway:
+
+        async def state() -> str:
+            """Returns the state of the model on the status page, once the servers have listed their models."""
+            while not (models := (await fetch_json(http, gateway, "/status.json"))["models"]):
+                await asyncio.sleep(0)
+            [found] = [model["state"] for model in models if model["name"] == "test-model"]
+            return str(found)
+
+        await fetch(http, gateway, "/tokenize", b'{"model": "test-model", "content": "x"}')
+        assert await state() == "cold"
+        _, _, metrics = await fetch(http, gateway, "/metrics", method="GET")
+        assert b'endpoint="/tokenize",model="test-model",outcome="200"} 1.0' in metrics
+        await fetch(http, gateway, CHAT, BODY)
+        assert await state() == "loaded"

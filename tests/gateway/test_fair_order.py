@@ -88,3 +88,12 @@ def test_a_client_that_has_left_the_queue_does_not_wait_for_what_it_gave_up() ->
     for place in places[1:]:
         order.leave(place)
     assert order.enter("notebook", 0).number == places[0].number + 1 == other.number + 1
+
+
+def test_leaving_again_does_not_remove_a_later_request_of_the_client() -> None:
+    order = FairOrder()
+    count = order.enter("x", 0)
+    order.leave(count)
+    waiting = order.enter("x", 0)
+    order.leave(count)
+    assert order.enter("x", 0).number == waiting.number + 1

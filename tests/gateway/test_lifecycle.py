@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -400,3 +401,22 @@ def test_an_unexpected_error_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: 
         main([])
     hint = "run it again with --debug for the traceback"
     assert capsys.readouterr().err == f"lmbridge gateway: unexpected ZeroDivisionError: a bug; {hint}\n"
+
+
+def test_a_signal_after_the_end_of_the_program_changes_nothing() -> None:
+    code = """
+import asyncio, os, signal
+from lmbridge.gateway import Gateway
+from lmbridge.gateway.__main__ import serve
+
+async def main():
+    asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGTERM)
+    await serve(Gateway("http://127.0.0.1:9"))
+
+asyncio.run(main())
+for number in (signal.SIGINT, signal.SIGTERM):
+    os.kill(os.getpid(), number)
+print("over")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.splitlines()[1:], done.stderr, done.returncode) == (["over"], "", 0)

@@ -10,7 +10,9 @@ import pytest
 
 from lmbridge import Limits
 from lmbridge.gateway import Gateway
+from lmbridge.gateway.model_catalog import ModelCatalog
 from lmbridge.testing import OneModelServer, ScriptedServer, raw, reply, reset
+from lmbridge.transport import Transport
 from tests.gateway.support import BODY, CHAT, fetch, fetch_json
 
 
@@ -88,3 +90,13 @@ async def test_a_server_is_healthy_if_it_answered_the_last_question_for_its_mode
         scripted_server.on_path(MODELS, reply(200, {"data": []}))
         await fetch(http, gateway, MODELS, method="GET")
         assert await is_healthy()
+
+
+async def test_a_catalog_that_is_closed_asks_no_more(scripted_server: ScriptedServer) -> None:
+    async with Transport(scripted_server.api_base) as transport:
+        catalog = ModelCatalog([transport], passes_credentials=False)
+        await catalog.close()
+        before = asyncio.all_tasks()
+        # The gateway still answers its status page while it closes.
+        catalog.refresh()
+        assert asyncio.all_tasks() == before

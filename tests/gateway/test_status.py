@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import aiohttp
@@ -75,6 +76,17 @@ async def test_finished_requests_have_their_tokens(
     assert [each["tokens"] for each in finished] == [2, 3, 2, 4, 3, 5, None, None]
     assert [each["status"] for each in finished] == [200] * 7 + [400]
     assert all(each["seconds"] >= each["queued_seconds"] >= 0 for each in finished)
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM], ids=["plain", "stream"])
+@pytest.mark.parametrize("streams", [False, True])
+async def test_the_rate_of_tokens_counts_each_token_once_whatever_the_client_has_asked_for(
+    scripted_server: ScriptedServer, gateway: Gateway, http: aiohttp.ClientSession, body: bytes, streams: bool
+) -> None:
+    usage = {"usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+    scripted_server.script(sse(piece("x"), {**piece("y"), **usage}) if streams else reply(200, usage))
+    await fetch(http, gateway, CHAT, body)
+    assert gateway._activity._recent_tokens.total(time.monotonic()) == 2
 
 
 async def test_a_server_that_is_gone_is_not_healthy(http: aiohttp.ClientSession) -> None:

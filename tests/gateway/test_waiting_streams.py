@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 
 import aiohttp
 import openai
@@ -15,8 +15,9 @@ import pytest_asyncio
 from lmbridge import Limits, LLMClient, LLMError, Timeouts, collect
 from lmbridge.gateway import Gateway
 from lmbridge.gateway import gateway as gateway_module
+from lmbridge.gateway.http_server import IncomingRequest
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, hang_up, raw, reply, reset, sse, stall
-from tests.gateway.support import CHAT, PATHS, SSE_HEAD, STREAM, Client, chunk, fetch
+from tests.gateway.support import CHAT, PATHS, SSE_HEAD, STREAM, Client, chunk, fetch, fetch_json
 from tests.support import HALF, MESSAGES, turns
 
 STREAMED_PATHS = [path for path in PATHS if path != "/v1/embeddings"]
@@ -149,6 +150,41 @@ async def test_a_late_failure_is_an_event(
     error = error_in(await fetch_late(scripted_server, hasty, http, behaviour, path), path)
     assert error["code"] == code
     assert message in str(error["message"])
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "status"),
+    [
+        (reply(400, {"error": "x"}), 400),
+        (reply(200, {"choices": []}), 502),
+        (raw(SSE_HEAD.replace(b"Content-Type", b"Content-Encoding: br\r\nContent-Type"), b"0\r\n\r\n"), 502),
+    ],
+    ids=["error", "no stream", "unknown compression"],
+)
+async def test_a_late_failure_is_not_counted_as_a_success(
+    scripted_server: ScriptedServer, hasty: Gateway, http: aiohttp.ClientSession, behaviour: Behaviour, status: int
+) -> None:
+    error_in(await fetch_late(scripted_server, hasty, http, behaviour))
+    [finished] = (await fetch_json(http, hasty, "/status.json"))["finished"]
+    assert finished["status"] == status
+
+
+async def test_a_part_that_becomes_very_large_is_decompressed_in_steps(
+    scripted_server: ScriptedServer, hasty: Gateway, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    write = IncomingRequest.write
+
+    def note_and_write(incoming: IncomingRequest, data: bytes) -> Awaitable[None]:
+        steps.append(len(data))
+        return write(incoming, data)
+
+    monkeypatch.setattr(IncomingRequest, "write", note_and_write)
+    text = (b"data: " + b"x" * 1000 + b"\n\n") * 10_000
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip\r\n\r\n"
+    body = await fetch_late(scripted_server, hasty, http, raw(head, gzip.compress(text)))
+    assert body == text
+    assert max(steps) < 500_000
 
 
 async def test_a_compressed_stream_after_comments_is_decompressed(

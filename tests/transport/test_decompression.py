@@ -13,10 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmbridge._tasks import run_at_once
 from lmbridge.transport.decompression import (
     BrokenCompression,
+    DecompressedTooLarge,
     Decompressor,
     UnsupportedEncoding,
+    decompress_whole,
     decompressor_for,
 )
 from tests.support import assert_linear
@@ -126,3 +129,12 @@ def test_another_encoding_is_refused_by_name(encoding: str) -> None:
 
 def test_the_time_does_not_grow_faster_than_the_body() -> None:
     assert_linear(lambda size: decompress("gzip", gzip.compress(bytes(size), 1)), 2_000_000)
+
+
+def test_a_whole_body_is_decompressed_in_steps_up_to_a_limit() -> None:
+    text = bytes(2_000_000)
+    steps = decompress_whole(opened("gzip"), gzip.compress(text), len(text))
+    assert len([None for _ in steps]) > 5
+    assert run_at_once(decompress_whole(opened("gzip"), gzip.compress(text), len(text))) == text
+    with pytest.raises(DecompressedTooLarge):
+        run_at_once(decompress_whole(opened("gzip"), gzip.compress(text), len(text) - 1))
