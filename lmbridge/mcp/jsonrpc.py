@@ -1,7 +1,7 @@
 """Reads JSON-RPC messages, one per line, from a byte stream: a parser that tolerates bad lines, and a bounded inbox.
 
-Both directions use it: `servers/stdio.py` for what a server writes to its stdout, `bridge/host.py` for what the host
-writes to our stdin.
+Both directions use it: `servers/stdio.py` for what a server writes to its stdout, `bridge/host_link.py` for what the
+host writes to our stdin.
 
 The official SDK has a reader too. It is not used for three reasons. It reads lines of any size; a line of 30 MB takes
 five seconds of processor time and 240 MB of memory. One byte that is not UTF-8 ends the session or hangs it. And it
@@ -23,7 +23,7 @@ import msgspec
 
 LARGEST_MESSAGE: Final = 16 * 2**20
 """The maximum size of a message in bytes. Parsing a larger one would block the event loop for too long."""
-_BACKLOG_LIMIT: Final = 256
+BACKLOG_LIMIT: Final = 256
 """The number of unhandled messages beyond which reading pauses."""
 _MESSAGE_START: Final = re.compile(r'\{\s*"(?:jsonrpc|id|method|params|result|error)"')
 _JSON_ESCAPE: Final = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>\\u[dD][89a-fA-F]..)|\\.")
@@ -33,6 +33,8 @@ _DECODER: Final = json.JSONDecoder()
 _ANSWER_ID: Final = re.compile(rb'"id"\s*:\s*(?P<id>\d{1,18})\s*[,}]')
 _SEARCHED_FOR_ID: Final = 1000
 """How many bytes at each end of an unreadable line are searched for the id of the request that the line answers."""
+METHOD_NOT_FOUND: Final = -32601
+INTERNAL_ERROR: Final = -32603
 _PARSE_ERROR: Final = -32700
 _SALVAGE_ATTEMPTS: Final = 8
 """How many positions in a broken line are tried as the beginning of a message.
@@ -58,7 +60,14 @@ class MessageLink(Protocol):
 
 
 class MessageTooLargeError(Exception):
-    """The other side sent a message of more than `LARGEST_MESSAGE` bytes."""
+    """The other side sent a message that is too large.
+
+    Args:
+        largest: The maximum size of a message in bytes.
+    """
+
+    def __init__(self, largest: int) -> None:
+        super().__init__(f"it sent a message of more than {largest:,} bytes")
 
 
 class MessageReader:
@@ -108,7 +117,7 @@ class MessageReader:
 
     def _check_size(self, size: int) -> None:
         if size > self._largest:
-            raise MessageTooLargeError(f"it sent a message of more than {self._largest:,} bytes")
+            raise MessageTooLargeError(self._largest)
 
     def _parse_line(self, line: bytes) -> list[dict[str, Any]]:
         if not line.strip():
@@ -203,7 +212,7 @@ class MessageInbox:
     @property
     def has_room(self) -> bool:
         """Whether the owner should read more."""
-        return len(self._messages) <= _BACKLOG_LIMIT
+        return len(self._messages) <= BACKLOG_LIMIT
 
     @property
     def skipped_lines(self) -> int:
@@ -253,7 +262,7 @@ class MessageInbox:
             self._changed.clear()
             await self._changed.wait()
         message = self._messages.popleft()
-        if len(self._messages) == _BACKLOG_LIMIT:
+        if len(self._messages) == BACKLOG_LIMIT:
             self._resume_reading()
         return message
 

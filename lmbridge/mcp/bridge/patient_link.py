@@ -19,6 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from lmbridge.mcp.bridge.host_link import HostLink
+from lmbridge.mcp.jsonrpc import INTERNAL_ERROR
 
 _HOST_CHECK_SECONDS: Final = 0.1
 """How often the wait for answers checks whether the host still reads, in seconds."""
@@ -26,7 +27,6 @@ _LAST_ERRORS_SECONDS: Final = 1.0
 """How long the host may take to read the errors of the requests that are still open at the limit, in seconds."""
 _UNANSWERED_METHODS: Final = frozenset({"subscriptions/listen"})
 """The requests that stay open as long as the session does, so their answers are not waited for."""
-_INTERNAL_ERROR: Final = -32603
 
 
 class _ReplyHead(msgspec.Struct):
@@ -47,6 +47,8 @@ class PatientLink:
     def __init__(self, link: HostLink, patience: float) -> None:
         self._link, self._patience = link, patience
         self._open_requests: Counter[Hashable] = Counter()
+        # The number of answers that have been handed to the link but are not written yet.
+        self._unwritten = 0
         self._all_answered = asyncio.Event()
         self._has_given_up = False
 
@@ -58,7 +60,7 @@ class PatientLink:
         elif message.get("method") == "notifications/cancelled":
             # SDK 2.x does not answer a request that has been cancelled.
             params = message.get("params")
-            self._mark_answered(params.get("requestId") if isinstance(params, Mapping) else None)
+            self._forget_request(params.get("requestId") if isinstance(params, Mapping) else None)
         elif _is_request(message):
             self._open_requests[message["id"]] += 1
         return message
@@ -71,23 +73,33 @@ class PatientLink:
         """
         reply = msgspec.json.decode(message, type=_ReplyHead)
         answered = None if reply.method is not None else reply.id
-        if self._has_given_up and answered is not None:
+        if answered is None:
+            await self._link.send(message)
             return
+        if self._has_given_up:
+            return
+        # From now on the answer will be written, however long that takes, so the request must not get an error as well.
+        self._unwritten += 1
+        self._forget_request(answered)
         try:
             await self._link.send(message)
         finally:
-            self._mark_answered(answered)
+            self._unwritten -= 1
+            self._note_progress()
 
-    def _mark_answered(self, request_id: Any) -> None:
+    def _forget_request(self, request_id: Any) -> None:
         if isinstance(request_id, str | int) and request_id in self._open_requests:
             self._open_requests[request_id] -= 1
             # Counter's unary plus drops the counts that are zero.
             self._open_requests = +self._open_requests
-        if not self._open_requests:
+        self._note_progress()
+
+    def _note_progress(self) -> None:
+        if not self._open_requests and not self._unwritten:
             self._all_answered.set()
 
     async def _wait_for_answers(self) -> None:
-        if self._open_requests:
+        if self._open_requests or self._unwritten:
             self._all_answered.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._patience):
@@ -104,7 +116,7 @@ class PatientLink:
                 f"stdin was closed, and the request did not end within {self._patience:g} seconds after that, so it "
                 "was cancelled; keep stdin open, or start lmbridge-mcp with a larger --eof-timeout"
             )
-            error = {"code": _INTERNAL_ERROR, "message": text}
+            error = {"code": INTERNAL_ERROR, "message": text}
             await self._link.send(msgspec.json.encode({"jsonrpc": "2.0", "id": request_id, "error": error}))
 
     async def _wait_until_answered_or_unread(self) -> None:

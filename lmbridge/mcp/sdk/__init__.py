@@ -8,7 +8,7 @@ are exported here. On the server's side, `bridge` and `lmbridge.mcp.__main__` us
 from lmbridge.mcp.sdk.client_session import UNUSABLE_REASON, McpSession, open_mcp_session
 from lmbridge.mcp.sdk.message_filter import NotificationHandlers
 from lmbridge.mcp.sdk.normalize import MOST_TOOLS, TOO_MANY_TOOLS
-from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2, load_sdk
+from lmbridge.mcp.sdk.package import FIRST_STATELESS_PROTOCOL, LMBRIDGE_NAME, is_v2, load_sdk
 from lmbridge.mcp.sdk.sent_requests import CallListener
 from lmbridge.mcp.sdk.session_errors import (
     BadReplyError,
@@ -22,6 +22,7 @@ from lmbridge.mcp.sdk.session_errors import (
 )
 
 __all__ = [
+    "FIRST_STATELESS_PROTOCOL",
     "LMBRIDGE_NAME",
     "MOST_TOOLS",
     "TOO_MANY_TOOLS",

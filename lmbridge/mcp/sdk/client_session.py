@@ -73,10 +73,13 @@ class McpSession(Protocol):
         """
         ...
 
-    async def watch(self) -> None:
-        """Listens for notifications until it is cancelled.
+    async def watch(self, on_begin: Callable[[], None]) -> None:
+        """Listens for notifications until it is cancelled, or until the server ends the stream of notifications.
 
         In newer revisions of the protocol, a client gets notifications only while it listens for them.
+
+        Args:
+            on_begin: Called when the server has agreed to announce changes of its list of tools from now on.
         """
         ...
 
@@ -242,8 +245,9 @@ class _SessionBase:
             protocol=self.protocol,
         )
 
-    async def watch(self) -> None:
+    async def watch(self, on_begin: Callable[[], None]) -> None:
         """Waits until it is cancelled. In older revisions of the protocol, notifications arrive without a request."""
+        on_begin()
         await asyncio.get_running_loop().create_future()
 
     async def _make_request(self, sending: Awaitable[Any], request: SentRequest) -> Any:
@@ -293,14 +297,17 @@ class _SessionV2(_SessionBase):
     async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], request: SentRequest) -> Any:  # noqa: ARG002 - for 1.x
         return await self._client.call_tool(tool, arguments, progress_callback=_enable_progress)
 
-    async def watch(self) -> None:
-        sends_changes = getattr(self._client.server_capabilities.tools, "list_changed", None)
-        if sends_changes and _is_modern(self._client):
+    async def watch(self, on_begin: Callable[[], None]) -> None:
+        if not (self.declares_changes and _is_modern(self._client)):
+            await super().watch(on_begin)
+            return
+        async with self._client.listen(tools_list_changed=True) as subscription:
+            # A server may agree to the subscription, but not to all that the client has asked for.
+            if subscription.honored.tools_list_changed:
+                on_begin()
             # `MessageExchange` handles the changes that arrive while the subscription is open.
-            async with self._client.listen(tools_list_changed=True) as subscription:
-                async for _ in subscription:
-                    pass
-        await super().watch()
+            async for _ in subscription:
+                pass
 
 
 def _is_modern(client: Any) -> bool:

@@ -20,6 +20,7 @@ from typing import Any, Final
 import attrs
 
 from lmbridge._tasks import end_task
+from lmbridge.mcp.jsonrpc import INTERNAL_ERROR
 from lmbridge.mcp.sdk.sent_requests import CallListener, SentRequest, current_request
 from lmbridge.mcp.sdk.session_errors import InvalidQuestionError, RefusedError, UrlsRequiredError
 
@@ -30,7 +31,6 @@ AskUser = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 `InvalidQuestionError`."""
 
 _INVALID_PARAMS: Final = -32602
-_INTERNAL_ERROR: Final = -32603
 _URLS_REQUIRED: Final = -32042
 """The code with which a server refuses a call until the user has visited URLs, in the revision 2025-11-25."""
 _MOST_OPEN_QUESTIONS: Final = 16
@@ -217,7 +217,7 @@ class Questions:
         except Exception:
             # Whatever is wrong, the server must not wait for an answer that never comes.
             logger.exception("a question of an MCP server to the user failed, and the server gets an error")
-            return {"error": {"code": _INTERNAL_ERROR, "message": "the client failed to ask the user"}}
+            return {"error": {"code": INTERNAL_ERROR, "message": "the client failed to ask the user"}}
 
     def _decline(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
         kind = "a question to the user, which is declined because on_elicitation is not set"

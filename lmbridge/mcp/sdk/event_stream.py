@@ -68,7 +68,7 @@ class EventReader:
 
     def _check_size(self, size: int) -> None:
         if size > self._largest:
-            raise MessageTooLargeError(f"it sent a message of more than {self._largest:,} bytes")
+            raise MessageTooLargeError(self._largest)
 
     def _read_line(self, line: bytes) -> Iterator[Event]:
         if self._is_first_line:

@@ -14,10 +14,10 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from lmbridge._jsonrpc_ids import is_answer, read_id
+from lmbridge.mcp.jsonrpc import METHOD_NOT_FOUND
 
 SESSION_STATUSES: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
 """The statuses with which servers refuse a ping in a session that they do not know."""
-_METHOD_NOT_FOUND: Final = -32601
 _SESSION_NOT_FOUND: Final = -32001
 """The code that servers use for a session that they do not know."""
 _SESSION_WORDS: Final = re.compile("session|initiali[sz]ed", re.IGNORECASE)
@@ -70,7 +70,7 @@ def shows_forgotten(values: list[Any], ping_id: int) -> bool | None:
     for value in values:
         if isinstance(value, dict) and is_answer(value):
             error = value.get("error")
-            is_known = error is None or (isinstance(error, dict) and error.get("code") == _METHOD_NOT_FOUND)
+            is_known = error is None or (isinstance(error, dict) and error.get("code") == METHOD_NOT_FOUND)
             if is_known and read_id(value.get("id")) == ping_id:
                 return False
             if error is not None and names_unknown_session(error):

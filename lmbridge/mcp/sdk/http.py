@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -26,7 +25,7 @@ import msgspec
 from lmbridge._jsonrpc_ids import is_answer, read_id
 from lmbridge._tasks import end_task
 from lmbridge.mcp.config.server_spec import ServerSpec
-from lmbridge.mcp.jsonrpc import LARGEST_MESSAGE, MessageTooLargeError, parse_json
+from lmbridge.mcp.jsonrpc import BACKLOG_LIMIT, LARGEST_MESSAGE, MessageTooLargeError, parse_json
 from lmbridge.mcp.sdk.event_stream import Event
 from lmbridge.mcp.sdk.forgotten_sessions import (
     SESSION_STATUSES,
@@ -47,7 +46,8 @@ from lmbridge.mcp.sdk.http_client import (
 )
 from lmbridge.mcp.sdk.http_statuses import ERROR_BODY_LIMIT, find_error, quote_body, status_hint, status_reason
 from lmbridge.mcp.sdk.http_streams import EventStreams, StreamPosition
-from lmbridge.mcp.sdk.message_filter import REMEMBERED_REQUESTS
+from lmbridge.mcp.sdk.message_filter import REMEMBERED_REQUESTS, new_request_id
+from lmbridge.mcp.sdk.package import FIRST_STATELESS_PROTOCOL
 from lmbridge.mcp.sdk.session_errors import (
     RefusedError,
     RequestLostError,
@@ -70,17 +70,12 @@ _PING_SECONDS: Final = 5.0
 """How long the server may take to show that it knows the session, in seconds."""
 _ENDPOINT_SECONDS: Final = 10.0
 """How long a server may take to name its endpoint, when the older transport is tried, in seconds."""
-_BACKLOG_LIMIT: Final = 256
-"""The number of unhandled messages beyond which streams are not read."""
 _QUOTED_BYTES: Final = 200
 """How much of a body that is not a message is reported, in bytes."""
-_ID_BITS: Final = 31
 _HEADER_VALUE: Final = re.compile("[!-~]{1,100}")
 """A protocol revision that can be sent as a header."""
 _OPENING_METHODS: Final = ("initialize", "server/discover")
 """The requests that open a session."""
-_FIRST_MODERN_VERSION: Final = "2026-07-28"
-"""The first protocol revision without sessions, in which closing a response cancels its request."""
 _NOT_SSE_STATUSES: Final = (
     HTTPStatus.UNAUTHORIZED,
     HTTPStatus.FORBIDDEN,
@@ -151,7 +146,7 @@ class HttpConnection:
     ) -> None:
         self._spec, self._client, self._report, self._on_lost = spec, client, report, on_lost
         self._connection_errors = connection_errors()
-        self._arrived: asyncio.Queue[Any] = asyncio.Queue(_BACKLOG_LIMIT)
+        self._arrived: asyncio.Queue[Any] = asyncio.Queue(BACKLOG_LIMIT)
         self._tasks: set[asyncio.Task[None]] = set()
         self._requests: dict[Any, asyncio.Task[None]] = {}
         self._finished: deque[Any] = deque(maxlen=REMEMBERED_REQUESTS)
@@ -179,7 +174,7 @@ class HttpConnection:
         """
         method = message.get("method")
         if method is not None and "id" in message:
-            if headers.get("mcp-protocol-version", "") >= _FIRST_MODERN_VERSION:
+            if headers.get("mcp-protocol-version", "") >= FIRST_STATELESS_PROTOCOL:
                 self._modern_requests.add(message["id"])
             task = self._start(self._post_request(message, headers))
             self._requests[message["id"]] = task
@@ -455,7 +450,7 @@ class HttpConnection:
         Any other outcome, such as a refusal because the server is busy, counts as False: the request before the ping
         may have run.
         """
-        ping_id = secrets.randbits(_ID_BITS)
+        ping_id = new_request_id()
         ping = {"jsonrpc": "2.0", "id": ping_id, "method": "ping"}
         with suppress(MessageTooLargeError, SessionLostError, *self._connection_errors):
             async with asyncio.timeout(_PING_SECONDS), self._post(ping, {}) as response:

@@ -120,7 +120,7 @@ async def read_body(response: Any, limit: int) -> bytes:
         async for piece in pieces:
             body += piece
             if len(body) > limit:
-                raise MessageTooLargeError(f"it sent a message of more than {limit:,} bytes")
+                raise MessageTooLargeError(limit)
     return bytes(body)
 
 

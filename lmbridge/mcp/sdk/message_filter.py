@@ -24,6 +24,7 @@ import attrs
 from lmbridge._jsonrpc_ids import is_answer, read_id
 from lmbridge._tasks import ITEMS_PER_STEP, end_task
 from lmbridge._text import shorten
+from lmbridge.mcp.jsonrpc import METHOD_NOT_FOUND
 from lmbridge.mcp.sdk.elicitation_messages import AskUser, Questions, refusal_error
 from lmbridge.mcp.sdk.normalize import normalize_handshake, read_answer
 from lmbridge.mcp.sdk.package import known_handshake_versions
@@ -37,7 +38,6 @@ _MOST_PENDING_REPLIES: Final = 64
 """How many replies may be waiting for the server to read them. Further requests of the server are dropped."""
 _CLOSE_SECONDS: Final = 1.0
 """How long a cancelled reply may take to end, in seconds."""
-_METHOD_NOT_FOUND: Final = -32601
 _CAPABILITIES_KEY: Final = "io.modelcontextprotocol/clientCapabilities"
 """The key under which the metadata of a request holds our capabilities, in the revision 2026-07-28."""
 _ELICITATION_CAPABILITY: Final[Mapping[str, Any]] = {"form": {}, "url": {}}
@@ -138,7 +138,7 @@ class MessageExchange:
         request = current_request(method)
         request.sdk_id = message["id"]
         # An id that is a string names a subscription. It is not replaced, because notifications repeat it.
-        wire_id = message["id"] if isinstance(message["id"], str) else self._new_id()
+        wire_id = message["id"] if isinstance(message["id"], str) else new_request_id()
         self._pending[wire_id] = (request, message["id"])
         if method == "initialize":
             params = {**params, "capabilities": self._with_elicitation(params.get("capabilities") or {})}
@@ -160,10 +160,6 @@ class MessageExchange:
         """Returns our capabilities, with elicitation (questions to the user) only if the user can be asked."""
         others = {key: value for key, value in capabilities.items() if key != "elicitation"}
         return others if not self.questions.can_ask else {**others, "elicitation": _ELICITATION_CAPABILITY}
-
-    def _new_id(self) -> int:
-        # The highest bit is always set, because some servers answer all requests under a constant id such as 0 or 1.
-        return secrets.randbits(_ID_BITS) | 1 << (_ID_BITS - 1)
 
     def _finish_sdk_id(self, sdk_id: Any) -> Any:
         """Ends a request that the SDK has given up. Returns the id with which it was sent, or None if it is over."""
@@ -277,7 +273,7 @@ class MessageExchange:
         else:
             self.report("a request for something that lmbridge does not offer", method)
             problem = f"lmbridge does not support {shorten(method, _LONGEST_DETAIL)}"
-            self._reply(request_id, {"error": {"code": _METHOD_NOT_FOUND, "message": problem}})
+            self._reply(request_id, {"error": {"code": METHOD_NOT_FOUND, "message": problem}})
 
     def _reply(self, request_id: Any, outcome: Mapping[str, Any]) -> None:
         """Sends the reply to a request of the server, in a task."""
@@ -335,6 +331,12 @@ def _as_number(value: Any) -> float | None:
         return None if value is None or isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def new_request_id() -> int:
+    """Returns an id for a request to a server, which nobody can guess."""
+    # The highest bit is always set, because some servers answer all requests under a constant id such as 0 or 1.
+    return secrets.randbits(_ID_BITS) | 1 << (_ID_BITS - 1)
 
 
 def has_name(definition: Any) -> bool:

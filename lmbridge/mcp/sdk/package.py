@@ -11,6 +11,9 @@ from typing import Any, Final
 
 LMBRIDGE_NAME: Final = "lmbridge"
 """The name that our client and our own server send when a session is opened."""
+FIRST_STATELESS_PROTOCOL: Final = "2026-07-28"
+"""The first protocol revision without sessions. In it, closing a response cancels its request, and a server on HTTP can
+announce changes reliably while the client listens to it."""
 
 
 def load_sdk() -> Any:

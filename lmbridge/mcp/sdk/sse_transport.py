@@ -39,7 +39,7 @@ class SseStream:
         spec: The server.
         client: The HTTP client.
         deliver: Called with each event except the one that names the endpoint.
-        on_end: Called with the reason when the stream ends after it has been opened.
+        on_end: Called with the reason when the stream ends after it has been opened. It is not called if `open` raises.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class SseStream:
         self._spec, self._client, self._deliver, self._on_end = spec, client, deliver, on_end
         self._endpoint: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._task: asyncio.Task[None] | None = None
+        self._is_given_up = False
 
     async def open(self) -> str:
         """Opens the stream, and returns the URL of the endpoint when the server has named it.
@@ -64,6 +65,7 @@ class SseStream:
             return await self._endpoint
         except BaseException:
             # The caller gets no endpoint, and has nothing that it could close.
+            self._is_given_up = True
             await self.close()
             raise
 
@@ -92,10 +94,10 @@ class SseStream:
             # Otherwise an unforeseen mistake would make every caller wait forever.
             logger.exception("MCP server %r: reading its event stream failed", self._spec.name)
             end = SessionLostError(describe_error(exc))
-        if self._endpoint.done():
-            self._on_end(end)
-        else:
+        if not self._endpoint.done():
             self._endpoint.set_exception(end)
+        elif not self._is_given_up:
+            self._on_end(end)
 
     async def _check(self, response: Any) -> None:
         """Raises `RequestRejectedError` if the server has not opened a stream of events."""

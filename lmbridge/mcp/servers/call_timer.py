@@ -38,18 +38,20 @@ class CallTimer:
         self._timeout: asyncio.Timeout | None = None
         self._has_progressed = False
         self._open_questions = 0
-        self._was_suspended = False
+        self._error: CallTimeoutError | None = None
 
     async def wait(self, future: asyncio.Future[Any]) -> None:
         """Waits until the future is done, or the time is up. In the second case, the future is cancelled."""
         if self._longest is not None:
             self._give_up_at = asyncio.get_running_loop().time() + self._longest
+        timeout = self._timeout = asyncio.timeout_at(self._deadline())
         try:
-            async with asyncio.timeout_at(self._deadline()) as self._timeout:
+            async with timeout:
                 await future
         except TimeoutError:
-            # The caller sees that the request behind the future is not done, and cancels the request.
-            self._was_suspended = bool(self._open_questions)
+            # The caller sees that the request behind the future is not done, and cancels the request. That may take
+            # seconds, in which the other limit may pass as well, so the error is made now.
+            self._error = self._error_at(timeout.when())
         finally:
             self._timeout = None
 
@@ -69,23 +71,21 @@ class CallTimer:
         self._reschedule()
 
     def error(self) -> CallTimeoutError:
-        """Returns the error that says which of the limits was reached."""
-        if self._is_over():
+        """Returns the error that says which of the limits ended `wait`."""
+        return self._error or CallTimeoutError("did not answer before the request was cancelled")
+
+    def _error_at(self, deadline: float | None) -> CallTimeoutError:
+        if deadline == self._give_up_at:
             end = ", although it reported progress" if self._has_progressed else ""
-            end = ", and waited for an answer of the user" if self._was_suspended else end
+            end = ", and waited for an answer of the user" if self._open_questions else end
             return CallTimeoutError(f"did not answer within {self._longest:g} seconds{end}")
-        if self._has_progressed and self._limit is not None:
+        if self._has_progressed:
             return CallTimeoutError(f"reported no progress for {self._limit:g} seconds")
-        if self._limit is None:
-            return CallTimeoutError("did not answer before the request was cancelled")
         return CallTimeoutError(f"did not answer within {self._limit:g} seconds")
 
     def _reschedule(self) -> None:
         if self._timeout is not None and not self._timeout.expired():
             self._timeout.reschedule(self._deadline())
-
-    def _is_over(self) -> bool:
-        return self._give_up_at is not None and asyncio.get_running_loop().time() >= self._give_up_at
 
     def _deadline(self) -> float | None:
         limit = None if self._open_questions else self._limit

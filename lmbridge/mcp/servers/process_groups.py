@@ -50,6 +50,7 @@ class ProcessGroups:
         self._guardian_pipe = -1
         self._unsent = bytearray()
         self._has_checked_sigterm = False
+        self._has_warned = False
 
     def add(self, group: int) -> None:
         """Adds a group that has started.
@@ -89,7 +90,13 @@ class ProcessGroups:
         except OSError:
             # No guardian has been started yet, or it was killed. A new guardian gets the whole list.
             self._close_guardian_pipe()
-            self._guardian_pipe = _start_guardian()
+            self._guardian_pipe = _start_guardian() if sys.executable else -1
+            if self._guardian_pipe < 0 and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "MCP servers may be left running if this process is killed, because the path of the Python that "
+                    "would watch it is not known (sys.executable is empty)"
+                )
             if self._groups and self._guardian_pipe >= 0:
                 self._unsent += b"".join(b"+%d\n" % group for group in self._groups)
                 self._send_unsent()
@@ -128,13 +135,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _start_guardian() -> int:
-    """Starts the guardian and returns the write end of its pipe, or -1 if it cannot be started."""
-    if not sys.executable:
-        logger.warning(
-            "MCP servers may be left running if this process is killed, because the path of the Python that would "
-            "watch it is not known (sys.executable is empty)"
-        )
-        return -1
+    """Starts the guardian and returns the write end of its pipe."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     discard_output = [(os.POSIX_SPAWN_OPEN, each, os.devnull, os.O_WRONLY, 0) for each in (1, 2)]

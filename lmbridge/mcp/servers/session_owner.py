@@ -57,8 +57,10 @@ _MOST_PAGES: Final = 100
 _ANNOUNCED_LIST_SECONDS: Final = 60.0
 """How old the list of a server that announces changes may become before it is read again, in seconds. There is such a
 limit because an announcement may be lost. The list of a server that cannot announce changes is read for each run."""
-_MODERN_PROTOCOL: Final = "2026-07-28"
-"""The first revision of the protocol in which a server on HTTP can announce changes reliably, while we listen to it."""
+_LISTEN_AGAIN_SECONDS: Final = 5.0
+"""How long to wait before listening for changes again after the server has ended the stream, in seconds."""
+_MOST_FAILED_LISTENS: Final = 3
+"""How many attempts to listen for changes may fail in succession."""
 _EXIT_REASON_SECONDS: Final = 1.0
 """How long the report of a lost session waits for the exit status of the process, in seconds."""
 _CANCEL_GRACE_SECONDS: Final = 2.0
@@ -121,6 +123,7 @@ class SessionOwner:
         self._forgotten_reason = ""
         self._list_state = _ListState()
         self._is_watched = False
+        self._has_missed_changes = False
         self._refreshing = asyncio.Lock()
         self.ended.add_done_callback(self._wake_pending_requests)
         self.task: asyncio.Task[None] = loop.create_task(self._hold_session(), name=f"lmbridge-mcp-{spec.name}")
@@ -371,8 +374,8 @@ class SessionOwner:
 
     def _announces_changes(self, session: McpSession) -> bool:
         """Returns whether announcements of changes reach us. In older revisions, servers on HTTP often lose them."""
-        can_announce = self._spec.transport != "http" or (session.protocol >= _MODERN_PROTOCOL and self._is_watched)
-        return session.declares_changes and can_announce
+        is_heard = self._is_watched and session.protocol >= sdk.FIRST_STATELESS_PROTOCOL
+        return session.declares_changes and (self._spec.transport != "http" or is_heard)
 
     async def _list_all_tools(self) -> tuple[list[Any], float | None]:
         """Returns the tools of all pages, and the seconds for which the list is valid, or None without a `ttlMs`."""
@@ -397,15 +400,33 @@ class SessionOwner:
         raise sdk.BadReplyError(f"its list of tools has more than {_MOST_PAGES} pages")
 
     async def _watch_notifications(self, session: McpSession) -> None:
+        """Listens for changes until it is cancelled. It listens again each time that the server has ended the stream.
+
+        After several failures it gives up, because some servers refuse to announce the changes that they have declared.
+        """
+        failures = 0
+        while failures < _MOST_FAILED_LISTENS:
+            try:
+                await session.watch(self._on_watched)
+            except Exception as exc:  # noqa: BLE001 - changes are no longer noticed, but everything else works
+                logger.debug("MCP server %r: watching its changes failed: %s", self._spec.name, sdk.describe_error(exc))
+            failures = 0 if self._is_watched else failures + 1
+            if self._is_watched:
+                # The list was to stay in use until the server announces another one, but now nobody would hear of that.
+                self._mark_outdated()
+            self._is_watched, self._has_missed_changes = False, True
+            await asyncio.sleep(_LISTEN_AGAIN_SECONDS)
+
+    def _on_watched(self) -> None:
         self._is_watched = True
-        try:
-            await session.watch()
-        except Exception as exc:  # noqa: BLE001 - changes are no longer noticed, but everything else works
-            self._is_watched = False
-            logger.debug("MCP server %r: watching its changes failed: %s", self._spec.name, sdk.describe_error(exc))
+        if self._has_missed_changes:
+            self._mark_outdated()
+
+    def _mark_outdated(self) -> None:
+        self._list_state.is_outdated, self._list_state.has_failed = True, False
 
     def _on_tools_changed(self) -> None:
-        self._list_state.is_outdated, self._list_state.has_failed = True, False
+        self._mark_outdated()
         self._emit(ToolsChanged(self._spec.name))
 
     def _on_log(self, level: str, data: Any) -> None:

@@ -152,3 +152,61 @@ async def test_a_host_that_has_stopped_reading_does_not_extend_the_wait(monkeypa
     link = PatientLink(pipe, 0)
     assert await link.receive()
     assert await asyncio.wait_for(link.receive(), 10) is None
+
+
+async def test_an_answer_that_the_host_has_not_read_yet_is_not_followed_by_an_error() -> None:
+    class SlowPipe:
+        """A pipe whose host reads nothing until it is told to."""
+
+        can_host_read = True
+        messages: ClassVar[list[dict[str, Any]]] = [
+            {"jsonrpc": "2.0", "id": number, "method": "tools/call"} for number in (2, 1)
+        ]
+
+        def __init__(self) -> None:
+            self.sent: list[bytes] = []
+            self.host_reads = asyncio.Event()
+
+        async def receive(self) -> dict[str, Any] | None:
+            return self.messages.pop() if self.messages else None
+
+        async def send(self, message: bytes) -> None:
+            self.sent.append(message)
+            await self.host_reads.wait()
+
+    pipe: Any = SlowPipe()
+    link = PatientLink(pipe, 0.01)
+    assert await link.receive()
+    assert await link.receive()
+    answering = asyncio.create_task(link.send(b'{"jsonrpc": "2.0", "id": 1, "result": {}}'))
+    at_the_end = asyncio.create_task(link.receive())
+    while len(pipe.sent) < 2:
+        await asyncio.sleep(0)
+    pipe.host_reads.set()
+    assert await at_the_end is None
+    await answering
+    assert [json.loads(message)["id"] for message in pipe.sent] == [1, 2]
+
+
+async def test_the_end_of_the_input_waits_until_the_last_answer_is_written() -> None:
+    class OneRequest:
+        can_host_read = True
+        messages: ClassVar[list[dict[str, Any]]] = [{"jsonrpc": "2.0", "id": 1, "method": "tools/call"}]
+        host_reads = asyncio.Event()
+
+        async def receive(self) -> dict[str, Any] | None:
+            return self.messages.pop() if self.messages else None
+
+        async def send(self, _: bytes) -> None:
+            await self.host_reads.wait()
+
+    pipe: Any = OneRequest()
+    link = PatientLink(pipe, 1000)
+    assert await link.receive()
+    answering = asyncio.create_task(link.send(b'{"jsonrpc": "2.0", "id": 1, "result": {}}'))
+    at_the_end = asyncio.create_task(link.receive())
+    await asyncio.wait({at_the_end}, timeout=0.2)
+    assert not at_the_end.done()
+    pipe.host_reads.set()
+    assert await asyncio.wait_for(at_the_end, 10) is None
+    await answering

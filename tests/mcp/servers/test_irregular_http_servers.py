@@ -16,6 +16,7 @@ from aiohttp import web
 from lmbridge import MultiMCPError, ToolError
 from lmbridge.mcp import McpEvent, ServerState, UnexpectedMessage
 from lmbridge.mcp.config.server_spec import ServerSpec
+from lmbridge.mcp.sdk.http_client import connection_errors
 from lmbridge.mcp.sdk.sse_transport import SseStream
 from tests.mcp.conftest import MakeHub
 from tests.mcp.http_server import HttpServer, answer, body, error, event, events, text
@@ -619,6 +620,36 @@ async def test_an_origin_may_be_written_in_another_way(url: str, endpoint: str) 
 
     stream = SseStream(ServerSpec(name="a", transport="sse", url=url), None, ignore, lambda _: None)
     assert stream._endpoint_url(endpoint).lower() == endpoint.lower()
+
+
+async def test_a_stream_that_fails_after_it_was_given_up_does_not_end_the_connection() -> None:
+    is_read = asyncio.Event()
+    ends: list[object] = []
+
+    class FailingClient:
+        """A client whose stream fails when it is cancelled."""
+
+        @contextlib.asynccontextmanager
+        async def stream(self, *_: object, **__: object) -> AsyncIterator[None]:
+            is_read.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError as exc:
+                raise OSError("the connection broke") from exc
+            yield
+
+    async def ignore(_: object) -> None: ...
+
+    spec = ServerSpec(name="a", transport="sse", url="http://example.com/sse")
+    stream = SseStream(spec, FailingClient(), ignore, ends.append)
+    # The first call imports the HTTP client, which must not be done in the event loop.
+    await asyncio.to_thread(connection_errors)
+    opening = asyncio.create_task(stream.open())
+    await is_read.wait()
+    opening.cancel()
+    await asyncio.wait({opening})
+    assert opening.cancelled()
+    assert ends == []
 
 
 async def test_a_server_of_the_newer_transport_says_that_its_type_is_wrong(

@@ -183,6 +183,18 @@ async def test_a_guardian_that_cannot_be_started_leaves_no_descriptor_of_a_pipe_
         os.fstat(guardian_pipe)
 
 
+def test_that_no_guardian_can_be_started_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", "")
+    groups = ProcessGroups()
+    for number in (NO_SUCH_GROUP, NO_SUCH_GROUP + 1):
+        groups.add(number)
+    for number in (NO_SUCH_GROUP, NO_SUCH_GROUP + 1):
+        groups.discard(number)
+    assert caplog.text.count("sys.executable is empty") == 1
+
+
 async def test_cancelling_the_end_of_a_group_kills_it_at_once() -> None:
     process = ServerProcess(lambda _: None, lambda _: None)
     await process.start("sh", ["-c", "trap '' TERM; sleep 600"], {}, None)
