@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from lmbridge.testing import wire
-from lmbridge.testing.completions import call_parts, completion, completion_chunk, split_words, usage_chunk
+from lmbridge.testing.completions import (
+    completion,
+    completion_chunk,
+    message_deltas,
+    split_words,
+    usage_chunk,
+    usage_of,
+)
 from lmbridge.testing.exchange import Behaviour, Exchange, encode_event
 
 
@@ -95,7 +102,7 @@ class _AnswerBehaviour:
 
     async def _send_stream(self, exchange: Exchange, model: str) -> None:
         gate_passed = False
-        for delta in self._deltas():
+        for delta in message_deltas(self.reasoning or "", self.chunks, self.tool_calls):
             has_content = delta.get("content") is not None
             await self._sleep_for(has_content)
             await exchange.chunk(completion_chunk(exchange.reply_id, model, delta) | self.extra)
@@ -116,21 +123,8 @@ class _AnswerBehaviour:
         await exchange.done()
         await exchange.end()
 
-    def _deltas(self) -> Iterator[dict[str, Any]]:
-        yield {"role": "assistant", "content": None}
-        for piece in split_words(self.reasoning or ""):
-            yield {"reasoning_content": piece}
-        for piece in self.chunks:
-            yield {"content": piece}
-        for index, call in enumerate(self.tool_calls):
-            for part in call_parts(index, call):
-                yield {"tool_calls": [part]}
-
     def _usage(self) -> Mapping[str, Any]:
-        if self.usage is not None:
-            return self.usage
-        tokens = len(self.chunks)
-        return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
+        return usage_of(self.chunks) if self.usage is None else self.usage
 
     async def _sleep_for(self, chunks: int) -> None:
         if self.pace and chunks:

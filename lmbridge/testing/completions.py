@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 CREATED: Final = 1_767_225_600
@@ -54,14 +54,34 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"\s*\S+|\s+", text)
 
 
-def call_parts(index: int, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def message_deltas(
+    reasoning: str, contents: Iterable[str], tool_calls: Iterable[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yields the deltas of a streamed message: its role, its reasoning in words, its contents and its tool calls."""
+    yield {"role": "assistant", "content": None}
+    for piece in split_words(reasoning):
+        yield {"reasoning_content": piece}
+    for piece in contents:
+        yield {"content": piece}
+    for index, call in enumerate(tool_calls):
+        for part in _call_parts(index, call):
+            yield {"tool_calls": [part]}
+
+
+def usage_of(contents: list[str]) -> dict[str, Any]:
+    """Returns the usage of a reply in which each piece of the content is a token."""
+    tokens = len(contents)
+    return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
+
+
+def _head(reply_id: str, model: str, kind: str) -> dict[str, Any]:
+    return {"id": reply_id, "object": kind, "created": CREATED, "model": model}
+
+
+def _call_parts(index: int, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields a tool call in the parts that a stream sends: first the name, then fragments of the arguments."""
     function = call.get("function") or {}
     arguments = function.get("arguments") or ""
     yield {"index": index, **call, "function": {**function, "arguments": ""}}
     for start in range(0, len(arguments), _FRAGMENT_LENGTH):
         yield {"index": index, "function": {"arguments": arguments[start : start + _FRAGMENT_LENGTH]}}
-
-
-def _head(reply_id: str, model: str, kind: str) -> dict[str, Any]:
-    return {"id": reply_id, "object": kind, "created": CREATED, "model": model}

@@ -18,7 +18,14 @@ from lmbridge._checks import check_instance, wrong_type
 from lmbridge.agent.chat_client import ChunkStream
 from lmbridge.agent.tools import ToolCall
 from lmbridge.errors import LLMValidationError
-from lmbridge.testing.completions import call_parts, completion, completion_chunk, split_words, usage_chunk
+from lmbridge.testing.completions import (
+    completion,
+    completion_chunk,
+    message_deltas,
+    split_words,
+    usage_chunk,
+    usage_of,
+)
 
 _TURNS_HINT: Final = (
     "a turn is a text, a FakeReply, a ToolCall or a list of them, a message as a dict, an exception,"
@@ -195,23 +202,13 @@ class _ReplyBody:
         return completion(self.reply_id, self.model, message, finish_reason=self._finish_reason(), usage=self._usage())
 
     async def chunks(self, with_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
-        for delta in self._deltas():
+        for delta in message_deltas(self.reply.reasoning, split_words(self.reply.text), self._calls()):
             yield completion_chunk(self.reply_id, self.model, delta)
         if self.reply.error is not None:
             raise self.reply.error
         yield completion_chunk(self.reply_id, self.model, {}, finish_reason=self._finish_reason())
         if with_usage:
             yield usage_chunk(self.reply_id, self.model, self._usage())
-
-    def _deltas(self) -> Iterator[dict[str, Any]]:
-        yield {"role": "assistant", "content": None}
-        for piece in split_words(self.reply.reasoning):
-            yield {"reasoning_content": piece}
-        for piece in split_words(self.reply.text):
-            yield {"content": piece}
-        for index, call in enumerate(self._calls()):
-            for part in call_parts(index, call):
-                yield {"tool_calls": [part]}
 
     def _calls(self) -> list[dict[str, Any]]:
         return [_as_call(call, f"call_{self.reply_id}_{index}") for index, call in enumerate(self.reply.tool_calls)]
@@ -220,10 +217,7 @@ class _ReplyBody:
         return self.reply.finish_reason or ("tool_calls" if self.reply.tool_calls else "stop")
 
     def _usage(self) -> Mapping[str, Any]:
-        if self.reply.usage is not None:
-            return self.reply.usage
-        tokens = len(split_words(self.reply.text))
-        return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
+        return usage_of(split_words(self.reply.text)) if self.reply.usage is None else self.reply.usage
 
 
 def _as_reply(turn: object) -> FakeReply:
