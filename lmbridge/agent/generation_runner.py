@@ -22,6 +22,7 @@ from lmbridge.agent.client_source import ClientSource
 from lmbridge.agent.constrained_retry import ConstrainedRetry
 from lmbridge.agent.events import ReasoningDelta, RunEvent, TextDelta
 from lmbridge.agent.guards import TokenBudget
+from lmbridge.agent.model_changes import check_served_model
 from lmbridge.agent.model_reply import ModelReply, WireCall
 from lmbridge.agent.output import OutputReader
 from lmbridge.agent.progress import ProgressReporter
@@ -39,10 +40,9 @@ from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.context_overflow import OVERFLOW_HINT, PromptSize, describe_cut
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
 from lmbridge.client.reply_stream import ReplyStream
-from lmbridge.client.served_model import is_same_model
 from lmbridge.client.structured import answer_in_reasoning
 from lmbridge.client.surrogates import Halves, join_halves, rest_of_halves
-from lmbridge.errors import ContextLengthExceededError, LLMResponseError, ModelChangedDuringExecutionError
+from lmbridge.errors import ContextLengthExceededError, LLMResponseError
 
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
@@ -253,7 +253,7 @@ class GenerationRunner:
                 # Proxies name themselves while they load a model, so a name counts only once an answer has begun.
                 name = chunk.get("model")
                 if name != served_model and isinstance(name, str) and arrived.has_answer:
-                    self._check_served_model(name, begins_reply=served_model is None, may_change=may_change)
+                    check_served_model(self._record, name, begins_reply=served_model is None, may_change=may_change)
                     served_model = name
                 if reports_progress:
                     await self._progress.report(chunk)
@@ -284,7 +284,7 @@ class GenerationRunner:
         name = completion.get("model")
         if served_model is not None and name != served_model and isinstance(name, str):
             # The chunks that were read here have ended with another name.
-            self._check_served_model(name, begins_reply=False, may_change=stream.ignores_model_names)
+            check_served_model(self._record, name, begins_reply=False, may_change=stream.ignores_model_names)
         return await ModelReply.from_completion(completion)
 
     async def _send_chunk(self, splitter: ReasoningSplitter, chunk: Mapping[str, Any]) -> None:
@@ -320,27 +320,6 @@ class GenerationRunner:
         held, self._held_text = self._held_text, None
         if held is not None and self._channel.has_listener and (text := held.rest(text_before_calls)):
             await self._channel.put(TextDelta(text))
-
-    def _check_served_model(self, name: str | None, *, begins_reply: bool, may_change: bool) -> None:
-        """Compares the model that a reply names with the one that earlier replies named, unless it may change.
-
-        Raises:
-            ModelChangedDuringExecutionError: The reply names another model.
-        """
-        first = self._record.served_model
-        if not name or first is None:
-            self._record.served_model = name or first
-        elif not (may_change or is_same_model(first, name) or is_same_model(name, first)):
-            if begins_reply:
-                # Nothing of this reply was written by the model of the run.
-                self._record.begin_reply()
-            raise ModelChangedDuringExecutionError(
-                f"the run began with model {first!r} and went on with {name!r}",
-                first,
-                name,
-                hint="the server swapped models between two rounds; pass a model name; see Limits.max_loaded_models",
-                context={"operation": "agent run", "model": self._record.model},
-            )
 
     def _count_tokens(self, reply: ModelReply, prompt_size: int) -> None:
         """Adds the tokens of a new reply, or an estimate if the server did not count them."""

@@ -5,6 +5,8 @@ The scheduler decides and never waits; this module waits and never decides. The 
 ten thousand waiting tasks, that is ten thousand wake-ups for every change, and the rules could be tested only in an
 event loop. Here each waiting task has its own future, and only the tasks that are admitted wake up.
 
+Only generations are admitted. Health checks and lists of models are sent at once (`Request.queued` is False).
+
 All state belongs to one event loop, and no method awaits while it changes the state, so no lock is needed.
 """
 

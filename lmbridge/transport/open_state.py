@@ -7,6 +7,7 @@ therefore kept in one object, which the transport creates when it opens and drop
 from __future__ import annotations
 
 import asyncio
+import warnings
 import weakref
 
 import attrs
@@ -132,3 +133,12 @@ class OpenState:
 def closed_error(call: Call) -> TaskCancelledError:
     """Returns the error for a request that is in flight when its transport is closed."""
     return TaskCancelledError("the client was closed before the reply was complete", context=call.context())
+
+
+def warn_about_closed_loop() -> None:
+    """Warns that a transport was still open when its event loop was closed. Its state is lost then."""
+    warnings.warn(
+        "an lmbridge client was still open when its event loop was closed; close the client in the loop that uses it",
+        ResourceWarning,
+        stacklevel=4,
+    )

@@ -54,8 +54,9 @@ from lmbridge.transport.headers import (
 )
 from lmbridge.transport.http_interface import HttpSession
 from lmbridge.transport.limit_search import LimitFinder, LimitSearch, as_finder
-from lmbridge.transport.open_state import OpenState
-from lmbridge.transport.options import api_roots, choose_auth, choose_proxy
+from lmbridge.transport.open_state import OpenState, warn_about_closed_loop
+from lmbridge.transport.options import api_roots, choose_auth
+from lmbridge.transport.proxies import choose_proxy
 from lmbridge.transport.receive import receive_begun_stream, receive_reply, receive_stream
 from lmbridge.transport.schedule_view import ScheduledModel, Swap, models_in
 from lmbridge.transport.session import AiohttpSession
@@ -356,7 +357,7 @@ class Transport(NotCopyable):
         state.loop_guard.check()
         self._open_state = None
         if state.loop.is_closed():
-            _warn_about_closed_loop()
+            warn_about_closed_loop()
             state.abandon()
         else:
             await state.close()
@@ -463,7 +464,7 @@ class Transport(NotCopyable):
             state.loop_guard.check()
             if not state.loop.is_closed():
                 return state
-            _warn_about_closed_loop()
+            warn_about_closed_loop()
             state.abandon()
         admission = Admission(self._limits, self._swaps, self._evictions)
         search = None if self._limit_finder is None else LimitSearch(self._limit_finder, admission)
@@ -476,11 +477,3 @@ def _finish_with_reply(call: Call, reply: Reply) -> None:
         call.note_first_event(reply.body, is_stream=False)
     call.read_usage = partial(call.request.interpreter.read_usage, reply.body)
     call.finish(reply.status)
-
-
-def _warn_about_closed_loop() -> None:
-    warnings.warn(
-        "an lmbridge client was still open when its event loop was closed; close the client in the loop that uses it",
-        ResourceWarning,
-        stacklevel=4,
-    )

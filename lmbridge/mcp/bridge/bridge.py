@@ -2,6 +2,9 @@
 
 The host receives the docstrings of the tool methods as tool descriptions, and the texts in their annotations as
 parameter descriptions. A model reads them, so they are short and say only what is needed to make a call.
+
+A configuration may contain the bridge itself, because its host reads the same file. `McpHub` leaves such an entry out
+(`ServerSpec.is_lmbridge`), so the bridge never connects to itself.
 """
 
 from __future__ import annotations
