@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from lmbridge._text import excerpt
 from lmbridge.client.error_body import ErrorBody, Redact, parse_error_body, unredacted
+from lmbridge.client.redirects import redirect_error
 from lmbridge.client.text_patterns import TextPatterns
 from lmbridge.errors import (
     ContextLengthExceededError,
@@ -171,9 +172,6 @@ _EVICTED_HINT: Final = (
     "the server dropped the model, perhaps to make room for another model that was requested meanwhile; for a server"
     ' that holds one model, switch model scheduling on with Limits(max_loaded_models=1) or limits="auto"'
 )
-_REDIRECT_HINT: Final = (
-    "redirects are not followed, because another server would get the key and the prompt; set api_base to the target"
-)
 _HINTS: Final[Mapping[type[LLMError], str]] = {
     LLMAuthenticationError: "pass api_key=, or set LM_API_TOKEN",
     LLMRateLimitError: "send fewer requests at the same time (Limits.max_concurrency), or wait",
@@ -270,9 +268,7 @@ def error_from_reply(reply: Reply, redact: Redact) -> LLMError:
     error_body = parse_error_body(reply.body, redact)
     details = ErrorDetails(context=reply.call.context(), status=reply.status)
     if 300 <= reply.status < 400:
-        target = _without_query(redact(reply.headers.get("Location", "nowhere")))
-        details = {**details, "hint": _REDIRECT_HINT, "body": error_body.text}
-        return LLMResponseError(f"the server redirects ({reply.status}) to {target}", **details)
+        return redirect_error(reply, redact, {**details, "body": error_body.text})
     kind = error_class(error_body, reply.status) or LLMResponseError
     # A stream that the caller has asked for never becomes a `Reply`, so the caller has not asked for this one.
     if reply.status < 300 and kind is LLMResponseError and begins_event_stream(reply.body):
@@ -377,8 +373,3 @@ def _token_counts(error_body: ErrorBody) -> tuple[int | None, int | None]:
 def _first_number(groups: tuple[TextPatterns, ...], text: str) -> int | None:
     found = next(filter(None, (patterns.search(text) for patterns in groups)), None)
     return int(found[1]) if found else None
-
-
-def _without_query(location: str) -> str:
-    """Returns the target of a redirect without credentials, query and fragment, which may hold secrets."""
-    return re.sub(r"//[^/]*@", "//", re.split(r"[?#]", location, maxsplit=1)[0])

@@ -17,11 +17,11 @@ from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.deadline import Deadline, DeadlineTimer
 from lmbridge.transport.decompression import decompressed_beginning
-from lmbridge.transport.faults import Phase, timed_out
 from lmbridge.transport.interpreter import Interpreter
 from lmbridge.transport.permits import Permit
 from lmbridge.transport.retry import RetryWaits, Verdict, parse_retry_after
 from lmbridge.transport.sse import Event, NamedEvent
+from lmbridge.transport.time_limits import Phase, timed_out
 
 if TYPE_CHECKING:
     from lmbridge.observe.observer import Observers

@@ -17,9 +17,9 @@ from lmbridge._tasks import call_in_loop
 from lmbridge.errors import LLMConnectionError, LLMError, LLMStreamError
 from lmbridge.transport.calls import Call
 from lmbridge.transport.deadline import Deadline
-from lmbridge.transport.faults import Phase
 from lmbridge.transport.http_interface import ConnectionFailed, HttpResponse
 from lmbridge.transport.sse import Event, SSEDecoder
+from lmbridge.transport.time_limits import Phase
 
 DRAIN_SECONDS: Final = 0.25
 """The most seconds to wait for the end of the body after the last event. Only a connection whose body has ended can be

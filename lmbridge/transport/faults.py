@@ -11,15 +11,16 @@ import os
 import socket
 import ssl
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Final, Literal
+from collections.abc import Iterable
+from typing import Final
 
 import attrs
 
 from lmbridge._text import shorten
-from lmbridge.errors import LLMConnectionError, LLMError, LLMResponseError, LLMTimeoutError
+from lmbridge.errors import LLMConnectionError, LLMError, LLMResponseError
 from lmbridge.transport.http_interface import ConnectionFailed
 from lmbridge.transport.retry import Verdict
+from lmbridge.transport.time_limits import CHECK_PROXY_HINT, timed_out
 
 
 @attrs.frozen(eq=False)
@@ -44,8 +45,7 @@ UNKNOWN_HOST: Final = Fault("the host name cannot be resolved", hint="check api_
 _TRUST_HINT: Final = "pass ssl=ssl.create_default_context(cafile=...) with the authority that signed it"
 UNTRUSTED_CERTIFICATE: Final = Fault("the server's certificate is not trusted", hint=_TRUST_HINT, unsent=True)
 TLS_FAILED: Final = Fault("the TLS handshake failed", hint="check whether api_base is https or http", unsent=True)
-_CHECK_PROXY: Final = "check HTTP(S)_PROXY, or proxy= where it is passed"
-PROXY_UNREACHABLE: Final = Fault("the proxy cannot be reached", Verdict.RETRY, _CHECK_PROXY, unsent=True)
+PROXY_UNREACHABLE: Final = Fault("the proxy cannot be reached", Verdict.RETRY, CHECK_PROXY_HINT, unsent=True)
 NOT_CONNECTED: Final = Fault("could not connect", Verdict.RETRY, _START_SERVER, unsent=True)
 NO_RESPONSE: Final = Fault(
     "the server closed the connection without an answer",
@@ -174,7 +174,7 @@ def blamed_on_proxy(fault: Fault, *, unsent: bool) -> Fault:
     if fault in (NOT_CONNECTED, PROXY_UNREACHABLE):
         return PROXY_UNREACHABLE
     message = fault.message.replace("the server", "the proxy").replace("the host name", "the host name of the proxy")
-    hint = (fault.hint or "").replace("api_base", "proxy=") if "certificate" in message else _CHECK_PROXY
+    hint = (fault.hint or "").replace("api_base", "proxy=") if "certificate" in message else CHECK_PROXY_HINT
     return attrs.evolve(fault, message=message, hint=hint, unsent=unsent or fault.unsent)
 
 
@@ -233,49 +233,6 @@ def unsupported_encoding(encoding: str, status: int) -> ConnectionFailed:
     message = f"{UNSUPPORTED_ENCODING.message}: {shorten(encoding, 100)}"
     error = LLMResponseError(message, hint=UNSUPPORTED_ENCODING.hint, status=status)
     return ConnectionFailed(error, UNSUPPORTED_ENCODING.verdict, blames_server=UNSUPPORTED_ENCODING.blames_server)
-
-
-Phase = Literal["connect", "load", "first_byte", "idle", "total"]
-"""The name of a time limit: a field of `Timeouts`."""
-
-_RESOLVE_HINT: Final = (
-    "the name server may be slow, or blocking calls may occupy all threads of the event loop's default executor;"
-    " put an IP address into api_base, or raise Timeouts.connect"
-)
-_TIMEOUT_TEXTS: Final[Mapping[str, tuple[str, str]]] = {
-    "proxy": ("the proxy did not open a connection to the server", _CHECK_PROXY),
-    "resolve": ("the host name was not resolved", _RESOLVE_HINT),
-    "connect": (
-        "could not connect",
-        "check that the address is right, the host is up and, for https, speaks TLS; or raise Timeouts.connect",
-    ),
-    "load": (
-        "the server did not finish loading its model",
-        "raise Timeouts.load, or load the model first",
-    ),
-    "first_byte": (
-        "the server did not answer",
-        "it may be busy with other requests, with a long prompt, or with loading; raise Timeouts.first_byte",
-    ),
-    "idle": ("no further event arrived", "the server may have hung; raise Timeouts.idle if its model is that slow"),
-    "total": ("the reply did not end", "raise Timeouts.total, or ask for fewer tokens"),
-}
-"""The message and the hint of the error for each time limit."""
-
-
-def timed_out(
-    phase: Phase, limit: float | None, cause: BaseException | None = None, *, step: str | None = None
-) -> LLMTimeoutError:
-    """Returns the error for a time limit that has run out.
-
-    Args:
-        phase: The name of the limit in `Timeouts`.
-        limit: The limit in seconds, or None if it is not known.
-        cause: The exception that caused the error.
-        step: The step of connecting that took too long, "resolve" or "proxy", if it is known.
-    """
-    text, hint = _TIMEOUT_TEXTS[step or phase]
-    return LLMTimeoutError(text if limit is None else f"{text} within {limit:g} s", cause, phase=phase, hint=hint)
 
 
 def describe_os_error(exc: BaseException) -> str:

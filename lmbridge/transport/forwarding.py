@@ -32,11 +32,11 @@ from lmbridge.errors import LLMError, LLMStreamError
 from lmbridge.transport.calls import Call, Reply
 from lmbridge.transport.decompression import decompressed_beginning
 from lmbridge.transport.events import close_abandoned
-from lmbridge.transport.faults import Phase
 from lmbridge.transport.forwarded_beginning import StreamBeginning
 from lmbridge.transport.http_interface import ConnectionFailed, HttpResponse
 from lmbridge.transport.receive import LONGEST_PRELUDE, error_of_server, note_arrived
 from lmbridge.transport.retry import Verdict
+from lmbridge.transport.time_limits import Phase
 
 _LARGEST_WHOLE_BODY: Final = 1024 * 1024
 """The most bytes of JSON that are read before the response is handed out."""

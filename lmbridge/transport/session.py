@@ -66,6 +66,7 @@ from lmbridge.transport.decompression import (
 from lmbridge.transport.head_guard import ConnectionGuard, guard_of
 from lmbridge.transport.http_interface import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
 from lmbridge.transport.interception import interceptors
+from lmbridge.transport.time_limits import timed_out
 
 _Error = TypeVar("_Error", bound=BaseException)
 
@@ -243,7 +244,7 @@ class AiohttpSession:
         if isinstance(exc, aiohttp.ConnectionTimeoutError):
             name_error = _find_cause(exc, _NameTimeoutError)
             step = "resolve" if name_error is not None else "proxy" if self._has_tunnel(request) else None
-            error = faults.timed_out("connect", request.connect_timeout, name_error or exc, step=step)
+            error = timed_out("connect", request.connect_timeout, name_error or exc, step=step)
             return ConnectionFailed(error, unsent=True)
         return faults.connection_failed(
             self._fault(exc, request, was_sent=was_sent),

@@ -15,6 +15,7 @@ import attrs
 from lmbridge.errors import LLMValidationError
 from lmbridge.transport import faults
 from lmbridge.transport.http_interface import ConnectionFailed
+from lmbridge.transport.time_limits import timed_out
 
 _SCHEMES: Final = {"socks5": "socks5", "socks5h": "socks5", "socks4": "socks4", "socks4a": "socks4"}
 """The schemes of SOCKS proxies, and the names by which aiohttp-socks knows them."""
@@ -85,7 +86,7 @@ def failure_of(exc: Exception, connect_timeout: float | None) -> ConnectionFaile
         reason = exc.__cause__.__cause__ if exc.__cause__ is not None else None
         text = "" if reason is None else faults.describe_os_error(reason)
         return faults.connection_failed(faults.PROXY_UNREACHABLE, text, exc)
-    return ConnectionFailed(faults.timed_out("connect", connect_timeout, exc, step="proxy"), unsent=True)
+    return ConnectionFailed(timed_out("connect", connect_timeout, exc, step="proxy"), unsent=True)
 
 
 def _refusal_fault(exc: Exception) -> faults.Fault:

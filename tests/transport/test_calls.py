@@ -16,9 +16,9 @@ from lmbridge.errors import LLMTimeoutError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import Call, Reply, Request
 from lmbridge.transport.deadline import DeadlineTimer
-from lmbridge.transport.faults import Phase
 from lmbridge.transport.interpreter import Interpreter
 from lmbridge.transport.retry import Verdict
+from lmbridge.transport.time_limits import Phase
 from tests.transport.clock import Clock
 
 RETRY, POLL, FAIL = Verdict.RETRY, Verdict.POLL, Verdict.FAIL
