@@ -244,6 +244,8 @@ async def test_a_program_of_a_page_sends_its_spans_and_metrics_to_a_collector(
         second_server.requests.clear()
 
 
+# It starts pytest in a process of its own, which takes a while on a busy machine.
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("page", pages("file"))
 def test_the_files_of_a_page_run_in_pytest(page: Path, pytester: pytest.Pytester) -> None:
     files = blocks(page, "file")

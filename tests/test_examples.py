@@ -416,6 +416,8 @@ async def test_tracing_prints_the_spans_of_a_run(scripted_server: ScriptedServer
     assert names == f"{FOX}\ninvoke_agent\n  chat qwen3-4b\n  execute_tool count_people\n  chat qwen3-4b\n"
 
 
+# It starts pytest twice, which takes a while on a busy machine.
+@pytest.mark.timeout(240)
 async def test_agent_tests_need_a_server_only_once(scripted_server: ScriptedServer, tmp_path: Path) -> None:
     example = tmp_path / "agent_tests.py"
     example.write_text((EXAMPLES / "agent_tests.py").read_text())

@@ -178,6 +178,8 @@ async def test_a_program_uses_images_reasoning_logprobs_several_answers_and_tool
     ]
 
 
+# It starts pytest in a process of its own, which takes a while on a busy machine.
+@pytest.mark.timeout(240)
 async def test_a_user_tests_a_program_without_a_server(tmp_path: Path) -> None:
     shutil.copytree(HERE / "user_project", tmp_path / "project")
     (tmp_path / "project" / "pytest.ini").write_text(

@@ -26,6 +26,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
+# It starts pytest in a process of its own, which takes a while on a busy machine.
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("mode", [pytest.param("auto", marks=pytest.mark.slow), "strict"])
 def test_the_fixture_serves_and_fails_a_test_whose_behaviours_raised(pytester: pytest.Pytester, mode: str) -> None:
     pytester.makeconftest(CONFTEST)

@@ -87,6 +87,8 @@ def test_cassettes_are_recorded_on_request_and_replayed_otherwise(pytester: pyte
     pytester.runpytest_inprocess(*OPTIONS).assert_outcomes(passed=4)
 
 
+# It starts pytest in a process of its own, which takes a while on a busy machine.
+@pytest.mark.timeout(240)
 @pytest.mark.slow
 def test_without_pytest_asyncio_only_the_server_is_missing(pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]")
