@@ -626,6 +626,8 @@ def _calls_with_unknown_name(size: int) -> str:
         lambda size: f'<tool_call>{{"name": "weather", "arguments": {{"days": {"1" * 60 * size}}}}}</tool_call>',
         lambda size: f'<tool_call>{{"name": "weather", "arguments": {{"days": 0.{"1" * 60 * size}}}}}</tool_call>',
         lambda size: f'<tool_call>{{"name": "weather", "arguments": {"[" * 60 * size}',
+        lambda size: "<function=weather>```" * 10 * size,
+        lambda size: "~~~ <|python_tag|>```json\n" * 10 * size,
     ],
 )
 def test_the_time_to_read_calls_from_a_text_is_linear(text_of: Any) -> None:

@@ -83,22 +83,43 @@ class _Fences:
 
     def __init__(self, text: str) -> None:
         self._text = text
+        # No block that matters opens before this position.
         self._position = 0 if "```" in text or "~~~" in text else len(text)
+        # The last position that no block is around. It is on the line on which `_position` is, or directly behind it.
+        self._asked = self._position
         self._fence: _Fence | None = None
 
     def around(self, position: int) -> _Fence | None:
         """Returns the block whose content contains a position, or None."""
         while self._fence is None or self._fence.content_end <= position:
-            opening = _FENCE_LINE.search(self._text, self._position, position)
+            opening = self._next_opening(position)
             if opening is None:
                 return None
             self._fence = self._find_end(opening)
-            self._position = self._fence.end
+            self._position = self._asked = self._fence.end
         return self._fence if self._fence.content <= position else None
 
     def skip_to(self, position: int) -> None:
         """Skips the blocks before a position, because the text up to there has been read as calls."""
-        self._position, self._fence = max(self._position, position), None
+        self._position = self._asked = max(self._position, position)
+        self._fence = None
+
+    def _next_opening(self, position: int) -> re.Match[str] | None:
+        """Returns the next line before a position that opens a block, or None. No line is searched twice.
+
+        Otherwise the time would grow with the square of the length of a reply that is full of openings of calls.
+        """
+        line_break = self._text.rfind("\n", self._asked, position)
+        if line_break < 0:
+            # Since the last question, only the line has become longer, so a block can only begin at its beginning.
+            opening = _FENCE_LINE.match(self._text, self._position, position)
+        else:
+            opening = _FENCE_LINE.search(self._text, self._position, position)
+        if opening is None:
+            self._asked = max(self._asked, position)
+            if line_break >= 0:
+                self._position = line_break + 1
+        return opening
 
     def _find_end(self, opening: re.Match[str]) -> _Fence:
         """Returns the block that a line opens. A block that is never closed extends to the end of the text."""
