@@ -212,7 +212,8 @@ def read_journal(data: bytes) -> None:
     rows = [value if isinstance(value, str | int | float | None) else json.dumps(value) for value in _items(data)]
     began, start, kind, at, *steps = [*rows, *[None] * 5][: max(5, len(rows))]
     with tempfile.TemporaryDirectory() as folder, closing(Database(Path(folder, "runs.db"), create=True)) as database:
-        with suppress(JournalError), database.transaction():
+        # SQLite has no integers of more than 64 bits, so no file has them.
+        with suppress(JournalError, OverflowError), database.transaction():
             database._execute("INSERT INTO runs VALUES ('1', ?, 'unfinished', ?)", began, start)
             for number, step in enumerate(steps):
                 database._execute("INSERT INTO steps VALUES ('1', ?, ?, ?, ?)", number, kind, at, step)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmbridge.mcp.config.jsonc import parse_jsonc
+from tests.support import assert_linear
 
 
 @given(
@@ -43,3 +44,13 @@ def test_comments_and_trailing_commas_are_ignored_but_not_inside_strings() -> No
 def test_an_error_names_the_line_and_the_column_or_the_key(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_jsonc(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ['{"a": "', "/*"], ids=["a string", "a comment"])
+def test_the_time_for_what_is_never_closed_is_linear(text: str) -> None:
+    def parse(size: int) -> None:
+        with pytest.raises(ValueError, match="line 1"):
+            parse_jsonc(text + ('\\"' if '"' in text else "/*") * size)
+
+    assert_linear(parse, 4000)
