@@ -13,8 +13,8 @@ from typing import Any, Final
 
 # A string or a comment that is never closed is matched as well, up to where it has to end, and left as it is. Otherwise
 # the search would begin again at each character of it, and the time would grow with the square of its length.
-_STRING: Final = r'"(?:\\.|[^"\\\n])*+"?'
-_COMMENT: Final = re.compile(rf"{_STRING}|//[^\n]*|/\*.*?\*/|/\*.*", re.DOTALL)
+_STRING: Final = r'(?P<kept>"(?:\\.|[^"\\\n])*+"?)'
+_COMMENT: Final = re.compile(rf"{_STRING}|//[^\n]*|/\*.*?\*/|(?P<unclosed>/\*.*)", re.DOTALL)
 _TRAILING_COMMA: Final = re.compile(rf"{_STRING}|,(?=\s*[}}\]])")
 
 
@@ -36,10 +36,8 @@ def parse_jsonc(text: str) -> Any:
 
 
 def _blank_out(found: re.Match[str]) -> str:
-    """Replaces everything but strings with spaces, so that lines and columns stay the same."""
-    text = found.group()
-    is_unclosed = text.startswith("/*") and (len(text) < 4 or not text.endswith("*/"))
-    return text if text.startswith('"') or is_unclosed else re.sub(r"[^\n]", " ", text)
+    """Replaces comments and commas with spaces, so that lines and columns stay the same. The named groups are kept."""
+    return found.group() if found.lastgroup else re.sub(r"[^\n]", " ", found.group())
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
