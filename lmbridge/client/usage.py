@@ -67,7 +67,7 @@ def usage_in_reply(reply: Mapping[str, Any]) -> TokenUsage | None:
 
 
 def _token_usage(usage: object) -> TokenUsage | None:
-    if not isinstance(usage, Mapping):
+    if not isinstance(usage, MAPPING_TYPES):
         return None
     prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
     completion = usage.get("completion_tokens", usage.get("output_tokens", 0))

@@ -129,7 +129,8 @@ class Admission:
     def mark_loaded(self, permit: Permit) -> None:
         """Records that the first event of a reply has arrived, and admits the requests that waited for that event."""
         self.scheduler.mark_loaded(permit, self._loop.time())
-        self._admit()
+        if self.scheduler.waiting:
+            self._admit()
 
     def note_reply(self, permit: Permit, usage: tuple[int, int | None] | None, *, is_first_attempt: bool) -> None:
         """Records how much of a prompt came from a cache of the server, as `Scheduler.note_reply` describes.

@@ -29,10 +29,10 @@ _UNREAD_SYNTAXES: Final = tuple(
     each for each in CALL_SYNTAXES if each.opening not in AT_LINE_START or each.opening.startswith("```")
 )
 """The syntaxes whose calls are recognized even if they name no tool."""
-_SIGNS: Final = ("<", "[", "`", "func")
-"""Each opening in `_UNREAD_SYNTAXES` contains at least one of these texts."""
-_PLAIN_SIGNS: Final = ("{", ")]", "Action Input:")
-"""Each call that `_plain_call` or `_only_calls` recognizes contains at least one of these texts."""
+_SIGN: Final = re.compile(r"[<\[`]|func")
+"""Finds a text that each opening in `_UNREAD_SYNTAXES` contains."""
+_PLAIN_SIGN: Final = re.compile(r"\{|\)\]|Action Input:")
+"""Finds a text that each call contains which `_plain_call` or `_only_calls` recognizes."""
 _JSON: Final = re.compile(r"\s*[\[{]")
 _WORD: Final = re.compile(r"[^\W_]")
 _PYTHONIC: Final = re.compile(r"^[ \t]*\[\s*([\w.-]{1,100})\(", re.MULTILINE)
@@ -80,13 +80,12 @@ def find_unread_call(text: str, tool_names: Collection[str]) -> str | None:
     """
     text = without_template_tokens(text[-_EXAMINED_CHARACTERS:])
     # Nearly every answer has none of the signs, and therefore none of the openings.
-    has_signs = any(sign in text for sign in _SIGNS)
-    for syntax in [each for each in _UNREAD_SYNTAXES if each.opening in text] if has_signs else ():
+    for syntax in [each for each in _UNREAD_SYNTAXES if each.opening in text] if _SIGN.search(text) else ():
         for position in _last_mentions(text, syntax.opening):
             content = position + len(syntax.opening)
             if syntax.content.match(text, content) and _is_last(text, content, syntax.closings):
                 return syntax.opening
-    if not tool_names or not any(sign in text for sign in _PLAIN_SIGNS):
+    if not tool_names or not _PLAIN_SIGN.search(text):
         return None
     return _plain_call(text, tool_names) or _only_calls(text, tool_names)
 
