@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 _LONGEST_ID: Final = 20
-"""The most digits that are read of an id in a string. The ids of lmbridge have ten."""
+"""The number of digits that are read of an id in a string. The ids of lmbridge have ten digits."""
 
 
 def read_id(value: Any) -> str | int | None:

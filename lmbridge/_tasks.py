@@ -329,7 +329,7 @@ class LoopGuard:
         )
 
     def is_running(self) -> bool:
-        """Returns whether the calling thread is running the object's event loop. It need not be running any loop."""
+        """Returns whether the calling thread is running the object's event loop. The thread may also have no loop."""
         try:
             return asyncio.get_running_loop() is self.loop
         except RuntimeError:

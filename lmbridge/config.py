@@ -36,9 +36,9 @@ DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"
 
 
 QUESTION_HEADER: Final = ("X-Lmbridge-Purpose", "limits")
-"""The header, as a name and a value, of the requests with which a client finds out the limits of its server on its own
-initiative. It explains these requests to the reader of the server's log. By this header,
-`lmbridge.testing.ScriptedServer` recognizes them, and leaves them out of its list of requests."""
+"""The name and the value of a header that marks certain requests: those that a client sends on its own initiative to
+find out the limits of its server. The header explains these requests to the reader of the server's log, and lets
+`lmbridge.testing.ScriptedServer` leave them out of its list of requests."""
 
 
 class Unset(enum.Enum):
@@ -153,10 +153,10 @@ class Limits:
     begin the answer to its first request, but for at most 3 seconds. If most of the latest tool calls, of any run, have
     taken longer than that, a run does not count at all while its tools are running.
 
-    The first request of a run also waits while the server would give it the slot of a run that counts: a new
-    conversation gets the slot that was used least recently. A server that also remembers conversations without a slot
-    makes this unnecessary. Runs of a lower priority are never waited for, and nothing waits for runs while a request
-    for another model is overdue.
+    The first request of a run also waits while the server would give it the slot of a run that counts. A slot holds one
+    conversation in the server's cache, and a new conversation gets the slot that was used least recently. A server that
+    also remembers conversations without a slot makes this unnecessary. Runs of a lower priority are never waited for,
+    and nothing waits for runs while a request for another model is overdue.
 
     "auto", the default, stands for the value of `max_concurrency` with `order="run"`, until a reply shows that the
     server remembers conversations without a slot; from then on, and with `order="request"`, it stands for None. With

@@ -440,8 +440,8 @@ JournalProblem = Literal[
 "missing": the file does not exist. "foreign": it is a file of another program. "version": it was written by another
 version of lmbridge. "damaged": a part of the file is missing or was overwritten. "unwritable": it cannot be opened or
 written. "full": the disk is full. "busy": another process holds the file. "run": the journal does not have the run, or
-has several among which one must be named. "in_use": the run is in progress. "mismatch": the run cannot be resumed,
-because its model, its tools or its options are missing or different.
+has several, one of which must be named. "in_use": the run is in progress. "mismatch": the run cannot be resumed,
+because its task, its model, its tools or its options are missing or different.
 """
 
 

@@ -66,8 +66,8 @@ class AgentRunOptions(SamplingOptions, total=False):
 class Agent(NotCopyable):
     """Lets a model work on a task with tools, round after round, until it has an answer.
 
-    One agent serves any number of concurrent runs in one event loop. It owns nothing that has to be closed: the client
-    remains the caller's::
+    One agent serves any number of concurrent runs in one event loop. It owns nothing that has to be closed; the caller
+    closes the client::
 
         async with LLMClient(model="qwen3-4b") as client:
             agent = Agent(client, tools=[add])
@@ -83,8 +83,8 @@ class Agent(NotCopyable):
         system_prompt: The leading system message of every run. Default: none.
         max_rounds: How many rounds a run may have. In each round, the model is asked, and the calls in its reply are
             made. Default: 25.
-        max_tokens: The maximum number of tokens in one reply. The default, "auto", means 8192, or what the prompt
-            leaves of the model's context, if the length of the context is known and fewer than 8192 tokens are left.
+        max_tokens: The maximum number of tokens in one reply. The default, "auto", means 8192, or fewer if the length
+            of the model's context is known and the prompt leaves less room in it.
         max_seconds: The time limit of a run in seconds. The time that the run waits to be admitted counts as well. When
             the time is up, the generation and the tool calls in progress are cancelled, and the run ends with the stop
             reason "budget". Default: no limit.
@@ -107,7 +107,7 @@ class Agent(NotCopyable):
             server has silently cut a prompt, as Ollama does. "warn" adds a warning to `RunResult.warnings`, and "raise"
             raises `ContextLengthExceededError`. Default: "warn".
         max_bad_calls: A run ends after this many consecutive replies whose calls were all invalid. Default: 5.
-        on_limit: What happens when `max_rounds`, `max_total_tokens` or `repetition_limit` is used up. With "answer",
+        on_limit: What happens when `max_rounds`, `max_total_tokens` or `repetition_limit` is reached. With "answer",
             the model is asked for its best answer in one more round without tools; the `stop_reason` of the result
             names the limit. With "raise", `max_rounds` raises a `MaxRoundsExceededError`, and the other two limits
             return the run so far. Default: "raise".
@@ -119,12 +119,13 @@ class Agent(NotCopyable):
         repetition_limit: A run ends when this many replies had the same call with the same result. From the third such
             reply on, the model gets a warning with the result. None allows any number of repetitions without a warning,
             for tasks in which they are normal, such as building again after each edit. Default: 5.
-        deduplicate_calls: Whether identical calls of one reply are made only once, and all of them get that result.
-            Pass False if the model may want such a call to be made several times, such as the roll of a die. Default:
-            True.
+        deduplicate_calls: Whether identical calls of one reply are made only once, so that all of them get the same
+            result. Pass False if the model may want such a call to be made several times, such as the roll of a die.
+            Default: True.
         read_text_calls: What happens to calls that the model wrote as text, and that the server did not recognize.
             "always" makes them wherever they are meant as calls, "whole" only if the reply consists of nothing else,
-            and "never" makes none. The run must have the tools that they name. Default: "always".
+            and "never" makes none. If one of them names a tool that the run does not have, none of them is made.
+            Default: "always".
         repair_calls: Whether a call with small mistakes is made, provided that it can be read in only one way and that
             its arguments are then valid. Small mistakes are, for example, single quotes or a missing bracket in the
             JSON, or the name `getWeather` for `get_weather`. A repaired call has `repaired` set, which `approve` can
@@ -159,8 +160,8 @@ class Agent(NotCopyable):
         output_type: The type of the answer, such as a pydantic model or `list[Book]`; every type that `client.parse`
             accepts is possible. The model may call tools first. If its answer is not valid JSON of this type, the model
             is asked for such JSON up to three times, each time in a round without tools. Default: the answer is a text.
-        temperature: How freely the model chooses the next token; 0 means the most likely one. By default, this and the
-            following parameters are not sent, and the server's own defaults apply.
+        temperature: How freely the model chooses the next token; 0 means the most likely one. By default, the
+            parameters from this one to `extra_body` are not sent, and the server's own defaults apply.
         top_p: Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1.
         seed: Makes sampling repeatable, if the server supports it.
         stop: One or several texts at which the model stops.
@@ -317,7 +318,7 @@ class Agent(NotCopyable):
 
         Args:
             task: What to do, as a string or as a list of content parts (text and images).
-            model: The model of this run, which does not change while it is in progress. Default: the agent's.
+            model: The model of this run, which does not change while the run is in progress. Default: the agent's.
             tools: The tools of this run, in place of the agent's `tools`.
             messages: A conversation to continue, such as `result.messages` of another run. Default: a new one.
             max_rounds: The limit of this run, in place of the agent's.
@@ -611,7 +612,7 @@ class Agent(NotCopyable):
             open_tools: Returns the `open_tools` of the run, given its `JournalEntry.extra`. Default: the agent's.
             is_muted: True if the events of the run will not be read, so that it need not create any.
         """
-        from lmbridge.agent.journal.stored_options import find  # noqa: PLC0415 - as above
+        from lmbridge.agent.journal.stored_options import find  # noqa: PLC0415 - imports sqlite3
 
         found = await find(journal, run_id)
         return self._create_run_with(
@@ -629,8 +630,8 @@ class Agent(NotCopyable):
         """Changes the model for runs that do not name one, once the runs that block the change have ended.
 
         With "isolate", the runs that did not name a model are cancelled. With "cancel", all runs with another model
-        are cancelled. With "drain", the switch waits until these runs have ended. If this method is cancelled while it
-        waits, the model is unchanged.
+        are cancelled. With "drain", this method waits until all runs with another model have ended. If it is cancelled
+        while it waits, the model is unchanged.
 
         Args:
             model: The name of the new model.

@@ -1,8 +1,8 @@
 """Checks the arguments of a tool call against the tool's JSON schema, in bounded time.
 
-jsonschema does the work, except for keywords whose implementation in it is unsafe: those with patterns (backtracking)
-and `uniqueItems` (quadratic time). The work of all keywords is counted, because a schema of a few lines can have
-millions of alternatives.
+jsonschema does the work, except for the keywords that it implements in an unsafe way: those with patterns
+(backtracking) and `uniqueItems` (quadratic time). The work of all keywords is counted, because a schema of a few lines
+can have millions of alternatives.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _counted(check: _Keyword) -> _Keyword:
 def _pattern(validator: Any, value: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
     from jsonschema import ValidationError  # noqa: PLC0415 - importing it is slow
 
-    # In the version of a schema that servers receive, patterns that are not supported are still there.
+    # Patterns that are not supported were removed from the tool's own schema, but not from the simplified version.
     if validator.is_type(instance, "string") and _is_supported(value) and not compile_pattern(value).search(instance):
         yield ValidationError(f"{instance!r} does not match {value!r}")
 

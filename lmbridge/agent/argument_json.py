@@ -33,7 +33,7 @@ def _read_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         for key, value in pairs:
             if values[key] != value:
-                raise DuplicateKeyError(f"the key {key[:100]!r} is there twice, with different values")
+                raise DuplicateKeyError(f"the key {key[:100]!r} occurs twice, with different values")
     return values
 
 

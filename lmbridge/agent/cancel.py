@@ -51,7 +51,7 @@ class OwnTask(Generic[T]):
         self._task.add_done_callback(lambda _: callback())
 
     def cancel(self, error: TaskCancelledError) -> bool:
-        """Cancels the task, without waiting for its end. If it is called several times, the first error is raised.
+        """Cancels the task, without waiting for its end. After several calls, the waiters get the error of the first.
 
         Returns:
             False if the task had already ended.
@@ -91,7 +91,8 @@ class OwnTask(Generic[T]):
         Args:
             complete: A function that is called with the error of a cancellation, and adds to it what is known only when
                 the task has ended. It is passed here, and not to the constructor, because it is a method of the object
-                that owns the task. Such a reference cycle would stay in memory until the garbage collector runs.
+                that owns the task: if the two referred to each other, they would stay in memory until the garbage
+                collector runs.
 
         Raises:
             TaskCancelledError: The task was cancelled.

@@ -64,8 +64,8 @@ class Subscription(Generic[T]):
         self.end(discard=True)
 
     async def _wait_for_change(self) -> None:
-        # Writer and listener can share one asyncio.Event, because they wait for opposite states of the buffer: it is
-        # full for the one and empty for the other.
+        # Writer and listener can share one asyncio.Event, because they never wait at the same time: the writer waits
+        # while the buffer is full, and the listener while it is empty.
         self._changed.clear()
         await self._changed.wait()
 

@@ -1,4 +1,4 @@
-"""`ClientSource`: lends a client for each generation, and remembers the context length of each model."""
+"""`ClientSource`: lends a client for each generation, and remembers what is known about the server and its models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MISPLACED: Final = {
 
 
 class ClientSource:
-    """The client or the pool of an agent, and the context lengths of the models.
+    """The client or the pool of an agent, and what the agent has learned about the server and its models.
 
     Args:
         client: The client, or the pool that lends clients.

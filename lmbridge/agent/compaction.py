@@ -5,10 +5,10 @@ necessary would be simpler. But the model then repeats what it has forgotten, an
 the prompt, so that the server processes all of it again. So the tiers go from the cheapest loss to the most expensive
 one, and each makes more room than necessary, so that the next rounds only add to the prompt.
 
-The terms are those that others use. `TieredCompact` of Forge (https://pypi.org/project/forge-guardrails/) has the same
-tiers, but never asks the model. LangChain's `SummarizationMiddleware` corresponds to the second tier, and its
-`ClearToolUsesEdit` to the third (https://docs.langchain.com/oss/python/langchain/middleware/built-in). Claude's API
-calls these two "compaction" and "context editing"
+The terms are those that others use. `TieredCompact` of Forge (https://pypi.org/project/forge-guardrails/) has similar
+tiers, but never asks the model. LangChain's `ClearToolUsesEdit` corresponds to the shortening of results, and its
+`SummarizationMiddleware` to the summaries (https://docs.langchain.com/oss/python/langchain/middleware/built-in).
+Claude's API calls these two "context editing" and "compaction"
 (https://platform.claude.com/docs/en/build-with-claude/context-editing).
 
 The model can get back what it has lost by making the same call again. So a result that it has requested a second time
@@ -40,10 +40,11 @@ Summarize: TypeAlias = Callable[[list[Message], int], Awaitable[str]]
 """Returns the model's summary of a conversation, within a limit on its tokens, or an empty text if it gave none."""
 
 _SHARE_AFTER_SHORTENING: Final = 0.7
-"""Results are shortened until the messages that could be left out fill only this share of the room for them."""
+"""Results are shortened until the messages take only this share of the context that is left beside the system message
+and the task, which are always sent whole."""
 _SHARE_AFTER_LEAVING_OUT: Final = 0.5
-"""Messages are left out until the rest of them fills only this share. It is smaller, so that fewer summaries, each of
-which costs a generation, are needed."""
+"""Messages are left out until the others take only this share of the same room. It is smaller, so that fewer summaries
+are needed, each of which costs a generation."""
 _LONG_RESULT: Final = 1_200
 """The number of characters above which an old result is shortened."""
 _SHORT_RESULT: Final = 600

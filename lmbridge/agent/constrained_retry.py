@@ -126,7 +126,7 @@ class ConstrainedRetry:
             self._refusal = None
 
     def _schema(self, tool: str) -> dict[str, Any]:
-        # Without `additionalProperties`, a grammar would let the model add parameters that the tool may not have.
+        # Without `additionalProperties`, a grammar would let the model add parameters that the tool does not know.
         return {"additionalProperties": False, **self._toolset.sent_parameters(tool)}
 
 

@@ -18,7 +18,7 @@ from lmbridge.errors import LLMValidationError
 Message = dict[str, Any]
 
 _UNSENDABLE: Final = re.compile(r"[^A-Za-z0-9_-]+")
-"""Characters that the name in a call may not have. Servers would refuse every request whose messages contain one.
+"""Characters that the name in a call may not have. Servers would refuse every request that contains such a name.
 
 Uppercase letters, which only some servers refuse, are converted to lowercase.
 """

@@ -1,8 +1,8 @@
 """`Gate`: a decision about each call before it is made, and `pick_tools`: decisions about which tools a task needs.
 
 Both ask typed questions (`LLMClient.decide`), preferably of a small decision model beside the model of the run. The
-loop of a run knows nothing about gates: it asks `approve` about one call after another, and `GatedApproval` makes an
-`approve` of a gate.
+loop of a run knows nothing about gates: it asks `approve` about one call after another, and `GatedApproval` is an
+`approve` that asks a gate.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`GenerationRunner`: requests one generation after another for a run, and reads each from its stream.
 
 Every generation is streamed, although only some runs have a listener. A server notices that a client has left only when
-it next writes to it, so without a stream, it would generate the whole reply even after the run was cancelled. A client
-is leased for one generation and never across a tool call: otherwise ten agents that wait for their tools would occupy a
-pool of ten clients, and a tool that runs another agent would wait for itself.
+it next sends something to the client, so without a stream, it would generate the whole reply even after the run was
+cancelled. A client is leased for one generation and never across a tool call: otherwise ten agents that wait for their
+tools would occupy a pool of ten clients, and a tool that runs another agent would wait for itself.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class GenerationRunner:
         return params
 
     async def _read_text_calls(self, reply: ModelReply) -> bool:
-        """Turns calls that the model wrote into the text of its reply into calls of the reply.
+        """Reads the calls that the model wrote as text, and adds them to the reply as its calls.
 
         Returns:
             Whether there were any.
@@ -250,7 +250,7 @@ class GenerationRunner:
             async for chunk in stream:
                 if own is None:
                     chunk = join_halves(accumulator.add(chunk), halves)  # noqa: PLW2901 - the chunk in its guaranteed form
-                # Proxies name themselves while they load a model, so a name counts only once an answer has begun.
+                # A proxy that loads a model sends its own name instead, so a name counts only once an answer has begun.
                 name = chunk.get("model")
                 if name != served_model and isinstance(name, str) and arrived.has_answer:
                     check_served_model(self._record, name, begins_reply=served_model is None, may_change=may_change)
@@ -278,12 +278,12 @@ class GenerationRunner:
 
         Args:
             stream: A stream of lmbridge's own client.
-            served_model: The name of the model that was checked last, or None if none was.
+            served_model: The last name of a model that was checked, or None if there was none.
         """
         completion = await stream.collect()
         name = completion.get("model")
         if served_model is not None and name != served_model and isinstance(name, str):
-            # The chunks that were read here have ended with another name.
+            # A chunk that was read only by `collect` names another model.
             check_served_model(self._record, name, begins_reply=False, may_change=stream.ignores_model_names)
         return await ModelReply.from_completion(completion)
 
@@ -322,13 +322,13 @@ class GenerationRunner:
             await self._channel.put(TextDelta(text))
 
     def _count_tokens(self, reply: ModelReply, prompt_size: int) -> None:
-        """Adds the tokens of a new reply, or an estimate if the server did not count them."""
+        """Adds the tokens of a new reply to those of the run, or an estimate if the server did not count them."""
         estimated = self._context.tokens_of(prompt_size) + len(reply.text + reply.reasoning) // 3
         reply.tokens = (reply.usage or {}).get("total_tokens") or estimated
         self.add_tokens(reply, prompt_size)
 
     def add_tokens(self, reply: ModelReply, prompt_size: int) -> None:
-        """Adds the tokens of a reply to those of the run, and learns from them how large the prompt was.
+        """Adds the tokens of a reply to those of the run, and learns from them how many tokens the prompt had.
 
         Args:
             reply: The reply.
@@ -344,7 +344,7 @@ class GenerationRunner:
         if prompt is None or not counted or not prompt.was_cut(counted):
             self._context.learn(prompt_size, counted)
         else:
-            # The count is that of the rest of the prompt, so there is nothing to learn from it.
+            # The server has counted only what was left of the prompt, so there is nothing to learn from its count.
             self.report_overflow(describe_cut(counted, prompt.context_length), prompt)
 
     def report_overflow(self, message: str, prompt: PromptSize) -> None:

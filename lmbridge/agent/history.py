@@ -8,8 +8,9 @@ placeholders for the missing results. The alternative was to let each caller rep
 
 The messages to send and the messages that the user sees are two lists. Compaction changes only the former: it shortens
 results of tools, and leaves out whole groups of messages. A group is an exchange before the task, or a turn with its
-results, so a call is never sent without its result. What compaction has not touched never changes, not by a single
-byte, so that a server can reuse its prompt cache. The module `compaction` decides when room is made, and how much.
+results, so a call is never sent without its result. Messages that compaction has not touched are sent again without the
+change of a single byte, so that a server can reuse its prompt cache; only a server that refuses them as they are makes
+them change. The module `compaction` decides when room is made, and how much.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Turn:
     def answer(self, call_id: str, text: str, images: Sequence[Mapping[str, Any]] = ()) -> None:
         """Adds the result of a call, and its images as content parts.
 
-        Each result is encoded when it arrives, so that the end of a turn with thousands of results takes no time.
+        The size of each result is computed when it arrives, so that the end of a turn with thousands of results takes
+        little time.
         """
         message = self.results[call_id] = _result_message(call_id, text)
         self.size += size_of(message)
@@ -269,7 +271,7 @@ class History:
 
         Args:
             text: The answer.
-            reasoning: The fields that send the reasoning back; they become a part of the message if it is to be sent.
+            reasoning: The fields that send the reasoning back; they become a part of the message if reasoning is sent.
             follow_up: A user message that asks for another answer. Default: none.
         """
         self._reasoning[len(self._messages)] = reasoning or {}
@@ -283,7 +285,7 @@ class History:
         Args:
             reply: The text of the reply, which must not be empty.
             nudge: The message about the reply.
-            reasoning: The fields that send the reasoning back; they become a part of the message if it is to be sent.
+            reasoning: The fields that send the reasoning back; they become a part of the message if reasoning is sent.
         """
         answer = self._with_reasoning({"role": "assistant", "content": reply}, reasoning or {})
         added = [answer, {"role": "user", "content": nudge}]
@@ -303,7 +305,7 @@ class History:
         Args:
             text: The text of the reply.
             calls: Its calls, as `resendable_call` returns them. Each has a unique id.
-            reasoning: The fields that send the reasoning back; they become a part of the message if it is to be sent.
+            reasoning: The fields that send the reasoning back; they become a part of the message if reasoning is sent.
         """
         self._reasoning[len(self._messages)] = reasoning or {}
         message = self._with_reasoning(
@@ -326,7 +328,7 @@ class History:
 
     @property
     def ends_with_images(self) -> bool:
-        """Whether the results of the last turn have images, which the server has not accepted yet."""
+        """Whether the conversation ends with results that have images, and these are sent."""
         return self._turn_with_images is not None and self.image_place != "none"
 
     def move_images(self, place: ImagePlace) -> None:

@@ -217,7 +217,7 @@ class RunLoop:
         return stop
 
     async def _get_last_words(self) -> ModelReply | None:
-        """Asks for an answer in a last round without tools. Returns None if the reply has none, or no valid output."""
+        """Asks for an answer in a last round without tools. Returns None if the reply is not a valid answer."""
         self._generations.may_call = False
         if self._output is not None:
             self._output.forbid_tools()

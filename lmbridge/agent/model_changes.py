@@ -13,7 +13,7 @@ def check_served_model(record: RunRecord, name: str | None, *, begins_reply: boo
     Args:
         record: Everything that the run has done. It keeps the first name.
         name: The model that the reply names, or None if it names none.
-        begins_reply: Whether this is the first name in the reply, so that nothing of the reply is by another model.
+        begins_reply: Whether this is the first name in the reply, so that the named model has written all of it.
         may_change: Whether the names may change, because `model_mismatch` is "ignore".
 
     Raises:

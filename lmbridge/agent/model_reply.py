@@ -49,7 +49,7 @@ class ModelReply:
     max_tokens: int | None = None
     """The limit on the tokens of the reply, as it was requested; None if it is unknown."""
     has_stop_texts: bool = False
-    """Whether the request named texts at which the server ends a reply, wherever they are."""
+    """Whether the request named texts at which the server ends a reply, even in the middle of a call."""
     written_calls: str = ""
     """The text from which the calls were read; empty if the server has recognized them, or if there are none."""
     is_of_text_caller: bool = False
@@ -134,7 +134,7 @@ class ModelReply:
 
 
 def _is_beginning(cut: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
-    """Returns whether a call that was cut off has at least half of another call, and nothing else."""
+    """Returns whether a call that was cut off is the beginning of another call, and has at least half of it."""
     one, other = cut["arguments"], whole["arguments"]
     is_text = isinstance(one, str) and isinstance(other, str)
     return is_text and cut["name"] == whole["name"] and other.startswith(one) and 2 * len(one) >= len(other)
@@ -179,8 +179,8 @@ def _read_arguments(text: str) -> str:
 def _read_usage(completion: Mapping[str, Any]) -> Usage | None:
     """Returns the counts that are numbers, or None if none of them is.
 
-    The tokens from the prompt cache are where OpenAI has them (`prompt_tokens_details`), or in the `timings` of older
-    versions of llama.cpp.
+    A server reports the tokens from its prompt cache as OpenAI does (`prompt_tokens_details`), or in `timings`, as
+    older versions of llama.cpp do.
     """
     counts = _as_object(completion.get("usage"))
     counted: dict[str, Any] = {name: counts[name] for name in _COUNTS if isinstance(counts.get(name), int)}

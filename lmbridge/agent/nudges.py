@@ -130,7 +130,7 @@ class Nudges:
         answer without tools.
 
         Args:
-            kind: What is wrong with the reply, as `find_flaw` returned it.
+            kind: What is wrong with the reply.
             reply: The reply.
             task: The task of the run, or an empty text if it is not a text.
             max_tokens: The limit on the tokens of the reply.
@@ -204,8 +204,8 @@ def text_or_placeholder(reply: ModelReply) -> str:
 def find_flaw(reply: ModelReply, toolset: Toolset) -> NudgeKind | None:
     """Returns why a reply is neither an answer nor a complete call; None if it is one of the two.
 
-    An answer that was cut off at the limit on tokens counts as an answer. The run reports in another way that it was
-    cut off.
+    An answer that was cut off at the limit on tokens counts as an answer. The stop reason of the run, "length", reports
+    that it was cut off.
     """
     is_cut = reply.finish_reason == "length"
     if reply.calls:

@@ -17,15 +17,15 @@ class PauseGate:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the gate is closed, so that the run is held when it comes to it."""
+        """Whether the gate is closed, so that the run is held when it reaches the gate."""
         return self._opened is not None
 
     def close(self) -> None:
-        """Closes the gate. The run is held when it comes to it."""
+        """Closes the gate. The run is held when it reaches the gate."""
         self._opened = self._opened or asyncio.get_running_loop().create_future()
 
     def open(self) -> None:
-        """Opens the gate, and lets the tasks pass that already wait at it."""
+        """Opens the gate, and lets the tasks that are waiting at it pass."""
         opened, self._opened = self._opened, None
         if opened is not None:
             opened.set_result(None)

@@ -1,9 +1,9 @@
-"""`PromptCacheWatch`: notices when a server has evaluated a part of a prompt again that it had in its cache.
+"""`PromptCacheWatch`: notices when a server has evaluated again what it had in its prompt cache.
 
-A server keeps the tokens of the last prompt of a slot. If the next prompt begins in the same way, it evaluates only the
-rest. So a run sends its messages unchanged, and adds new ones at the end. If the server nevertheless evaluates much
-more than the new messages, either an earlier message has changed, which this module finds, or the server has dropped
-its cache, for example because another conversation needed the slot.
+A server processes each conversation in a slot, which keeps the tokens of its last prompt. If the next prompt begins in
+the same way, the server evaluates only the rest. So a run sends its messages unchanged, and adds new ones at the end.
+If the server nevertheless evaluates much more than the new messages, either an earlier message has changed, which this
+module finds, or the server has dropped its cache, for example because another conversation needed the slot.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from lmbridge.errors import LLMError
 DEFAULT_FIELD: Final = "reasoning_content"
 """The field for reasoning that arrived within the text, and not in a separate field."""
 _FIELDS: Final = (DEFAULT_FIELD, "reasoning")
-"""The fields of a message in which servers send reasoning: llama.cpp, LM Studio and DeepSeek; vLLM and Ollama."""
+"""The fields of a message in which servers send reasoning: llama.cpp, LM Studio and DeepSeek use the first of them, and
+vLLM and Ollama the second."""
 _MOST_CHARACTERS: Final = 5_000
 """How many characters of an error are searched for a demand."""
 _DEMAND: Final = re.compile(

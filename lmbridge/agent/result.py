@@ -29,6 +29,11 @@ StopReason = Literal[
 ]
 """Why a run ended.
 
+"stop": the model answered. "length": its last reply was cut off at `max_tokens` or at the end of the context.
+"repetition": it made the same call again and again. "budget": `max_seconds` or `max_total_tokens` was used up.
+"bad_calls": too many replies in a row had only calls that could not be made. "max_rounds": the run used up its rounds.
+"cancelled": it was cancelled. "error": an error ended it. "running": it has not ended yet.
+
 A run that ends with one of the first five returns its result, unless it has an `output_type` and no answer. A run that
 ends with "max_rounds" returns its result only if it has an answer (see `on_limit` of `Agent`); otherwise an exception
 carries the result, as it does after "cancelled" and "error". The result of a run in progress has "running".
@@ -176,7 +181,7 @@ class RunResult(Generic[OutputT]):
     rounds: int
     """How many rounds have begun."""
     stop_reason: StopReason
-    """Why the run ended."""
+    """Why the run ended, as one of the words of `StopReason`; "running" if it is still in progress."""
     messages: list[dict[str, Any]] = attrs.field(repr=False)
     """The whole conversation, which can be continued: `agent.run(task, messages=result.messages)`."""
     tool_calls: tuple[ToolCall, ...]

@@ -40,7 +40,7 @@ from lmbridge.observe.watches import RunWatch
 # The variable refers to the permit and not to the run, because sockets and timers keep the context in which they were
 # created. If it referred to the run, they would keep the whole conversation alive.
 current_permit: Final[ContextVar[RunPermit | None]] = ContextVar("lmbridge_run", default=None)
-"""The permit of the run whose tool is running, or None outside of a tool."""
+"""The permit of the run to which the current task belongs, for example as one of its tools; None outside of a run."""
 
 
 _runs_in_flight: Final[set[RunHandle]] = set()
@@ -57,7 +57,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         result = await handle.result()
 
     Attributes:
-        id: The id of the run, a random string.
+        id: The id of the run: a random string, unless a `JournalEntry` has set another one.
     """
 
     _instead_of_a_copy = "copy the RunResult that result() returns"
@@ -79,7 +79,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         loop = asyncio.get_running_loop()
         self.id: Final = os.urandom(16).hex() if journal is None else journal.run_id
         self._journal = journal
-        # The result that the journal has, if the run was already finished.
+        # The result from the journal, if the run had already finished when it was resumed.
         self._finished: RunResult | None = None
         self._has_begun = False
         self._begun_waiter: asyncio.Future[None] | None = None
@@ -299,7 +299,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
                 raise JournalError(
                     f"the run {self.id!r} cannot be resumed: its output type does not accept its output: {error}",
                     problem="mismatch",
-                    hint="pass the same output_type= as when it was begun",
+                    hint="pass the same output_type= as when the run began",
                 ) from error
             result = attrs.evolve(result, output=output)
         self._stop_reason, self._finished = result.stop_reason, result
@@ -340,7 +340,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         stop = result.stop_reason
         if stop == "max_rounds" and not result.has_answer:
             raise MaxRoundsExceededError(
-                f"the run did not come to an answer within {result.rounds} rounds",
+                f"the run did not reach an answer within {result.rounds} rounds",
                 result=result,
                 hint=f"{ENDINGS['max_rounds'][1]}; the run so far is in .result",
                 context={"operation": "agent run", "model": result.model},
@@ -393,7 +393,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
             self._task.raise_if_cancelled()
             raise LLMError(
                 "the context manager of open_tools suppressed the error that ended the run",
-                hint="let exceptions pass in its __aexit__",
+                hint="do not suppress exceptions in its __aexit__",
                 context={"operation": "agent run", "model": model},
             )
         finally:

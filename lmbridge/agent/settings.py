@@ -41,7 +41,7 @@ SendReasoning: TypeAlias = bool | Literal["auto"]
 ToolSearch: TypeAlias = Literal["auto", "never"]
 """Whether the model can search for tools whose definitions do not fit; with "auto", it can if there are such tools."""
 ReadTextCalls: TypeAlias = Literal["always", "whole", "never"]
-"""Which calls are read that a model wrote as text: all, those that are the whole reply, or none."""
+"""Which of the calls that a model wrote as text are read: all, only those that are the whole reply, or none."""
 Task: TypeAlias = str | Sequence[Mapping[str, Any]]
 """What to do, as a string or as the content parts of a message (text and images)."""
 
@@ -86,7 +86,7 @@ class Settings:
     model: str | None = attrs.field(default=None, validator=_check_model)
     system_prompt: str | None = attrs.field(default=None, validator=as_validator(check_text, optional=True))
     max_rounds: int = attrs.field(default=25, validator=_POSITIVE_INTEGER)
-    # In this field and the following ones with a Literal type, pyright takes the default for any string.
+    # For this field and the following ones with a Literal type, pyright infers the type `str` from the default.
     max_tokens: MaxTokens = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="auto", validator=as_validator(check_integer, keyword="auto")
     )

@@ -29,7 +29,7 @@ _FAILURES: Final = (LLMConnectionError, LLMResponseError, LLMStreamError, LLMTim
 
 
 class Summarizer:
-    """Asks the model of one run for summaries, until one of them fails.
+    """Asks the model of one run for summaries, until one of these requests fails.
 
     Args:
         source: Lends the client for each generation.

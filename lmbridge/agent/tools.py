@@ -42,7 +42,8 @@ class ToolContext:
     run_id: str
     """The id of the run that the call belongs to."""
     call_id: str
-    """The id of the call, as the model or the server gave it."""
+    """The id of the call, which is unique within its reply: the one that the server gave it, or a new one if that was
+    missing or taken."""
     tool: str
     """The name of the tool in this run."""
     cancelled: Callable[[], bool] = attrs.field(repr=False)
@@ -75,9 +76,9 @@ class Tool:
             parameter, and positional-only: `async def call(context: ToolContext, /, **arguments)`.
         annotations: Further information about the tool, such as the hints of an MCP server. An `approve` callback can
             read it.
-        idempotent: Whether making the same call twice has the same effect as making it once. If the call had started
-            before an interruption of the run, a resumed run makes it again. The hint `idempotentHint` in `annotations`
-            means the same. Default: False.
+        idempotent: Whether making the same call twice has the same effect as making it once. If so, a resumed run makes
+            a call again that had started before the interruption and may not have ended. The hint `idempotentHint` in
+            `annotations` means the same. Default: False.
         server: The name of the server that the tool comes from. It becomes part of the tool's name in a run where
             several tools have the same name.
         timeout: The time limit of a call in seconds. The default, "agent", stands for the agent's `tool_timeout`. None
@@ -205,7 +206,8 @@ class ToolCall:
     """A tool call that a model has requested."""
 
     id: str
-    """The id of the call, as the model or the server gave it."""
+    """The id of the call, which is unique within its reply: the one that the server gave it, or a new one if that was
+    missing or taken."""
     name: str
     """The name of the tool in this run, or the name that the model used if no tool has it."""
     arguments: Mapping[str, Any] | None

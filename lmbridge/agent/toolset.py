@@ -4,7 +4,7 @@ A tool that a run has offered to its model stays in the set, under its name and 
 Otherwise a model could call a tool that has just disappeared, and a provider could replace a definition that somebody
 has approved. A provider may add tools at the end of the list. That alters the beginning of the prompt, so that the
 server has to process the whole conversation again. But a run often cannot do without the new tools: some servers reveal
-most of their tools only after a call of one of the first.
+most of their tools only after the model has called one of the first ones.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class InvalidCall:
     """A requested call that cannot be made."""
 
     call_id: str
-    """The id of the call, as the model or the server gave it."""
+    """The id of the call; see `ToolCall.id`."""
     name: str
     """The name that the model used for the tool."""
     text: str
@@ -297,7 +297,7 @@ class Toolset:
         repairs: bool = True,
         may_be_cut: bool = False,
     ) -> tuple[str, list[dict[str, Any]]] | None:
-        """Finds the calls that a model wrote into the text of its reply.
+        """Finds the calls that a model wrote as text.
 
         Args:
             text: The whole reply. It may begin with the model's reasoning.
@@ -307,9 +307,9 @@ class Toolset:
             may_be_cut: Whether the end of the reply may have been cut off.
 
         Returns:
-            The text before the calls, and the calls in the form of `tool_calls`. None if the reply is an ordinary
-            answer: if it has no calls of existing tools in one of the known syntaxes, if the calls are quoted, or if
-            the reply has more than 500,000 characters.
+            The text before the calls, and the calls in the form of `tool_calls`. None if the reply counts as an
+            ordinary answer: because it has no calls in a known syntax, a call names no existing tool, the calls are
+            quoted, `mode` excludes them, or the reply has more than 500,000 characters.
         """
         if mode == "never" or len(text) + len(reasoning) > LONGEST_TEXT_OF_CALLS:
             return None

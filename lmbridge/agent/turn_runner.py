@@ -49,7 +49,7 @@ class _CallKind(NamedTuple):
     is_invalid: bool
     """Whether the call cannot be made."""
     wrong_tool: str | None
-    """The tool, by its name in requests, if the call exists but has wrong arguments; otherwise None."""
+    """The tool, by its name in requests, if it exists and only the arguments of the call are wrong; otherwise None."""
 
 
 _VALID_KIND: Final = _CallKind(is_repaired=False, is_invalid=False, wrong_tool=None)
@@ -224,8 +224,8 @@ class TurnRunner:
         if len(planned) == 1:
             await answer_waiting()
         else:
-            # If one of them raises an exception, such as the error of a journal that could not be written, the other
-            # calls are cancelled.
+            # If one of the tasks raises an exception, such as the error of a journal that could not be written, the
+            # others are cancelled.
             await run_together(answer_waiting() for _ in range(min(len(planned), self._most_at_once)))
         # There may be thousands of records, so they are not collected by a loop in Python.
         return list(map(records.__getitem__, range(len(calls))))

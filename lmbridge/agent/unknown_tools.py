@@ -21,9 +21,9 @@ _SUFFIXES: Final = re.compile(r"(?:<\|.*|:\d{1,5}|\(\s*\))\s*\Z", re.DOTALL)
 """The tokens that gpt-oss leaves in a name, the number of a call of Kimi, and empty parentheses."""
 _LONGEST_NAME: Final = 200
 _SHORTEST_FOR_EDITS: Final = 4
-"""The number of letters from which a missing letter, or two swapped ones, count as a slip."""
+"""The number of letters that a name must have so that a missing letter, or two swapped ones, count as a slip."""
 _SHORTEST_FOR_SUBSTITUTIONS: Final = 6
-"""The number of letters from which a wrong letter counts as a slip."""
+"""The number of letters that a name must have so that a wrong letter counts as a slip."""
 
 _QUOTED_CHARACTERS: Final = 200
 """How many characters of an unknown name an error text quotes."""

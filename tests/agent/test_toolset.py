@@ -391,7 +391,7 @@ DUPLICATE_KEYS = '{"city": "Ulm", "city": "Bonn"}'
 )
 async def test_a_key_that_is_there_twice_with_different_values_is_refused(arguments: str) -> None:
     wrong = await read_invalid(weather, name="weather", arguments=arguments)
-    assert "is there twice, with different values" in wrong.text
+    assert "occurs twice, with different values" in wrong.text
     assert wrong.bad_arguments
     same = '{"city": "Ulm", "days": 1, "city": "Ulm"}'
     assert (await read_ready(weather, name="weather", arguments=same)).arguments == {"city": "Ulm", "days": 1}

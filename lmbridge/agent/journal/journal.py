@@ -90,7 +90,9 @@ class Journal:
         return await read_journal(self, lambda database: [_describe_run(database, run) for run in database.runs()])
 
     async def export(self, run_id: str) -> str:
-        """Returns all that the journal has about a run as JSON: an object with its start, and its steps in order.
+        """Returns all that the journal has about a run, as JSON.
+
+        The JSON is an object with the task and the options of the run (`start`), and with its `steps` in order.
 
         Raises:
             JournalError: The journal does not have the run, or it cannot be read.

@@ -1,7 +1,7 @@
 """`RunStore`: writes the steps of runs, either itself or through another process that has the file open.
 
 The recorder of a run knows the file only through this protocol. In a fleet of several machines, the file is on one of
-them, because SQLite needs a local disk. The other machines write through an actor on that machine.
+them, because SQLite needs a local disk. The other machines write through a process on that machine (an actor of Ray).
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class FileStore:
             raise JournalError(
                 f"the run {run_id!r} was released while it was in progress",
                 problem="in_use",
-                hint="let only one program at a time have the run in progress",
+                hint="run it in only one program at a time",
                 path=self._path,
             )
         return file.submit(function, create=create)

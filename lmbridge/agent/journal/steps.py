@@ -69,8 +69,8 @@ class RunStart:
         """
         if schema == self.output_schema:
             return None
-        reason = "it needs its output type" if schema is None else "its output type was another one"
-        return reason, "pass the same output_type= as when it was begun"
+        reason = "it needs its output type" if schema is None else "it did not begin with this output type"
+        return reason, "pass the same output_type= as when the run began"
 
 
 @attrs.frozen(kw_only=True)

@@ -291,7 +291,7 @@ class CallReader:
             key = opening["key"].strip()
             read = _read_parameter(value, is_json=bool(opening.groupdict().get("json")))
             if parameters.setdefault(key, read) != read:
-                raise UnreadableCallError(f"the parameter {key!r} is there twice, with different values")
+                raise UnreadableCallError(f"the parameter {key!r} occurs twice, with different values")
             position = end + len(syntax.closing)
         self._position = position
         if self._may_be_cut and CLOSING.match(self._text, position) is None:

@@ -85,7 +85,7 @@ class _Fences:
         self._text = text
         # No block that matters opens before this position.
         self._position = 0 if "```" in text or "~~~" in text else len(text)
-        # The last position that no block is around. It is on the line on which `_position` is, or directly behind it.
+        # The last position for which `around` found no block. It is on the same line as `_position`, or at its end.
         self._asked = self._position
         self._fence: _Fence | None = None
 
@@ -105,13 +105,14 @@ class _Fences:
         self._fence = None
 
     def _next_opening(self, position: int) -> re.Match[str] | None:
-        """Returns the next line before a position that opens a block, or None. No line is searched twice.
+        """Returns the next line that opens a block and ends before a position, or None.
 
-        Otherwise the time would grow with the square of the length of a reply that is full of openings of calls.
+        No line is searched twice. Otherwise the time would grow with the square of the length of a reply that is full
+        of openings of calls.
         """
         line_break = self._text.rfind("\n", self._asked, position)
         if line_break < 0:
-            # Since the last question, only the line has become longer, so a block can only begin at its beginning.
+            # This position is on the same line as the last one, so only this line can open a block.
             opening = _FENCE_LINE.match(self._text, self._position, position)
         else:
             opening = _FENCE_LINE.search(self._text, self._position, position)

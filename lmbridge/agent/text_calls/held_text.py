@@ -104,7 +104,7 @@ class HeldText:
             return False
         is_clear = len(self._held) - opening.end() >= _EXAMINED_CHARACTERS
         if syntax is not None:
-            # A backtick before it, as in `<tool_call>`, makes it a mention.
+            # After a backtick, as in `<tool_call>`, the opening is only mentioned.
             if (self._last_shown + self._held)[opening.start()] == "`" and opening[0][0] != "`":
                 return False
             return syntax.content.match(self._held, opening.end()) is not None if is_clear else None
