@@ -220,7 +220,7 @@ def default_api_base() -> str:
 
 
 def default_api_key() -> str | None:
-    """Returns the environment variable `LM_API_TOKEN`, which LM Studio's documentation and SDKs use as well."""
+    """Returns the key from the environment: `LM_API_TOKEN`, which LM Studio's documentation and SDKs use as well."""
     key = os.environ.get("LM_API_TOKEN") or None
     if key is not None:
         logger.info("api_key comes from the environment variable LM_API_TOKEN")
@@ -423,6 +423,7 @@ def environment_proxy(url: str) -> str | None:
 
 _NEAR_SUFFIXES: Final = (".localhost", ".local", ".lan", ".home.arpa", ".internal")
 _CARRIER_NETWORK: Final = ipaddress.ip_network("100.64.0.0/10")
+"""The addresses that carriers use within their networks, and that Tailscale uses as well."""
 
 
 def is_near(url: str) -> bool:

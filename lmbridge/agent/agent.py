@@ -79,7 +79,7 @@ class Agent(NotCopyable):
             A client is borrowed from a pool for one generation at a time.
         model: The model for runs that do not name one. Default: the client's model.
         tools: The tools that the model may call: async or plain functions, `Tool`s, or providers with
-            `async list_tools()`, which is called at the start of each run.
+            `async list_tools()`, which is called at the start of each run. Default: none.
         system_prompt: The leading system message of every run. Default: none.
         max_rounds: How many rounds a run may have. In each round, the model is asked, and the calls in its reply are
             made. Default: 25.
@@ -138,8 +138,8 @@ class Agent(NotCopyable):
             name, is offered for the rest of the run. With "never", all tools are offered; only those of MCP servers are
             left out if they do not fit. Default: "auto".
         max_definition_tokens: About how many tokens the definitions of tools may take in each request. "auto" means
-            half of the model's context if its length is known, or else no limit, and None means no limit. Default:
-            "auto".
+            half of the model's context, or no limit if the length of the context is unknown; None means no limit.
+            Default: "auto".
         embedding_model: A model of the same server that ranks tools for `find_tools` by their meaning. Do not name one
             if the server can hold only one model, because it would have to swap them for each search. Default: None,
             which means that tools are found by the words in their names and descriptions.
@@ -152,7 +152,7 @@ class Agent(NotCopyable):
             instead. A plain function must return quickly, because it blocks the event loop. An exception of the
             function ends the run. Default: every call is made.
         gate: A question about each call that a model answers before `approve` is called: a `Gate`, a `TrueFalse`, or
-            the text of the question. The call is made only if the answer is true with at least the probability
+            the text of the question. The call is made only if the probability of the answer "true" is at least the
             `threshold` of the gate (see `LLMClient.decide`). Default: none.
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
@@ -313,8 +313,8 @@ class Agent(NotCopyable):
     ) -> RunResult[Any]:
         """Works on a task until the model has answered, or until a limit ends the run without an answer.
 
-        If the caller is cancelled, the generation on the server and all tools are stopped before the cancellation is
-        raised.
+        If the caller is cancelled, the generation on the server and the async tools are stopped before the cancellation
+        is raised. A plain function in a thread cannot be stopped; see `ToolContext.cancelled`.
 
         Args:
             task: What to do, as a string or as a list of content parts (text and images).
@@ -395,7 +395,7 @@ class Agent(NotCopyable):
     ) -> RunStream[Any]:
         """Starts a run, and returns its events. The last event is `RunFinished`.
 
-        The arguments are those of `run`. The run begins at once. Leaving the stream early cancels it::
+        The arguments are those of `run`. The run begins at once. Leaving the stream early cancels the run::
 
             async with agent.stream("What is 1 plus 2?") as events:
                 async for event in events:
@@ -563,15 +563,17 @@ class Agent(NotCopyable):
 
             result = await Agent.resume("runs.db", client=client, tools=[read_report])
 
+        The class `Agent` describes the arguments that it has as well.
+
         Args:
-            path: The journal of the run, or its path.
-            client: The client, as for `Agent`.
-            tools: The tools of the run, which have to include those with which it began.
+            path: The journal of the run, or the path of the journal.
+            client: The client that the run uses from now on.
+            tools: The tools of the run, which have to include those with which it began. Default: none.
             run_id: The id of the run. Default: the only run that has no result yet, or the only run of the journal.
-            open_tools: Opens the tools of the run, as for `Agent`.
-            approve: Decides about calls, as for `Agent`. If the run began with `approve` or `gate`, one of the two is
-                required. Calls that were decided about before the interruption keep their decisions.
-            gate: A question about each call, as for `Agent`.
+            open_tools: Opens the tools of the run that need a connection or a process. Default: none.
+            approve: Decides about calls. If the run began with `approve` or `gate`, one of the two is required. Calls
+                that were decided about before the interruption keep their decisions.
+            gate: A question about each call. Default: none.
             output_type: The type of the output. It is required if the run began with one.
             observers: Objects that are notified of what happens in the run from now on. Default: none.
 

@@ -112,7 +112,7 @@ def _jsonschema_validator(schema: Mapping[str, Any], simplified: Mapping[str, An
     except BaseException as exc:
         if not isinstance(exc, StepLimitError) and not _is_failure_of_jsonschema(exc):
             raise
-    logger.warning("the schema of %s is not valid or too large, so values are checked less strictly", owner)
+    logger.warning("the schema of %s is invalid or too large, so values are checked less strictly", owner)
     return _lenient_validator(simplified)
 
 

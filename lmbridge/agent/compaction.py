@@ -54,10 +54,13 @@ _SMALL_CONTEXT: Final = 4_096
 _WORTH_SUMMARIZING: Final = 1_000
 """If the turns to leave out have fewer tokens than this, a summary would cost more than it saves."""
 _SUMMARY_TOKENS: Final = 768
+"""The largest number of tokens that a summary may have."""
 _SHORTEST_SUMMARY_TOKENS: Final = 256
+"""If the context leaves fewer tokens than this for a summary, none is requested."""
 _LISTED_CHARACTERS: Final = 1_000
 """The most characters that the list of calls may have."""
 _LISTED_ARGUMENTS: Final = 80
+"""The number of characters that the list shows of the arguments of a call."""
 _NOTE_BYTES: Final = 2_000
 """The bytes that are kept free for the note that follows the task."""
 

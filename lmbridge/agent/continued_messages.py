@@ -16,6 +16,7 @@ from lmbridge.client.json_codec import encode_body
 from lmbridge.errors import LLMValidationError
 
 Message = dict[str, Any]
+"""A message of a conversation, in the form in which it is sent."""
 
 _UNSENDABLE: Final = re.compile(r"[^A-Za-z0-9_-]+")
 """Characters that the name in a call may not have. Servers would refuse every request that contains such a name.

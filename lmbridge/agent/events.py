@@ -170,3 +170,4 @@ RunEvent: TypeAlias = (
     | RoundFinished
     | RunFinished
 )
+"""Any event of a run."""

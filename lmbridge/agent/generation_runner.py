@@ -249,7 +249,7 @@ class GenerationRunner:
         try:
             async for chunk in stream:
                 if own is None:
-                    chunk = join_halves(accumulator.add(chunk), halves)  # noqa: PLW2901 - the chunk in its guaranteed form
+                    chunk = join_halves(accumulator.add(chunk), halves)  # noqa: PLW2901 - what is missing was filled in
                 # A proxy that loads a model sends its own name instead, so a name counts only once an answer has begun.
                 name = chunk.get("model")
                 if name != served_model and isinstance(name, str) and arrived.has_answer:

@@ -114,7 +114,7 @@ class Turn:
 
 @attrs.frozen
 class Groups:
-    """The messages to send apart from the system message and the task, in groups that are left out together."""
+    """The messages to send, apart from the system message and the task. Each group can only be left out as a whole."""
 
     before_task: list[list[Message]]
     """The exchanges before the task, oldest first."""
@@ -153,7 +153,7 @@ class History:
         system = system if system_prompt is None else system_prompt
         self._head: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages = before
-        # Groups of messages that are left out together, oldest first: those before the task, and those after it.
+        # Groups of messages that can only be left out as a whole, oldest first: before the task, and after it.
         self._groups_before_task = group_by_user_message(before)
         if before and before[-1]["role"] == "user":
             # Many chat templates refuse two user messages in a row.

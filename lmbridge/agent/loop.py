@@ -239,7 +239,7 @@ class RunLoop:
             try:
                 self._record.output = self._output.read(reply.text)
             except InvalidAnswerError as error:
-                logger.info("the last answer of the run is not its output: %s", error)
+                logger.info("the last answer of the run is not a valid output: %s", error)
                 return False
         self._warn_about_markup(reply)
         return True

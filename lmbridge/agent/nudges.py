@@ -76,20 +76,25 @@ _FUTURE: Final = (
 _FIRST_PERSON: Final = re.compile(r"\b(?:I|let)\b", re.IGNORECASE)
 """Matches every sentence that one of the next three patterns matches, and is faster."""
 _PROMISE: Final = re.compile(rf"\b{_FUTURE}{_ADVERBS}{_WORK}", re.IGNORECASE)
+"""Matches, for example, "I will now check the weather"."""
 _ANNOUNCEMENT: Final = re.compile(rf"\b{_FUTURE}.*:\W*$", re.IGNORECASE)
+"""Matches, for example, "Let me do it step by step:"."""
 _USE: Final = re.compile(
     rf"\b(?:{_FUTURE}|I (?:need|have|should) (?:to )?){_ADVERBS}(?:use|call|try|invoke)\b", re.IGNORECASE
 )
+"""Matches, for example, "I need to use it". It counts only in a sentence about a tool."""
 _PROGRESS: Final = re.compile(
     r"^\W*(?:now\s+)?(?:calling|checking|searching|fetching|looking|running|getting|retrieving|querying)\b"
     r".*(?:\u2026|\.\.|:)\W*$",
     re.IGNORECASE,
 )
+"""Matches, for example, "Checking the weather..."."""
 _WAIT: Final = re.compile(r"\b(?:one moment|please wait|just a (?:moment|second)|hold on a)\b", re.IGNORECASE)
 _TOOL: Final = re.compile(r"\b(?:tool|function)\b", re.IGNORECASE)
 _TO_THE_READER: Final = re.compile(
     r"\?|\blet me know\b|\b(?:if|when|once|whenever|unless|until|should|would|could) you\b", re.IGNORECASE
 )
+"""Matches a sentence that leaves the next step to the reader, such as "I can check that if you like"."""
 
 
 def _most_in_run(nudges: Nudges) -> int:

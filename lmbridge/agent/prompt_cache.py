@@ -58,7 +58,7 @@ class PromptCacheWatch:
         if has_other_tools:
             change = "the tools have changed"
         else:
-            change = "nothing has changed" if index is None else f"message {index} is the first that has changed"
+            change = "no message has changed" if index is None else f"message {index} is the first that has changed"
         logger.info(
             "the server took %s of the %s tokens of a prompt from its cache, after a prompt of %s tokens; %s",
             cached,

@@ -31,6 +31,7 @@ import attrs
 from lmbridge.errors import ModelChangedDuringExecutionError, TaskCancelledError
 
 SwitchPolicy = Literal["isolate", "reject", "cancel", "drain"]
+"""What happens when a run with another model is started while runs are in flight; see the table of this module."""
 
 _REJECTED_HINT: Final = (
     "wait until it has ended, or choose another switch_policy: 'isolate' runs both, 'drain' waits,"

@@ -18,6 +18,7 @@ from lmbridge.errors import ContextLengthExceededError
 
 _DEFAULT_MAX_TOKENS: Final = 8192
 _MIN_MAX_TOKENS: Final = 16
+"""The lowest `max_tokens` that a request gets by default, however little room the prompt leaves."""
 _TEMPLATE_TOKENS: Final = 64
 """Tokens that a chat template may add beyond the estimate."""
 _ANSWER_RESERVE: Final = 1024
@@ -32,8 +33,8 @@ _NEARLY_FULL: Final = 0.9
 class TokenEstimate:
     """Estimates the tokens of a prompt from the last count by the server and the number of bytes added since.
 
-    Until the server has counted a prompt, three bytes of JSON are estimated as one token. That is slightly too high for
-    most English text and code, and about right for Chinese characters.
+    Until the server has counted a prompt, three bytes of JSON are estimated as one token. For most English text and
+    code, this estimate is slightly too high, and for Chinese characters, it is about right.
     """
 
     def __init__(self) -> None:

@@ -44,12 +44,12 @@ class RunTools:
 
     tools: Sequence[AnyTool] = ()
     """The tools, which are offered beside those of `tools=`. They stay the same until the run ends, unless one of them
-    is a provider that adds tools; see `ToolProvider`."""
+    is a provider that adds tools; see `ToolProvider`. Default: none."""
     note: str = ""
     """A text that is added to the leading system message, for example about tools that are missing. Default: none."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
     """The errors of the tool sources that failed, by their names. The run goes on without these sources, and the errors
-    become `RunResult.errors`."""
+    become `RunResult.errors`. Default: none."""
 
 
 OpenTools: TypeAlias = Callable[[RunInfo], AbstractAsyncContextManager[RunTools]]

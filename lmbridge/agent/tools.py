@@ -75,12 +75,12 @@ class Tool:
             It can also take the `ToolContext`. If its arguments may have any names, the context has to be the first
             parameter, and positional-only: `async def call(context: ToolContext, /, **arguments)`.
         annotations: Further information about the tool, such as the hints of an MCP server. An `approve` callback can
-            read it.
+            read it. Default: none.
         idempotent: Whether making the same call twice has the same effect as making it once. If so, a resumed run makes
             a call again that had started before the interruption and may not have ended. The hint `idempotentHint` in
             `annotations` means the same. Default: False.
         server: The name of the server that the tool comes from. It becomes part of the tool's name in a run where
-            several tools have the same name.
+            several tools have the same name. Default: none.
         timeout: The time limit of a call in seconds. The default, "agent", stands for the agent's `tool_timeout`. None
             means no limit. The function can then enforce one itself, for example because a part of its work should not
             count; `ToolContext.tool_timeout` is the agent's limit.

@@ -1,4 +1,4 @@
-"""What happens to a call of a tool that does not exist: the tool that the model meant is found, or the model is told.
+"""What happens to a call of a tool that does not exist: the tool that was meant is found, or the error is described.
 
 Small models write names as other programs do (`getWeather`, `get-weather`), with the prefix of a template
 (`functions.get_weather`) or the rest of a token (`get_weather<|channel|>commentary`), or with a slip. A name is taken

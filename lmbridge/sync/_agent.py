@@ -68,7 +68,7 @@ class RunHandle(Wrapper, Generic[OutputT]):
         result = handle.result()
 
     Attributes:
-        id: The id of the run, a random string.
+        id: The id of the run: a random string, unless a `JournalEntry` has set another one.
     """
 
     wraps = "lmbridge.agent.runs:RunHandle"
@@ -154,8 +154,8 @@ class RunHandle(Wrapper, Generic[OutputT]):
 class Agent(Wrapper):
     """Lets a model work on a task with tools, round after round, until it has an answer.
 
-    One agent serves any number of concurrent runs in one event loop. It owns nothing that has to be closed: the client
-    remains the caller's::
+    One agent serves any number of concurrent runs in one event loop. It owns nothing that has to be closed; the caller
+    closes the client::
 
         with LLMClient(model="qwen3-4b") as client:
             agent = Agent(client, tools=[add])
@@ -167,12 +167,12 @@ class Agent(Wrapper):
             A client is borrowed from a pool for one generation at a time.
         model: The model for runs that do not name one. Default: the client's model.
         tools: The tools that the model may call: async or plain functions, `Tool`s, or providers with
-            `async list_tools()`, which is called at the start of each run.
+            `async list_tools()`, which is called at the start of each run. Default: none.
         system_prompt: The leading system message of every run. Default: none.
         max_rounds: How many rounds a run may have. In each round, the model is asked, and the calls in its reply are
             made. Default: 25.
-        max_tokens: The maximum number of tokens in one reply. The default, "auto", means 8192, or what the prompt
-            leaves of the model's context, if the length of the context is known and fewer than 8192 tokens are left.
+        max_tokens: The maximum number of tokens in one reply. The default, "auto", means 8192, or fewer if the length
+            of the model's context is known and the prompt leaves less room in it.
         max_seconds: The time limit of a run in seconds. The time that the run waits to be admitted counts as well. When
             the time is up, the generation and the tool calls in progress are cancelled, and the run ends with the stop
             reason "budget". Default: no limit.
@@ -195,7 +195,7 @@ class Agent(Wrapper):
             server has silently cut a prompt, as Ollama does. "warn" adds a warning to `RunResult.warnings`, and "raise"
             raises `ContextLengthExceededError`. Default: "warn".
         max_bad_calls: A run ends after this many consecutive replies whose calls were all invalid. Default: 5.
-        on_limit: What happens when `max_rounds`, `max_total_tokens` or `repetition_limit` is used up. With "answer",
+        on_limit: What happens when `max_rounds`, `max_total_tokens` or `repetition_limit` is reached. With "answer",
             the model is asked for its best answer in one more round without tools; the `stop_reason` of the result
             names the limit. With "raise", `max_rounds` raises a `MaxRoundsExceededError`, and the other two limits
             return the run so far. Default: "raise".
@@ -207,12 +207,13 @@ class Agent(Wrapper):
         repetition_limit: A run ends when this many replies had the same call with the same result. From the third such
             reply on, the model gets a warning with the result. None allows any number of repetitions without a warning,
             for tasks in which they are normal, such as building again after each edit. Default: 5.
-        deduplicate_calls: Whether identical calls of one reply are made only once, and all of them get that result.
-            Pass False if the model may want such a call to be made several times, such as the roll of a die. Default:
-            True.
+        deduplicate_calls: Whether identical calls of one reply are made only once, so that all of them get the same
+            result. Pass False if the model may want such a call to be made several times, such as the roll of a die.
+            Default: True.
         read_text_calls: What happens to calls that the model wrote as text, and that the server did not recognize.
             "always" makes them wherever they are meant as calls, "whole" only if the reply consists of nothing else,
-            and "never" makes none. The run must have the tools that they name. Default: "always".
+            and "never" makes none. If one of them names a tool that the run does not have, none of them is made.
+            Default: "always".
         repair_calls: Whether a call with small mistakes is made, provided that it can be read in only one way and that
             its arguments are then valid. Small mistakes are, for example, single quotes or a missing bracket in the
             JSON, or the name `getWeather` for `get_weather`. A repaired call has `repaired` set, which `approve` can
@@ -225,8 +226,8 @@ class Agent(Wrapper):
             name, is offered for the rest of the run. With "never", all tools are offered; only those of MCP servers are
             left out if they do not fit. Default: "auto".
         max_definition_tokens: About how many tokens the definitions of tools may take in each request. "auto" means
-            half of the model's context if its length is known, or else no limit, and None means no limit. Default:
-            "auto".
+            half of the model's context, or no limit if the length of the context is unknown; None means no limit.
+            Default: "auto".
         embedding_model: A model of the same server that ranks tools for `find_tools` by their meaning. Do not name one
             if the server can hold only one model, because it would have to swap them for each search. Default: None,
             which means that tools are found by the words in their names and descriptions.
@@ -239,7 +240,7 @@ class Agent(Wrapper):
             instead. A plain function must return quickly, because it blocks the event loop. An exception of the
             function ends the run. Default: every call is made.
         gate: A question about each call that a model answers before `approve` is called: a `Gate`, a `TrueFalse`, or
-            the text of the question. The call is made only if the answer is true with at least the probability
+            the text of the question. The call is made only if the probability of the answer "true" is at least the
             `threshold` of the gate (see `LLMClient.decide`). Default: none.
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
@@ -247,8 +248,8 @@ class Agent(Wrapper):
         output_type: The type of the answer, such as a pydantic model or `list[Book]`; every type that `client.parse`
             accepts is possible. The model may call tools first. If its answer is not valid JSON of this type, the model
             is asked for such JSON up to three times, each time in a round without tools. Default: the answer is a text.
-        temperature: How freely the model chooses the next token; 0 means the most likely one. By default, this and the
-            following parameters are not sent, and the server's own defaults apply.
+        temperature: How freely the model chooses the next token; 0 means the most likely one. By default, the
+            parameters from this one to `extra_body` are not sent, and the server's own defaults apply.
         top_p: Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1.
         seed: Makes sampling repeatable, if the server supports it.
         stop: One or several texts at which the model stops.
@@ -398,12 +399,12 @@ class Agent(Wrapper):
     ) -> RunResult[Any]:
         """Works on a task until the model has answered, or until a limit ends the run without an answer.
 
-        If the caller is cancelled, the generation on the server and all tools are stopped before the cancellation is
-        raised.
+        If the caller is cancelled, the generation on the server and the async tools are stopped before the cancellation
+        is raised. A plain function in a thread cannot be stopped; see `ToolContext.cancelled`.
 
         Args:
             task: What to do, as a string or as a list of content parts (text and images).
-            model: The model of this run, which does not change while it is in progress. Default: the agent's.
+            model: The model of this run, which does not change while the run is in progress. Default: the agent's.
             tools: The tools of this run, in place of the agent's `tools`.
             messages: A conversation to continue, such as `result.messages` of another run. Default: a new one.
             max_rounds: The limit of this run, in place of the agent's.
@@ -483,7 +484,7 @@ class Agent(Wrapper):
     ) -> RunStream[Any]:
         """Starts a run, and returns its events. The last event is `RunFinished`.
 
-        The arguments are those of `run`. The run begins at once. Leaving the stream early cancels it::
+        The arguments are those of `run`. The run begins at once. Leaving the stream early cancels the run::
 
             with agent.stream("What is 1 plus 2?") as events:
                 for event in events:
@@ -592,15 +593,17 @@ class Agent(Wrapper):
 
             result = Agent.resume("runs.db", client=client, tools=[read_report])
 
+        The class `Agent` describes the arguments that it has as well.
+
         Args:
-            path: The journal of the run, or its path.
-            client: The client, as for `Agent`.
-            tools: The tools of the run, which have to include those with which it began.
+            path: The journal of the run, or the path of the journal.
+            client: The client that the run uses from now on.
+            tools: The tools of the run, which have to include those with which it began. Default: none.
             run_id: The id of the run. Default: the only run that has no result yet, or the only run of the journal.
-            open_tools: Opens the tools of the run, as for `Agent`.
-            approve: Decides about calls, as for `Agent`. If the run began with `approve` or `gate`, one of the two is
-                required. Calls that were decided about before the interruption keep their decisions.
-            gate: A question about each call, as for `Agent`.
+            open_tools: Opens the tools of the run that need a connection or a process. Default: none.
+            approve: Decides about calls. If the run began with `approve` or `gate`, one of the two is required. Calls
+                that were decided about before the interruption keep their decisions.
+            gate: A question about each call. Default: none.
             output_type: The type of the output. It is required if the run began with one.
             observers: Objects that are notified of what happens in the run from now on. Default: none.
 
@@ -632,8 +635,8 @@ class Agent(Wrapper):
         """Changes the model for runs that do not name one, once the runs that block the change have ended.
 
         With "isolate", the runs that did not name a model are cancelled. With "cancel", all runs with another model
-        are cancelled. With "drain", the switch waits until these runs have ended. If this method is cancelled while it
-        waits, the model is unchanged.
+        are cancelled. With "drain", this method waits until all runs with another model have ended. If it is cancelled
+        while it waits, the model is unchanged.
 
         Args:
             model: The name of the new model.

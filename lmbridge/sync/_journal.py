@@ -52,7 +52,9 @@ class Journal(Wrapper):
         return result
 
     def export(self, run_id: str) -> str:
-        """Returns all that the journal has about a run as JSON: an object with its start, and its steps in order.
+        """Returns all that the journal has about a run, as JSON.
+
+        The JSON is an object with the task and the options of the run (`start`), and with its `steps` in order.
 
         Raises:
             JournalError: The journal does not have the run, or it cannot be read.

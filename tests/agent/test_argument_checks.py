@@ -261,7 +261,7 @@ def test_a_schema_that_is_too_deep_or_too_large_is_replaced_by_the_version_that_
         deep = {"not": deep}
     schema = {"type": "object", "properties": {"y": {"type": "integer"}}, "$defs": {"deep": deep}}
     assert error_of(schema, {"y": "a"}) == "$.y: 'a' is not of type 'integer'"
-    assert "the schema of a tool is not valid or too large" in caplog.text
+    assert "the schema of a tool is invalid or too large" in caplog.text
     monkeypatch.setattr("lmbridge.agent.argument_checks.STEPS_FOR_SCHEMA", 100)
     assert error_of({**CITY, "required": ["days"]}, {}) == "$: 'days' is a required property"
 

@@ -6,7 +6,7 @@ A journal has these kinds of steps:
 begun     the run was admitted: its model, and the names of its tools
 reply     the model has replied: the whole reply, with its calls and its usage
 summary   the model has written a summary, because its context was full
-planned   for each call of the last reply, that it will be made, or why it will not
+planned   for each call of the last reply, whether it will be made, and if not, why
 started   a call is about to be made
 done      a call has ended: its result
 failed    the run ended with an error, and can be resumed

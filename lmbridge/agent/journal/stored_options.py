@@ -44,7 +44,8 @@ class JournalEntry:
     run_id: str | None = attrs.field(default=None, kw_only=True)
     """The id of the run. Default: a new random one."""
     extra: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True)
-    """Data that the program needs to open the tools of the run again. They are kept with the run, and must be JSON."""
+    """Data that the program needs to open the tools of the run again. They are kept with the run, and must be JSON.
+    Default: none."""
 
     def __attrs_post_init__(self) -> None:
         check_text("run_id", self.run_id, optional=True)

@@ -40,6 +40,7 @@ _LINES_AROUND_VALUE: Final = re.compile(r"\n?(.*?)\n?", re.DOTALL)
 _CDATA: Final = re.compile(r"\s*<!\[CDATA\[(.*)\]\]>\s*", re.DOTALL)
 _NEXT_BARE_CALL: Final = re.compile(r"\s*[;,]\s*(?=\{)")
 _MOST_NESTED_OPENINGS: Final = 8
+"""The largest number of openings that may precede a call, such as `<tool_calls><tool_call>`."""
 
 
 class UnreadableCallError(ValueError):
