@@ -563,7 +563,7 @@ class Agent(NotCopyable):
 
             result = await Agent.resume("runs.db", client=client, tools=[read_report])
 
-        The class `Agent` describes the arguments that it has as well.
+        The arguments that `Agent` takes as well are described there.
 
         Args:
             path: The journal of the run, or the path of the journal.

@@ -158,7 +158,7 @@ class _Parser:
         lower = int(least or 0)
         upper = lower if not comma else int(most) if most else None
         if max(lower, upper or 0) > _MOST_REPEATS or (upper is not None and upper < lower):
-            raise UnsupportedPatternError("it repeats something too often")
+            raise UnsupportedPatternError("it has a repetition with numbers that are too large or out of order")
         return lower, upper
 
     def _atom(self) -> Part:
