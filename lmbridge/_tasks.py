@@ -329,7 +329,7 @@ class LoopGuard:
         )
 
     def is_running(self) -> bool:
-        """Returns whether the calling thread is running the object's event loop. The thread may also have no loop."""
+        """Returns whether the calling thread is running the object's event loop, and not another one or none."""
         try:
             return asyncio.get_running_loop() is self.loop
         except RuntimeError:

@@ -40,10 +40,10 @@ Summarize: TypeAlias = Callable[[list[Message], int], Awaitable[str]]
 """Returns the model's summary of a conversation, within a limit on its tokens, or an empty text if it gave none."""
 
 _SHARE_AFTER_SHORTENING: Final = 0.7
-"""Results are shortened until the messages take only this share of the context that is left beside the system message
-and the task, which are always sent whole."""
+"""Results are shortened until the other messages take only this share of the room that the system message and the task
+leave. These two are always sent whole."""
 _SHARE_AFTER_LEAVING_OUT: Final = 0.5
-"""Messages are left out until the others take only this share of the same room. It is smaller, so that fewer summaries
+"""Messages are left out until the rest takes only this share of the same room. It is smaller, so that fewer summaries
 are needed, each of which costs a generation."""
 _LONG_RESULT: Final = 1_200
 """The number of characters above which an old result is shortened."""

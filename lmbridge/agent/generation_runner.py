@@ -250,7 +250,8 @@ class GenerationRunner:
             async for chunk in stream:
                 if own is None:
                     chunk = join_halves(accumulator.add(chunk), halves)  # noqa: PLW2901 - what is missing was filled in
-                # A proxy that loads a model sends its own name instead, so a name counts only once an answer has begun.
+                # While a proxy loads a model, it names itself as the model, so a name counts only once an answer has
+                # begun.
                 name = chunk.get("model")
                 if name != served_model and isinstance(name, str) and arrived.has_answer:
                     check_served_model(self._record, name, begins_reply=served_model is None, may_change=may_change)

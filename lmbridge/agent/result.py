@@ -30,7 +30,7 @@ StopReason = Literal[
 """Why a run ended.
 
 "stop": the model answered. "length": its last reply was cut off at `max_tokens` or at the end of the context.
-"repetition": it made the same call again and again. "budget": `max_seconds` or `max_total_tokens` was used up.
+"repetition": the model made the same call again and again. "budget": `max_seconds` or `max_total_tokens` was used up.
 "bad_calls": too many replies in a row had only calls that could not be made. "max_rounds": the run used up its rounds.
 "cancelled": it was cancelled. "error": an error ended it. "running": it has not ended yet.
 

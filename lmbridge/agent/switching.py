@@ -52,7 +52,8 @@ class RunPermit:
     is_switch: bool = False
     """True for a switch of the agent's model, False for a run."""
     parent: RunPermit | None = None
-    """The permit of the run whose tool started this run or switch; None if no tool did. It may be of another agent."""
+    """The permit of the run whose tool started this run or switch, even if that run belongs to another agent; None if
+    no tool started it."""
     cancel: Callable[[TaskCancelledError], object] = lambda _error: None
     """Called with an error to cancel the run. It does not wait for the end of the run."""
     model: str | None = None

@@ -113,7 +113,7 @@ class JournalFile:
             if batch and database is None:
                 try:
                     database = Database(Path(self._path), create=any(each.create for each in batch))
-                except Exception as error:  # noqa: BLE001 - those who wait get every error
+                except Exception as error:  # noqa: BLE001 - the callers that wait get it
                     for each in batch:
                         _deliver(each, None, error)
                     continue
@@ -145,7 +145,7 @@ def _do_together(batch: list[_Work], database: Database) -> None:
     try:
         with database.transaction():
             results = [each.function(database) for each in batch]
-    except Exception as error:  # noqa: BLE001 - those who wait get every error
+    except Exception as error:  # noqa: BLE001 - the callers that wait get it
         if len(batch) == 1:
             _deliver(batch[0], None, error)
         else:
