@@ -1,4 +1,4 @@
-"""Runs one task of a fleet. A run that fails is tried again; with a checkpoint, it is resumed from there."""
+"""Runs one task of a fleet. A run that fails is tried again, or resumed if the fleet has a checkpoint."""
 
 from __future__ import annotations
 

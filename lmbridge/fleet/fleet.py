@@ -59,8 +59,8 @@ def map_runs(
         max_in_flight: How many runs may be in progress at the same time, in all processes together. Default: 100.
             More runs than the server has slots are only useful if tools take long. A run fails if one of its requests
             waits longer than the `max_queue` of its client (600 seconds by default).
-        retries: How many times a task that fails is tried again. With a checkpoint, its run continues where it was. Ray
-            also repeats a task up to this many times if its process dies. Default: 2.
+        retries: How many times a task that fails is tried again. With a checkpoint, its run continues where it stopped.
+            Ray also repeats a task up to this many times if its process dies. Default: 2.
         checkpoint: A journal that keeps each step of all runs, as for `Agent.run`. A second call with the same tasks
             takes the results of finished tasks from the journal, and continues the others. Default: none.
         on_progress: A function that is called with a `FleetProgress` after each outcome, such as a `ProgressBar`, which
@@ -69,6 +69,8 @@ def map_runs(
     Raises:
         LLMValidationError: An argument is invalid.
         ImportError: The backend is "ray", and Ray is not installed.
+        Exception: While the outcomes are read: what `agent_factory`, the iterator of the tasks or `on_progress` raised.
+            It ends the fleet.
     """
     if isinstance(tasks, str | bytes | Mapping) or not isinstance(tasks, Iterable):
         raise invalid_argument("tasks", "an iterable of tasks", tasks, _TASKS_HINT)
@@ -151,7 +153,7 @@ class Fleet:
         """Returns the next outcome, or None if there are no more.
 
         Raises:
-            Exception: The backend could not be opened, or the iterator of the tasks raised an exception.
+            Exception: The backend could not be opened, or the iterator of the tasks or `on_progress` raised it.
         """
         if self._work is None:
             self._work = asyncio.create_task(self._run_all(), name="lmbridge-fleet")
@@ -182,7 +184,7 @@ class Fleet:
             raise error
 
     async def close(self) -> None:
-        """Cancels the runs that are in progress, and waits for their ends. It is idempotent."""
+        """Cancels the runs that are in progress, and waits until they have ended. Calling it again does nothing."""
         if isinstance(self._on_progress, ProgressBar):
             self._on_progress.stop()
         if self._work is not None:

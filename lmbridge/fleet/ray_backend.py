@@ -46,7 +46,7 @@ except ImportError as _error:
 _CLOSE_SECONDS: Final = 30.0
 """How long the runs may take for their clean-up when a fleet is closed, in seconds."""
 _OTHER_CALLS: Final = 4
-"""How many other calls an actor can execute beside its runs, such as the one that closes it."""
+"""How many other calls an actor can execute at the same time as its runs, such as the one that closes it."""
 
 
 class _Keeper:
@@ -146,7 +146,7 @@ class _Worker:
             self._runs.discard(run)
 
     async def close(self) -> None:
-        """Cancels the runs, awaits their ends, and closes the agent."""
+        """Cancels the runs, waits until they have ended, and closes the agent."""
         for run in self._runs:
             run.cancel()
         if self._runs:

@@ -1,4 +1,4 @@
-"""The gateway: an HTTP server that schedules the requests of every program on the machine to the model servers.
+"""The gateway: an HTTP server between the programs on a machine and their model servers, which schedules all requests.
 
 Importing this package takes longer than importing `lmbridge`, because it needs the server side of aiohttp.
 """

@@ -16,7 +16,7 @@ from lmbridge.config import Limits
 from lmbridge.gateway.gateway import Gateway
 
 _DESCRIPTION = """\
-Puts lmbridge's schedule in front of model servers, for every program on the machine. Point the programs to the URL that
+Puts lmbridge's schedule in front of model servers, for every program on the machine. Point the programs at the URL that
 this command prints, in place of the server's own.
 
 The first SIGTERM or Ctrl-C lets the requests in flight finish and refuses new ones; a second one ends the gateway at
@@ -27,7 +27,7 @@ KEY_VARIABLE: Final = "LMBRIDGE_GATEWAY_KEY"
 def main(argv: list[str] | None = None) -> None:
     """Runs a gateway until a signal arrives.
 
-    After an error the process ends with one line on stderr and status 1, or status 2 if the arguments make no sense.
+    After an error the process ends with one line on stderr and status 1, or status 2 if the arguments are not valid.
     A traceback is shown only with `--debug`.
     """
     options = _parser().parse_args(argv)
@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="lmbridge gateway", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"lmbridge {__version__}")
-    parser.add_argument("upstreams", nargs="*", metavar="URL", help="the URL of a server (default: as for a client)")
+    parser.add_argument(
+        "upstreams", nargs="*", metavar="URL", help="the URL of a server (default: that of an LLMClient)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="the port to listen on (default: %(default)s)")
     parser.add_argument(

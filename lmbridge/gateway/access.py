@@ -52,7 +52,7 @@ class Access:
         origin = headers.get("Origin")
         if origin is not None and not is_same_origin(origin, host):
             message = "requests from the pages of other sites are refused"
-            raise Problem(403, message, code="origin_not_allowed", hint="send the request without a browser")
+            raise Problem(403, message, code="origin_not_allowed", hint="send it from a program, not from a web page")
         if method == "OPTIONS":
             raise Problem(403, "this gateway does not allow requests from other sites (CORS)", code="cors_not_allowed")
 

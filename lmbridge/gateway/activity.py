@@ -132,8 +132,8 @@ class Activity:
         self.request_seconds: Final = Histogram()
         """How long requests have taken from arrival to end."""
         self.answered_models: Final[set[str]] = set()
-        """The models that have answered a request for which the server has to load them. There are no more than models
-        that are counted by name."""
+        """The models that have answered a request for which the server has to load them. Only models that are counted
+        by name are added, so their number is limited."""
         self._named_models: set[str] = set()
         self._ids = itertools.count(1)
         self._requests = RateCounter(_MINUTE)

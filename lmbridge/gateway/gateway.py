@@ -1,6 +1,6 @@
-"""`Gateway`: an HTTP server that schedules the requests of every program on the machine to the model servers.
+"""`Gateway`: an HTTP server between the programs on a machine and their model servers, which schedules all requests.
 
-Programs that share a model server do not know of each other's requests, so none of them can keep the model of another
+Programs that share a model server do not know each other's requests, so none of them can keep the model of another
 one loaded. The gateway knows them all: it admits each request by its model, as a client does, and passes it on byte for
 byte. Nothing is translated, so every endpoint, field and event of the server works through it.
 """
@@ -66,14 +66,15 @@ class Gateway(NotCopyable):
 
     Args:
         upstreams: The URL of the server, or a list of URLs; each request then goes to the server that suits it best.
-            You can also pass a `Transport` or a `NodePool`: it is used unchanged, with its own limits and key, and
-            stays open when the gateway closes. By default the URL comes from the environment, like that of an
-            `LLMClient`.
+            You can also pass a `Transport` or a `NodePool`: it is used unchanged, with its own limits and key (so
+            `limits` and `upstream_api_key` have no effect), and stays open when the gateway closes. By default the URL
+            comes from the environment, like that of an `LLMClient`.
         host: The address to listen on. By default only programs on the same machine can connect. Any other address
             needs an `api_key`.
         port: The port to listen on. With 0, the default, the system chooses one.
         limits: How many requests may be in flight at each server, and for how many models. With "auto", the default,
-            each server is asked for its limits when its first request arrives.
+            each server is asked for its limits when its first request arrives. With None, a server is asked only when
+            it would get a second request at the same time, and only if it is on this machine or in a private network.
         api_key: The key that clients have to send, as a bearer token or in the header `X-Api-Key`. It is never passed
             on. By default clients need no key. The keys that they send anyway are then passed on, unless the gateway
             itself has a key for one of the servers.

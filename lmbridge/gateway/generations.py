@@ -71,8 +71,10 @@ _STORING: Final = "/v1/responses"
 """The path whose answers a server stores unless the request forbids it. Sending such a request twice would store two
 answers."""
 _NEVER_STREAMED: Final = frozenset({"/v1/embeddings", *COUNTS})
-"""The paths that are never answered with a stream, even if a request asks for one. Comments would corrupt an answer."""
+"""The paths that are never answered with a stream, even if a request asks for one. So a client that waits for such an
+answer must not get comments, which would corrupt the answer."""
 PRIORITY_HEADER: Final = "X-Lmbridge-Priority"
+"""The header in which a client sends the priority of its request."""
 _NOT_PASSED_ON: Final = frozenset({"host", "content-length", "expect", "accept-encoding", "x-lmbridge-priority"})
 """Headers of a request that are for the gateway, or that the connection to the server determines."""
 _CREDENTIALS: Final = frozenset({"authorization", "x-api-key"})
@@ -108,8 +110,8 @@ class Generations:
 
     Args:
         upstream: The server, or the pool of servers, that requests are passed on to.
-        activity: Where each request is recorded.
-        access: Names the clients.
+        activity: The record of all requests.
+        access: Makes the names of the clients.
         options: How requests are passed on.
     """
 
@@ -333,9 +335,9 @@ async def _report_problem(incoming: IncomingRequest, entry: Entry, problem: Prob
 
 
 def _late_problem(response: ForwardedResponse, whole: bytes | None, redact: Redact) -> Problem:
-    """Returns the problem that ends a client's stream, which has already begun, if the response is not a readable one.
+    """Returns the problem for a client whose stream has begun with comments, if the server's answer cannot follow them.
 
-    The problem is the error in the response, or that the response is not an event stream.
+    The answer is an error, or is not an event stream that the client can read.
     """
     plain = decompressed_beginning(whole or b"", response.headers.get("Content-Encoding"))
     error = parse_error_body(plain, redact)

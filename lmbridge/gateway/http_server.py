@@ -67,7 +67,7 @@ class IncomingRequest:
         self._timer = timer
         self._client_seconds = client_seconds
         self.deadline: float = math.inf
-        """The time until which the client has to read what is being written to it; infinity between two writes."""
+        """The time by which the client has to read what is being written to it; infinity between two writes."""
 
     @property
     def method(self) -> str:
@@ -104,7 +104,7 @@ class IncomingRequest:
         """Reads the body of the request to its end.
 
         Raises:
-            Problem: The body is too large, or the client does not continue to send it.
+            Problem: The body is too large or broken, or the client has stopped sending it.
         """
         length = self._request.content_length
         if length is not None and length > max_bytes:
@@ -174,7 +174,11 @@ class IncomingRequest:
         self.abort()
 
     def begun_response(self) -> web.StreamResponse:
-        """Returns the response."""
+        """Returns the response, which must have begun.
+
+        Raises:
+            RuntimeError: The response has not begun.
+        """
         if self._response is None:
             raise RuntimeError("the response has not begun")
         return self._response

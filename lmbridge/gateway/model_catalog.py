@@ -63,6 +63,9 @@ class ModelCatalog:
         """Answers `GET /v1/models`. The answer of a single server is passed on byte for byte.
 
         There is one exception: if the server quotes one of the gateway's own keys in an error, the key is replaced.
+
+        Raises:
+            LLMError: No server answers.
         """
         if len(self._servers) == 1:
             headers, server = self._client_credentials(incoming), self._servers[0]

@@ -143,7 +143,7 @@ class PassingBody:
                 return part
 
     async def _read_part(self) -> bytes:
-        """Returns the next part of the body as it is passed on, but with lines that are cut off; `b""` at the end."""
+        """Returns the next part of the body, whose last line may be cut off, or `b""` at the end of the body."""
         if self._decompressor is None:
             return await self._response.read()
         try:

@@ -70,7 +70,7 @@ async def _redacted_parts(plain: bytes, redact: Redact) -> AsyncIterator[bytes]:
 
 
 def _decompressed(body: bytes, content_encoding: str | None) -> Generator[None, None, bytes | None]:
-    """Returns the plain text of a body, or None if it cannot be read, or is too large."""
+    """Returns a body after decompression, or None if it cannot be decompressed or would be too large."""
     try:
         decompressor = decompressor_for(content_encoding)
         if decompressor is None:

@@ -46,7 +46,8 @@ def read_fields(body: bytes, content_encoding: str | None, max_bytes: int) -> Ge
         max_bytes: The maximum size of the body after decompression, in bytes.
 
     Raises:
-        Problem: The body is not a JSON object, or its model is not a string.
+        Problem: The body is missing, cannot be decompressed, is too large after decompression, or is not a JSON object,
+            or its model is not a string.
     """
     if not body:
         raise Problem(400, "the request has no body", code="invalid_json", hint="send a JSON object with a model")

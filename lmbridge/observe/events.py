@@ -98,7 +98,10 @@ class RetryPlanned:
 
 @attrs.frozen(kw_only=True)
 class FirstEventArrived:
-    """The first event of a stream has arrived, or the whole of a plain reply. Progress of the prompt does not count."""
+    """The first event of a stream has arrived, or the whole reply if it is not streamed.
+
+    Events of the stream that only report the progress of the prompt do not count.
+    """
 
     at: float
     """When it happened."""

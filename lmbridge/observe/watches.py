@@ -183,7 +183,10 @@ class RunWatch:
         """The id of the run."""
 
     def begun(self, *, model: str | None, task: str) -> None:
-        """Notifies the observers that the run has begun. The task of the run has to call this method."""
+        """Notifies the observers that the run has begun.
+
+        Call it in the asyncio task of the run, whose context it changes.
+        """
         observed_run.set(self.run_id)
         self._observers.notify(
             RunBegun(at=monotonic(), run_id=self.run_id, parent_run_id=self._parent, model=model, task=task)
@@ -213,7 +216,10 @@ class RunWatch:
             )
 
     def call_begun(self, call_id: str, name: str, arguments: Mapping[str, Any]) -> None:
-        """Notifies the observers that a tool is called. The task that calls the tool has to call this method."""
+        """Notifies the observers that a tool is called.
+
+        Call it in the asyncio task that calls the tool, whose context it changes.
+        """
         observed_call.set(CallWatch(self._observers, self.run_id, call_id))
         self._observers.notify(
             ToolCallBegun(at=monotonic(), run_id=self.run_id, call_id=call_id, name=name, arguments=arguments)

@@ -122,7 +122,7 @@ class Admission:
         return permit
 
     def release(self, permit: Permit) -> None:
-        """Returns a permit, or removes its request from the queue. Calling it again does nothing."""
+        """Takes a permit back, or removes its request from the queue. Calling it again does nothing."""
         if self.scheduler.leave(permit, self._loop.time()) and self.scheduler.waiting:
             self._admit()
 

@@ -1,7 +1,7 @@
 """`BaseTransport`: what the client layer knows of the transport below it.
 
 There are two implementations. `Transport` sends to one server, and `NodePool` to one of several. A layer above need
-not know which of the two it has. If it asks about each server, it goes through `node_pool`.
+not know which of the two it has. If it has to ask each server separately, it uses the transports in `nodes`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class BaseTransport(Protocol):
         ...
 
     def owns_url(self, url: str) -> bool:
-        """Returns whether a URL is that of a request to a server of this transport."""
+        """Returns whether a request with this URL goes to a server of this transport."""
         ...
 
     def stats(self) -> ClientStats:

@@ -104,7 +104,7 @@ class Call:
     Args:
         request: The request.
         url: The absolute URL that the request is sent to.
-        admission: The admission that the permit is returned to.
+        admission: The `Admission` that the permit is returned to.
         deadline_timer: The timer that watches the deadlines of the call.
         max_reply_bytes: The most bytes that the body of a whole reply may have, unless the request itself has a limit.
     """
@@ -161,7 +161,7 @@ class Call:
         self.total_deadline: float = self._started + _or_infinity(request.timeouts.total) - self._earlier_seconds
         """The time at which `Timeouts.total` runs out, by the clock of the event loop."""
         self.first_byte_deadline: float = math.inf
-        """The time until which the first event of this attempt, or its whole plain reply, has to arrive."""
+        """The time by which the first event of this attempt must arrive, or its whole reply if it is not streamed."""
         # Created after the first failed attempt, because most calls have none.
         self._waits: RetryWaits | None = None
         self._is_logged = False
@@ -187,7 +187,7 @@ class Call:
 
     @property
     def seconds(self) -> float:
-        """The seconds since the request was admitted for the first time, without the time in further queues."""
+        """The seconds since the request was first admitted, not counting the time in the queues of further servers."""
         return self._earlier_seconds + self.deadline_timer.time() - self._started
 
     def context(self) -> dict[str, Any]:
@@ -241,7 +241,7 @@ class Call:
 
         Args:
             verdict: What to do about the last attempt.
-            retry_after: The seconds that the server asked to wait, or None if it did not ask.
+            retry_after: The seconds that the server asked the client to wait, or None if it did not ask.
 
         Raises:
             LLMTimeoutError: With phase "load", if the server has been loading for longer than `Timeouts.load`.
@@ -343,12 +343,12 @@ class Call:
     # The end
 
     def release(self) -> None:
-        """Returns the permit. Calling it again does nothing."""
+        """Gives the permit back. Calling it again does nothing."""
         if self.permit is not None:
             self._admission.release(self.permit)
 
     def finish(self, outcome: int | str) -> None:
-        """Returns the permit and writes the line about this call to the log. Calling it again does nothing.
+        """Gives the permit back and writes the line about this call to the log. Calling it again does nothing.
 
         Args:
             outcome: The status of the reply. If the call ended in another way, the reason, such as the class of an
@@ -420,7 +420,7 @@ class Reply:
 
     @property
     def retry_after(self) -> float | None:
-        """The seconds that the server asked to wait before the next attempt, or None if it did not ask."""
+        """The seconds that the server asked the client to wait before the next attempt, or None if it did not ask."""
         return parse_retry_after(self.headers)
 
 

@@ -23,7 +23,11 @@ class HasDeadline(Protocol):
     """The time of the deadline, by the clock of the event loop, or infinity for none. It may change at any time."""
 
     def on_deadline(self) -> None:
-        """Handles the deadline. The timer calls this method once, when the deadline has passed."""
+        """Handles the deadline. The timer calls this method when the deadline has passed.
+
+        It calls it once for an object that was passed to `add`. For a member of the timer's `collection`, it may call
+        it again as long as the deadline is not changed.
+        """
 
 
 class DeadlineTimer:

@@ -100,7 +100,7 @@ class Decompressor:
             raise BrokenCompression("its end is missing")
 
     def _begin_next_member(self) -> None:
-        """Continues after the end of a compressed text. A gzip body may have several; anything else is ignored."""
+        """Continues after the end of a gzip member. A body may have several; anything else that follows is ignored."""
         if self._is_gzip and self._unread.startswith(_GZIP_MAGIC[: len(self._unread)]):
             self._decompressor = None
         else:

@@ -1,7 +1,8 @@
 """Event streams: how events are read, how each read is limited in time, and how connection and permit are returned.
 
 A stream holds a connection and a permit, and the server's model is generating for it. So both are returned at once,
-however a stream is left: by its end, by an error, by cancelling a read, by `abort`, and even by garbage collection.
+however the reading of a stream ends: at its end, with an error, with the cancellation of a read, with `abort`, or even
+with garbage collection.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class EventStream:
     """The events of one response. Only one task at a time can read them.
 
     The stream holds the permit of its call until the body has ended or the connection is closed. Every read has a
-    deadline. The call's deadline timer has to watch it, because a separate timer for each read would cost more than the
-    read itself.
+    deadline. The call's deadline timer has to watch the stream for that, because a separate timer for each read would
+    cost more than the read itself.
 
-    Other requests may be waiting until the first event shows that the model is loaded. Then a task reads that event
-    ahead, so that they do not depend on when the user reads the stream. The task holds no reference to the stream,
-    because that would keep the stream from being garbage-collected. It ends when the connection is closed.
+    Other requests may be waiting until the first event shows that the model is loaded. Then a task reads that event in
+    advance, so that these requests do not depend on when the user reads the stream. The task holds no reference to the
+    stream, because that would keep the stream from being garbage-collected. It ends when the connection is closed.
 
     Args:
         call: The call that the response belongs to.
@@ -108,7 +109,7 @@ class EventStream:
         return not (self._reading or self._has_events or self.closed) and self._read_ahead is None
 
     def start_reading_ahead(self) -> asyncio.Task[list[Event] | Exception | None]:
-        """Starts a task that reads the first event, and returns it. The caller has to await it before the loop ends."""
+        """Starts and returns a task that reads the first event. The caller has to await it before the loop ends."""
         self._read_ahead = self.call.deadline_timer.loop.create_task(
             _read_first_events(self.call, self._response, self._decoder, self._unread)
         )
@@ -116,7 +117,7 @@ class EventStream:
         return self._read_ahead
 
     def expect_end(self, seconds: float) -> None:
-        """Limits the wait for the end of the body, because the reply is whole. Further calls change nothing.
+        """Limits the wait for the end of the body, because the reply is complete. Further calls change nothing.
 
         When the time is over, the connection is closed, and `read` raises an `LLMStreamError`.
 

@@ -5,8 +5,8 @@ Which requests may be sent to another server, and which of them count as retries
 - A request that a server has certainly not seen, because no connection was made, goes on to the next server that has
   not been tried. So does a request that only this server refuses: it does not have the model, cannot load it, does not
   accept the key, or does not have the response that is to be continued. Neither case counts as a retry.
-- A request that broke off before the first event of its answer, or that failed with a temporary error, goes on as well
-  if it may be sent again at all. It counts as a retry, and all servers share `max_retries`.
+- A request whose connection broke before the first event of its answer, or that failed with a temporary error, goes on
+  as well if it may be sent again at all. It counts as a retry, and all servers share `max_retries`.
 - If every server was tried, the request waits as it would with one server, and is sent again.
 - Once an answer has begun, its request is never sent again.
 """
@@ -108,7 +108,10 @@ class Delivery:
             self._move(call, wait=wait)
 
     def on_error_reply(self, call: Call, reply: Reply) -> None:
-        """Moves the request on after a temporary error, if it may be sent again."""
+        """Moves the request on after a temporary error, if it may be sent again.
+
+        While the server is loading the model, the request moves on only to a server that has loaded it.
+        """
         verdict = call.request.interpreter.classify(reply.status, reply.headers, reply.plain_body)
         if verdict is Verdict.POLL:
             if self._has_alternative(call, state="loaded"):
@@ -156,7 +159,7 @@ class Delivery:
 
         Args:
             call: The call at the current server.
-            state: The state that the model must have at the other server. Default: any but "missing".
+            state: The state that the model must have on the other server. By default, any state but "missing" will do.
             may_be_down: Whether a server that is down counts as well.
         """
         if call.deadline_timer.time() >= call.total_deadline:

@@ -1,4 +1,6 @@
-"""`StreamBeginning`: finds out when the answer in an event stream begins. No socket, no loop, no clock.
+"""`StreamBeginning`: finds out when the answer in an event stream begins.
+
+It uses no socket, no event loop and no clock.
 
 Servers send comments while a model is loading or waiting, so that the connection is not taken for dead. Neither these
 nor the fields `id:` and `retry:` are a part of the answer: the model may still fail to load after them, and the request
@@ -34,7 +36,7 @@ class StreamBeginning:
         self.has_begun: bool = False
         """Whether any line of the answer has arrived."""
         self.first_event: Event | None = None
-        """The first event, once it is complete. It is only looked for if `whole_event` was passed."""
+        """The first event, once it is complete. It is looked for only if `whole_event` is True."""
         # The beginning of the line that has not ended yet. Its rest cannot change what kind of line it is.
         self._line = b""
         self._may_have_bom = True

@@ -1,8 +1,9 @@
 """Headers and query parameters that the user adds to requests: checking, merging and redacting them.
 
-Any header may contain a secret, and its name does not always show it: `X-Api-Key` obviously does, `X-Tenant` may. So
-the values of nearly all headers that the user passes count as secrets, and are redacted wherever an error would quote
-them. The alternative was a list of names that suggest a secret, but such a list is never complete.
+Any header may contain a secret, and its name does not always show that: `X-Api-Key` obviously contains one, but
+`X-Tenant` may contain one, too. So the values of nearly all headers that the user passes count as secrets, and are
+redacted wherever an error would quote them. The alternative was a list of names that suggest a secret, but such a list
+is never complete.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lmbridge.transport.node import FindModels
 
 _LARGEST_ERROR: Final = 100_000
-"""The most bytes of a reply with a good status, or of an event, that are searched for an error."""
+"""A reply with a good status, or an event, is not searched for an error if it has more bytes than this."""
 
 
 def _never_reports_error(_data: bytes) -> bool:
@@ -44,7 +44,7 @@ class Interpreter:
     classify: Classify
     """Decides from the status, the headers and the body of an error reply whether the request is sent again."""
     reports_error: Callable[[bytes], bool] = _never_reports_error
-    """Decides whether the body of a reply, or the data of an event, is an error although its status is not."""
+    """Decides whether the body of a reply, or the data of an event, is an error although the status is good."""
     reports_progress: Callable[[bytes], bool] = _never_reports_progress
     """Decides whether the data of an event only reports the progress of a prompt, and so is not a part of the reply."""
     read_usage: Callable[[bytes], TokenUsage | None] = _finds_no_usage
@@ -56,7 +56,7 @@ class Interpreter:
     """Informs the schedule of a server if the status and the body of an error reply show that the server has lost a
     model. It is called if another server gets the request, because then nothing else reads the reply."""
     find_models: FindModels | None = None
-    """Asks a server which models it has. It is called only if there are several servers, and never for each request."""
+    """Asks a server which models it has. It is called only if there are several servers, and not for every request."""
 
     def is_error(self, data: bytes) -> bool:
         """Returns what `reports_error` does for small data, and False for data that is larger than any error.

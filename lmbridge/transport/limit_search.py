@@ -4,8 +4,8 @@ The limits of a server decide what happens when requests meet: how many of them 
 models. They do not matter for a request that is alone. So by default the server is asked as soon as a second request
 would be in flight at the same time, and a program that sends one request after the other never asks. The alternative
 was to ask before the first request in any case. It would cost a script that sends a single request another round trip,
-and it would surprise everybody who counts the requests that a server gets. A user who passes `limits="auto"` has asked
-for this question, so with that option the server is asked before the first request.
+and it would surprise everybody who counts the requests that a server gets. A user who passes `limits="auto"` wants
+the server to be asked, so with that option it is asked before the first request.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class LimitSearch:
 
         Args:
             was_stale: Whether only a kept connection turned out to be dead. That shows little, because some servers
-                close each connection after an answer. So the server is not asked again if it was asked without
+                close each connection after an answer. So in this case the server is asked again only with
                 `limits="auto"`.
         """
         if was_stale and self._finder.only_when_needed:
@@ -128,7 +128,7 @@ class LimitSearch:
 
 
 def as_finder(limits: Any) -> LimitFinder | None:
-    """Returns the option `limits` of a transport as a `LimitFinder`, or None if it does not find limits."""
+    """Returns the option `limits` of a transport as a `LimitFinder`, or None if it is a `Limits` or was not passed."""
     if isinstance(limits, LimitFinder):
         return limits
     return LimitFinder(find=cast("Callable[[Transport], Awaitable[Limits]]", limits)) if callable(limits) else None

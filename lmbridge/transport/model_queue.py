@@ -156,7 +156,7 @@ class ActiveModels:
             queue.push(permit)
 
     def deactivate(self, queue: ModelQueue) -> None:
-        """Takes the slot of a model that has nothing in flight. The requests that wait for it go on waiting."""
+        """Takes the slot away from a model that has nothing in flight. The requests that wait for it go on waiting."""
         if queue is self.draining:
             self.draining = None
         del self.active[queue]

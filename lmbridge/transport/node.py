@@ -9,10 +9,10 @@ slots.
 - A server that has to load the model first costs 8 rounds more, and one whose models are not known costs 4.
 
 So while slots are free, the order is the expected one. First come the servers that have loaded the model: among them,
-the one where the conversation is warm, and then the one with the smallest share of its slots taken. A server that would
-have to load the model comes last. When the preferred server is full, the costs decide how long it is worth waiting for
-it. A conversation leaves its server when more than about one round of requests waits there and another server is idle.
-A model is loaded on a second server when 8 rounds of requests wait for it on the first.
+the one that has the conversation in its cache, and then the one with the smallest share of its slots taken. A server
+that would have to load the model comes last. When the preferred server is full, the costs decide how long it is worth
+waiting for it. A conversation leaves its server when more than about one round of requests waits there and another
+server is idle. A model is loaded on a second server when 8 rounds of requests wait for it on the first.
 
 There were two alternatives. A strict order sends all requests for a model, or of one long conversation, to one server
 while the others are idle. A random choice between two servers ignores which server has the prompt in its cache, and
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
 ModelState = Literal["loaded", "listed", "missing", "unknown"]
-"""What is known of a model at a server. A model is "loaded" as well if the server does not say which ones are."""
+"""What is known about a model on a server. If the server does not say which models are loaded, all of them count as
+"loaded"."""
 
 COLD_PROMPT_ROUNDS: Final = 1.0
 """The cost, in rounds, of processing again a conversation that another server has in its cache."""
@@ -51,7 +52,7 @@ class ModelDirectory(Protocol):
     """The models of a server at one moment."""
 
     def state_of(self, model: str) -> ModelState:
-        """Returns what is known of a model. It may be named in any of the ways that the server accepts."""
+        """Returns what is known about a model. It may be named in any of the ways that the server accepts."""
         ...
 
 
@@ -88,7 +89,8 @@ class Node:
     models: ModelDirectory | None = None
     """What the server has reported about its models, or None if it has not been asked, or does not list them."""
     asked_at: float = -math.inf
-    """The time at which the server was last asked for its models."""
+    """The time at which the server last answered the question about its models, or minus infinity if it has to be asked
+    again."""
     look_up: asyncio.Task[None] | None = None
     """The task that is asking the server at the moment."""
     look_up_at: float = -math.inf
@@ -103,7 +105,7 @@ class Node:
 
     @property
     def load(self) -> int:
-        """The number of requests that the server has received and not finished."""
+        """The number of requests that were given to the server and have not ended, including those that still wait."""
         return max(self.transport.in_flight + self.transport.queued, self.underway)
 
     def note_success(self) -> None:
@@ -151,7 +153,7 @@ class Node:
         self.asked_at = -math.inf
 
     def state_of(self, model: str | None) -> ModelState:
-        """Returns what is known of a model at this server."""
+        """Returns what is known about a model on this server."""
         if model is None:
             return "loaded"
         if model in self._refused:

@@ -6,9 +6,9 @@ them gets a request. The rules for choosing a server are in `node.py`, and those
 know nothing of each other.
 
 The alternative was one schedule for all servers, from which each server takes its next request. A request would then
-never wait at one server while another is idle. But the scheduler guarantees only for one set of models in one memory
-that every wait is bounded and that no model is unloaded during a generation. And whether a request reaches the server
-that has its prompt in the cache would be a matter of luck.
+never wait at one server while another is idle. But the scheduler guarantees that every wait is bounded and that no
+model is unloaded during a generation, and it can do so only for the models in the memory of a single server. And
+whether a request reaches the server that has its prompt in the cache would be a matter of luck.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MODELS_WAIT_SECONDS: Final = 1.0
 MODELS_AGE: Final = 60.0
 """The seconds after which a list of models is requested again. Meanwhile, requests are distributed by the old list."""
 LOOK_UP_PAUSE: Final = 5.0
-"""The least seconds between two look-ups at one server."""
+"""The shortest time between two look-ups at one server, in seconds."""
 CHECK_SECONDS: Final = 5.0
 """The most seconds that a server may take to answer the question whether it works."""
 
@@ -110,7 +110,7 @@ class NodePool(NotCopyable):
         )
         # The value of `_restarts` when the servers were last asked for their limits; None if they have not been asked.
         self._limits_known_at: int | None = None
-        # The number of requests for which a server is still to be chosen.
+        # The number of requests for which no server has been chosen yet.
         self._arriving = 0
         self._guard = LoopGuard("this client")
         self._closing: asyncio.Future[None] | None = None
@@ -159,11 +159,11 @@ class NodePool(NotCopyable):
         return self._closing
 
     def owns_url(self, url: str) -> bool:
-        """Returns whether a URL is that of a request to one of the servers."""
+        """Returns whether a request with this URL goes to one of the servers."""
         return any(transport.owns_url(url) for transport in self.nodes)
 
     def redact(self, text: str, headers: Mapping[str, str] | None = None) -> str:
-        """Returns the text without the keys of all servers, and without the values of the headers."""
+        """Returns the text without the key of any server, and without the values of the headers."""
         for transport in self.nodes:
             text = transport.redact(text, headers)
         return text
@@ -315,7 +315,7 @@ class NodePool(NotCopyable):
         """
         now = asyncio.get_running_loop().time()
         waited_for = []
-        # `request.queued` is not asked for here: counting tokens needs no permit, but it needs a server with the model.
+        # `request.queued` does not matter here: counting tokens needs no permit, but it needs a server with the model.
         needs_models = request.model is not None and request.interpreter.find_models is not None
         is_missing = needs_models and all(node.state_of(request.model) == "missing" for node in self._nodes)
         for node in self._nodes:
@@ -332,10 +332,10 @@ class NodePool(NotCopyable):
             await asyncio.wait(waited_for, timeout=MODELS_WAIT_SECONDS)
 
     async def _learn_limits(self) -> None:
-        """Waits briefly until the servers have reported how many requests they work on, if there is more than one.
+        """Waits briefly until the servers have reported their limits, if more than one request is underway.
 
-        Otherwise the requests of a program that starts many at once would be divided equally between a server with one
-        slot and one with eight.
+        Without this, the requests of a program that starts many at once would be divided equally between a server with
+        one slot and one with eight.
         """
         # A request is underway before it is in flight or queued, because its transport may ask for the limits as well.
         if self._arriving > 1 or self.in_flight or any(node.underway for node in self._nodes):

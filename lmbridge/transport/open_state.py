@@ -42,11 +42,15 @@ class OpenState:
     """The part of a transport that exists while the transport is open, and belongs to one event loop."""
 
     session: HttpSession
+    """Sends the requests."""
     admission: Admission
+    """Hands out the permits."""
     limit_search: LimitSearch | None = None
     """Asks the server for its limits; None if the limits are fixed."""
     loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
+    """The event loop in which the transport was opened."""
     loop_guard: LoopGuard = attrs.field(init=False, factory=_create_loop_guard)
+    """Raises an error if the transport is used in another event loop."""
     closed: asyncio.Future[None] = attrs.field(init=False, factory=_create_future)
     """A future that is done as soon as the transport begins to close."""
     streams: weakref.WeakSet[EventStream | ForwardedResponse] = attrs.field(init=False, factory=weakref.WeakSet)
@@ -59,6 +63,7 @@ class OpenState:
     deadline_timer: DeadlineTimer = attrs.field(
         init=False, default=attrs.Factory(_create_deadline_timer, takes_self=True)
     )
+    """The timer that watches the deadlines of all calls and streams."""
 
     def forget_server(self, *, was_stale: bool = False) -> None:
         """Records that a connection was refused or lost, so another server may be running by now.
@@ -101,7 +106,8 @@ class OpenState:
     def abandon(self) -> None:
         """Lets the session close what it can without waiting. Any thread may call it.
 
-        No stream is in use then, because a stream keeps its transport alive.
+        A stream of a client keeps its transport alive, so no such stream is in use when a transport is dropped. An
+        `EventStream` or a `ForwardedResponse` that is used without a client breaks off.
         """
         if self.loop.is_closed():
             self.session.abandon()

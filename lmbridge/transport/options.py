@@ -19,10 +19,10 @@ def api_roots(api_base: str) -> tuple[str, str]:
 def choose_auth(
     auth: tuple[str, str] | None, url_auth: tuple[str, str] | None, api_key: str | None
 ) -> tuple[str, str] | None:
-    """Returns the user and the password to send.
+    """Returns the user and the password to send, or None if there are none.
 
     Raises:
-        LLMValidationError: There are two ways to authenticate.
+        LLMValidationError: More than one way to authenticate was given.
     """
     given = {"auth": auth, "the credentials in api_base": url_auth, "api_key": api_key}
     names = [name for name, value in given.items() if value is not None]

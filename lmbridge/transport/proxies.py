@@ -12,7 +12,7 @@ _ENVIRONMENT_PROXY: Final = "HTTP_PROXY or HTTPS_PROXY in the environment"
 
 
 def choose_proxy(proxy: str | None, api_base: str, *, trust_env: bool, is_socket: bool) -> tuple[str | None, bool]:
-    """Returns the proxy to use, and whether the environment is used for anything else as well.
+    """Returns the proxy to use, or None, and whether aiohttp may look up proxies and `.netrc` in the environment.
 
     The environment is used only if the caller wants it, and never for a loopback address or a Unix socket.
 

@@ -92,7 +92,8 @@ async def receive_reply(call: Call, response: HttpResponse, first: bytes = b"") 
     If that fails, `Call.arrived` holds the part that had arrived.
 
     Raises:
-        LLMResponseError: It has more bytes than a reply to this call may have.
+        LLMResponseError: The body has more bytes than a reply to this call may have.
+        ConnectionFailed: The connection broke.
     """
     parts, size = [first], len(first)
     try:

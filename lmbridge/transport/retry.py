@@ -82,7 +82,8 @@ class RetryWaits:
 
     Args:
         max_retries: The most retries that the user allows. There are never more than `MAX_RETRIES`.
-        load_seconds: The budget for the answers in a row that say "loading", in seconds. None means no limit.
+        load_seconds: The most seconds for which the server may keep answering that it is loading, counted from the
+            first such answer. None means no limit.
     """
 
     def __init__(self, *, max_retries: int, load_seconds: float | None) -> None:
@@ -93,7 +94,7 @@ class RetryWaits:
         self._polls: Iterator[float] | None = None
 
     def is_load_over(self, now: float) -> bool:
-        """Returns whether the server has been loading for too long. Its budget begins with the first call."""
+        """Returns whether the server has been loading for too long, counted from the first call for this load."""
         if self._load_deadline == math.inf:
             self._load_deadline = now + self._load_seconds
         return now >= self._load_deadline
@@ -105,8 +106,8 @@ class RetryWaits:
 
         Args:
             verdict: What to do about the last attempt.
-            retry_after: The seconds that the server asked to wait, or None if it did not ask. The jitter is added to
-                them, so that it never shortens them.
+            retry_after: The seconds that the server asked the client to wait, or None if it did not ask. The jitter is
+                added to them, so the wait is never shorter than that.
             retries: The number of retries so far.
             now: The time now.
             deadline: The time at which the call must have ended.
@@ -125,7 +126,7 @@ class RetryWaits:
         if now + wait >= deadline:
             return None
         if verdict is not Verdict.POLL:
-            # The server does something else than loading, so a later load has the whole budget again.
+            # The server was not loading this time, so a later load has the whole time again.
             self._load_deadline = math.inf
         return wait
 

@@ -153,7 +153,7 @@ class Scheduler:
     def _find_first_requests(self) -> None:
         """Finds, for each model that has not answered yet, the request whose answer will show that it is loaded.
 
-        Without a limit on models, this was not recorded.
+        As long as the number of models was not limited, this was not recorded.
         """
         known = {permit.model for permit in self.in_flight if permit.has_answered}
         for permit in self.in_flight:

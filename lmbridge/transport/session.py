@@ -142,7 +142,7 @@ class AiohttpSession:
 
     def send(self, request: HttpRequest) -> Coroutine[Any, Any, HttpResponse]:
         """Sends a request once; see `HttpSession.send`."""
-        # It is not a coroutine itself, because each layer of coroutines costs time whenever the request waits.
+        # This is not a coroutine function, because each layer of coroutines costs time whenever the request waits.
         return interceptors[-1](request, self._send) if interceptors else self._send(request)
 
     async def _send(self, request: HttpRequest) -> HttpResponse:
@@ -344,7 +344,7 @@ class _AiohttpResponse:
             self._guard.watch(self)
 
     def read_some(self) -> Coroutine[Any, Any, bytes]:
-        # It is not a coroutine itself, because it is called for every chunk, and each layer of coroutines costs time.
+        # This is not a coroutine function: it is called for every chunk, and each layer of coroutines costs time.
         return self._read_raw() if self._decompressor is None else self._read_decompressed(self._decompressor)
 
     async def _read_raw(self) -> bytes:

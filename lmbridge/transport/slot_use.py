@@ -39,7 +39,7 @@ class SlotUse:
 
     Args:
         slots: The number of slots.
-        remembers: What was known about the server before, for `remembers`.
+        remembers: The initial value of the attribute `remembers`: what was known about the server before.
     """
 
     def __init__(self, slots: int, *, remembers: bool | None = None) -> None:
@@ -53,7 +53,7 @@ class SlotUse:
         self._models: set[str | None] = set()
         # The number of tokens in the latest prompt of each run.
         self._prompts: weakref.WeakKeyDictionary[ScheduledRun, int] = weakref.WeakKeyDictionary()
-        # The conversations whose slot is in use, with the number of requests in it.
+        # The conversations whose slots are in use, each with the number of its requests.
         self._busy: Counter[Conversation] = Counter()
         # The other conversations in the slots, in the order in which they were last used.
         self._idle: OrderedDict[Conversation, None] = OrderedDict()

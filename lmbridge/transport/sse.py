@@ -1,4 +1,4 @@
-"""Server-sent events: bytes in, events out. No socket, no loop, no clock.
+"""Server-sent events: bytes in, events out. This module uses no socket, no event loop and no clock.
 
 The decoder follows the WHATWG HTML standard, 9.2.6 ("Interpreting an event stream"), with four exceptions that real
 servers make necessary:
@@ -7,7 +7,8 @@ servers make necessary:
 - An event with neither data nor a name is skipped, even if it has an empty `data:` line.
 - Lines that are not fields are kept in `bare_text`, because llama.cpp's router ends a broken stream with a line such as
   "proxy error: ...".
-- A line, or the data of an event, may have at most `max_size` bytes. The events before it are still returned.
+- A line, or the data of an event, may have at most `max_size` bytes. The events before one that is larger are still
+  returned.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ class SSEDecoder:
         self._name: str | None = None
         self._bare_text = b""
         self.failure: LLMStreamError | None = None
-        """The error that every further call of `feed` and `close` raises, or None. The call that met it has raised it,
-        unless there were events before it, which that call has returned."""
+        """The error that every further call of `feed` and `close` raises, or None. The call in which the error occurred
+        has raised it as well, unless that call had events to return."""
 
     @property
     def bare_text(self) -> str:

@@ -1,7 +1,7 @@
 """The errors for time limits that have run out, and the names of the limits.
 
-What each limit measures is decided where the waiting is: `Call.begin_attempt` begins `first_byte` and `total`,
-`EventStream` watches `first_byte` and `idle`, `RetryWaits` has `load`, and the session has `connect`.
+What each limit measures is decided where the waiting is: `Call.begin_attempt` applies `first_byte` and `total`,
+`EventStream` applies `first_byte`, `idle` and `total`, `RetryWaits` applies `load`, and the session applies `connect`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Phase = Literal["connect", "load", "first_byte", "idle", "total"]
 """The name of a time limit: a field of `Timeouts`."""
 
 CHECK_PROXY_HINT: Final = "check HTTP(S)_PROXY, or proxy= where it is passed"
-"""What to do about a proxy that does not do its work."""
+"""What to do about a proxy that does not work."""
 _RESOLVE_HINT: Final = (
     "the name server may be slow, or blocking calls may occupy all threads of the event loop's default executor;"
     " put an IP address into api_base, or raise Timeouts.connect"

@@ -244,7 +244,7 @@ class Transport(NotCopyable):
         """The limits that are in force.
 
         If the server has to be asked, they are the defaults until it has answered. If it has killed a generation to
-        load another model, `max_loaded_models` is not more than it held at that time.
+        load another model, `max_loaded_models` is at most the number of models that it held at that time.
         """
         return self._evictions.lowered(self._limits)
 
@@ -271,13 +271,16 @@ class Transport(NotCopyable):
 
     @property
     def active_models(self) -> frozenset[str | None] | None:
-        """The models that have, or had last, requests in flight; None if `Limits.max_loaded_models` is not set."""
+        """The models for which requests may be in flight.
+
+        It is None if the number of models is not limited, or if the transport is not open.
+        """
         if self._open_state is None or self.limits.max_loaded_models is None:
             return None
         return self._open_state.admission.scheduler.active_models
 
     def owns_url(self, url: str) -> bool:
-        """Returns whether a URL is that of a request to the server of this transport."""
+        """Returns whether a request with this URL goes to the server of this transport."""
         return url.startswith(f"{self._server_root}/")
 
     @property
@@ -306,7 +309,7 @@ class Transport(NotCopyable):
             LLMTimeoutError: A time limit has run out.
             TaskCancelledError: The transport was closed before the reply was complete.
         """
-        # It is not a coroutine itself, because each layer of coroutines costs time whenever the request waits.
+        # This is not a coroutine function, because each layer of coroutines costs time whenever the request waits.
         return self._perform(self._ensure_open(), request, receive_reply, plain=True)
 
     def stream(self, request: Request) -> Coroutine[Any, Any, EventStream | Reply]:
@@ -327,9 +330,10 @@ class Transport(NotCopyable):
     async def forward(self, request: Request) -> ForwardedResponse:
         """Sends a request whose response is passed on unchanged, and returns the response, whatever its status.
 
-        The request is admitted, sent again and polled for like any other. The response is returned when the first part
-        of its body has arrived, and its body is not decompressed; `lmbridge.transport.forwarding` has the details. It
-        holds the permit until its body has been read to the end, or until it is closed.
+        The request waits for a permit and is sent again under the same conditions as any other. The response is
+        returned when the first part of its body has arrived, and its body is not decompressed;
+        `lmbridge.transport.forwarding` has the details. The response holds the permit until its body has been read to
+        the end, or until it is closed.
 
         On cancellation of the caller, the connection is closed and the permit is returned.
 
