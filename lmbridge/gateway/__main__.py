@@ -22,6 +22,7 @@ this command prints, in place of the server's own.
 The first SIGTERM or Ctrl-C lets the requests in flight finish and refuses new ones; a second one ends the gateway at
 once."""
 KEY_VARIABLE: Final = "LMBRIDGE_GATEWAY_KEY"
+"""The environment variable with the key that clients have to send, unless `--api-key` is given."""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -212,7 +212,10 @@ class Gateway(NotCopyable):
         logger.info("the gateway listens on %s", self._server_url)
 
     async def drain(self) -> None:
-        """Refuses new requests, and waits until the requests that arrived earlier have ended."""
+        """Refuses new generations, and waits until those that arrived earlier have ended.
+
+        Other requests, such as those for the status page, are still answered.
+        """
         self._is_draining = True
         while self._accepted:
             self._idle.clear()

@@ -70,11 +70,11 @@ class Problem(Exception):  # noqa: N818 - it becomes a response and never reache
         return headers
 
     def body(self, path: str) -> bytes:
-        """Returns the body of the response to a request for a path."""
+        """Returns the body of the response to a request with this path."""
         return _to_json(self._fields(path))
 
     def event(self, path: str) -> bytes:
-        """Returns the event that ends a stream for a path."""
+        """Returns the event that reports the problem at the end of a stream, for a request with this path."""
         fields = self._fields(path)
         if path.startswith("/v1/responses"):
             fields = {"type": "error", "code": self.code, "message": self.message, "param": self.param, **fields}

@@ -47,7 +47,9 @@ _JSON_HEADERS: Final = {
 }
 
 Headers = Iterable[tuple[str, str]]
+"""The names and values of the headers of a response."""
 RequestHandler = Callable[["IncomingRequest"], Awaitable[None]]
+"""An async function that answers a request."""
 
 
 class IncomingRequest:

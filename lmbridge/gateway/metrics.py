@@ -30,7 +30,7 @@ def load_prometheus() -> Any:
 
 
 def metrics_page(prometheus: Any, activity: Activity, servers: Sequence[Transport]) -> tuple[str, bytes]:
-    """Returns the type and the text of the page.
+    """Returns the content type and the body of the page.
 
     Raises:
         Problem: prometheus-client is not installed.

@@ -25,6 +25,7 @@ from lmbridge.transport import Interpreter, Request, Transport
 logger: logging.Logger = logging.getLogger("lmbridge.gateway")
 
 MODELS_PATH: Final = "/v1/models"
+"""The path of the list of models. The entry of a model is at its name below this path."""
 _LIST_SECONDS: Final = 10.0
 """How many seconds a server may take to list its models."""
 _LIST_AGE: Final = 10.0

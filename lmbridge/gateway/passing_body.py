@@ -164,7 +164,11 @@ class PassingBody:
         return max(1, part.count(b"\n\n")) if self._is_stream else 0
 
     def tokens(self, whole_body: bytes | None) -> int | None:
-        """Returns the number of tokens that the server has generated, or None if it has not reported that."""
+        """Returns the number of tokens that the server has generated, or None if it has not reported that.
+
+        Args:
+            whole_body: The whole body, decompressed. With None, the parts that `next_part` has returned are used.
+        """
         if whole_body is not None:
             return _tokens_in(whole_body)
         found = [tokens for data in _data_lines(self._last_usage) if (tokens := _tokens_in(data)) is not None]

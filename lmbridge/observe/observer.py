@@ -64,7 +64,11 @@ class ContextPropagator(Protocol):
 
 
 class Observers:
-    """The observers of a client or an agent."""
+    """The observers of a client or an agent.
+
+    Args:
+        observers: The observers, in the order in which they are notified.
+    """
 
     __slots__ = ("_active",)
 

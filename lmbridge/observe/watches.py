@@ -46,7 +46,14 @@ _OUTCOMES: Final[Mapping[str, RequestOutcome]] = {
 
 
 class RequestWatch:
-    """Notifies the observers of one request. Creating the object notifies them that the request was made."""
+    """Notifies the observers of one request. Creating the object notifies them that the request was made.
+
+    Args:
+        observers: The observers to notify.
+        operation: What the request is for, such as "chat completion".
+        url: The absolute URL, without query parameters.
+        model: The model that the request names, or None.
+    """
 
     __slots__ = ("_has_begun", "_has_ended", "_id", "_observers", "_queued_at")
 
@@ -131,7 +138,13 @@ class RequestWatch:
 
 
 class CallWatch:
-    """Lets the code that makes a tool call notify the observers of the run."""
+    """Lets the code that makes a tool call notify the observers of the run.
+
+    Args:
+        observers: The observers to notify.
+        run_id: The id of the run.
+        call_id: The id of the tool call.
+    """
 
     __slots__ = ("_call_id", "_observers", "_run_id")
 
@@ -171,7 +184,12 @@ class CallWatch:
 
 
 class RunWatch:
-    """Notifies the observers of one run."""
+    """Notifies the observers of one run.
+
+    Args:
+        observers: The observers to notify.
+        run_id: The id of the run.
+    """
 
     __slots__ = ("_observers", "_parent", "_round", "run_id")
 

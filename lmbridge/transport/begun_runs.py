@@ -14,10 +14,10 @@ calls have taken longer; how long they take is still observed.
 
 Why the next run may have to wait although another run has ended: a server gives a new conversation the slot that was
 used least recently (`lmbridge.transport.slot_use`). Right after a run has ended, this is not the slot of that run, but
-the slot of another run whose tool is running. If that run counts, the new run would displace its conversation. So the
-new run waits until the server begins to answer the next request of the other run. Such a wait ends soon, because slots
-are kept only for as long as described above. In a measurement with 24 runs on 4 slots, the server processed half as
-many prompt tokens as without this rule.
+the slot of another run whose tool is running. The new run would displace the conversation of this other run. So if the
+other run counts, the new run waits until the server begins to answer the next request of the other run. Such a wait
+ends soon, because slots are kept only for as long as described above. In a measurement with 24 runs on 4 slots, the
+server processed half as many prompt tokens as without this rule.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _REFUSED_KEY: Final = (401, 403)
 class Delivery:
     """The servers that a request has been given to, and the decision whether another one gets it.
 
-    It is the `Failover` of the request.
+    It is the `Failover` of the request, whose docstrings describe `attempts`, `retries`, `seconds` and `tried`.
 
     Args:
         nodes: All servers.

@@ -34,7 +34,7 @@ class Fault:
     hint: str | None = None
     """The next step for the user, which ends the text of the error; None where no advice would help."""
     unsent: bool = False
-    """Whether the server has certainly not seen any part of the request."""
+    """Whether it is certain that the server has not seen any part of the request."""
     blames_server: bool = True
     """Whether the server may be the cause. If not, the failure says nothing about the server's health."""
 
@@ -88,6 +88,7 @@ PYTHON_FAULTS: Final[FaultTable] = (
     (OSError, BROKEN_BEFORE_RESPONSE),
     (Exception, NOT_SENT),
 )
+"""The faults that Python's own exceptions stand for, most specific first."""
 
 
 # TLS

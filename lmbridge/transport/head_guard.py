@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 HEAD_BYTES: Final = 64 * 1024
 """The most bytes that may arrive until the head of a response is complete, interim responses (1xx) included.
 
-It is also the most bytes of chunk sizes, their extensions and trailers that may arrive one after the other.
+It is also the most bytes of chunk sizes, chunk extensions and trailers that may arrive without a part of the body.
 """
 
 

@@ -113,7 +113,7 @@ class ConnectionFailed(Exception):  # noqa: N818 - it is caught by the transport
     Args:
         error: The error for the user, in case this was the last attempt.
         verdict: Whether a further attempt makes sense.
-        unsent: Whether the server has certainly not seen any part of the request.
+        unsent: Whether it is certain that the server has not seen any part of the request.
         blames_server: Whether the server may be the cause, so that another server should get the next requests. It is
             False if the request itself is the cause.
     """

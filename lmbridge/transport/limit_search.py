@@ -1,4 +1,4 @@
-"""Asks a server how much it can do at the same time, at the moment when the answer begins to matter.
+"""Asks a server how many requests and models it can handle at the same time, once the answer begins to matter.
 
 The limits of a server decide what happens when requests meet: how many of them go at the same time, and for how many
 models. They do not matter for a request that is alone. So by default the server is asked as soon as a second request

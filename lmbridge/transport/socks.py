@@ -23,7 +23,7 @@ _PORT: Final = 1080
 _LOGIN_TEXTS: Final = ("No acceptable authentication methods", "authentication failure", "authentication method:")
 """Parts of the texts of exceptions for a refused login. No field distinguishes it from a malformed reply."""
 _HTTP_STATUSES: Final = {0x02: 403, 0x5C: 407, 0x5D: 407}
-"""The status with which an HTTP proxy says what these codes of SOCKS 5 (below 0x5A) and SOCKS 4 say."""
+"""The HTTP status that means the same as each of these codes of SOCKS 5 (below 0x5A) and SOCKS 4."""
 
 
 def is_socks(proxy: str | None) -> bool:
