@@ -192,11 +192,10 @@ class Delivery:
 
 
 def whole_body(answer: Reply | EventStream | ForwardedResponse) -> bytes | None:
-    """Returns the body of an answer, decompressed, or None if the body has not arrived completely.
+    """Returns the body of an answer, or None if the body has not arrived completely.
 
     If a forwarded stream begins with an event that reports an error of the server, the result is the data of that
-    event. The body of a forwarded response may still be compressed; of a large one, only the beginning is decompressed
-    and returned.
+    event. A body that is still compressed is decompressed; if it is large, only its beginning is returned.
     """
     if isinstance(answer, Reply):
         return answer.plain_body

@@ -74,7 +74,8 @@ class Node:
     # Health
 
     is_down: bool = False
-    """Whether the last request or check has failed. Then only a check that succeeds brings the server back."""
+    """Whether the last request or check has failed. Then the server gets no requests until it answers again, unless all
+    servers that may have the model are down."""
     failures: int = 0
     """How often the server has failed in a row."""
     failed_at: float = -math.inf
@@ -171,8 +172,8 @@ class Node:
 def choose_node(nodes: Sequence[Node], model: str | None, warm: Node | None = None) -> Node:
     """Returns the server that gets a request.
 
-    A server that is down is chosen only if no other one can have the model. Then it is the one whose failure is longest
-    ago, so that no request is refused without an attempt.
+    A server that is down is chosen only if all servers that may have the model are down. Then it is the one whose
+    failure is longest ago. So no request is refused without an attempt.
 
     Args:
         nodes: The servers to choose from, at least one.

@@ -10,7 +10,7 @@ client cannot rely on the server to prevent that, so it must not send such reque
   the requests for the loaded model, is closer. But it allows only one model, and one side can starve the other.
 - *A priority queue* sorted by model and age keeps the number of swaps small. But new requests for the loaded model keep
   overtaking those for other models, so how long these wait depends on how the priorities are tuned.
-- *Batching on the server* (llama-swap, llama.cpp's router) helps with that server only, and without a bound on waiting.
+- *Batching on the server* (llama-swap, llama.cpp's router) helps with that server only, and does not bound the wait.
 
 So there is a queue per model, with two rules that give a proven bound on waiting. A model that becomes active gets a
 *closed batch*, which consists of the requests that wait for it at that moment. And as soon as a request for another
