@@ -52,8 +52,8 @@ With lmbridge:
 def main(argv: list[str] | None = None) -> int:
     """Runs the server until SIGINT or SIGTERM, and returns the exit status.
 
-    The exit status is 0, or 1 after an error, or 2 if the arguments make no sense. A traceback is shown only with
-    `--debug`.
+    The exit status is 0 after a signal, 1 after an error, 2 if the arguments make no sense, or 130 if Ctrl-C is pressed
+    before the signal handlers are installed. A traceback is shown only with `--debug`.
     """
     options = vars(_parser().parse_args(argv))
     debug = options.pop("debug", False)

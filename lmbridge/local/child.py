@@ -30,7 +30,7 @@ def main() -> None:
     os.dup2(2, 1)
     options = json.loads(sys.stdin.buffer.readline())
     _die_with_parent(options["parent"])
-    # Imported here, because the import may print.
+    # llama.cpp is imported only now, because the import may print something.
     try:
         bindings: Any = importlib.import_module("xllamacpp")
     except ImportError as exc:

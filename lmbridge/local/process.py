@@ -29,7 +29,7 @@ _START_HINTS: Final[Mapping[int | None, str]] = {
     errno.ENOMEM: "end other programs, because the machine has no memory left",
     errno.EAGAIN: "end other programs, or raise the limit on processes (ulimit -u)",
 }
-"""The hint for each error of the system when a process is started."""
+"""The hint for each error number with which the system may refuse to start a process."""
 
 
 def read_tail(log: IO[bytes]) -> str:
@@ -69,7 +69,7 @@ async def start_process(program: str | None, *arguments: str, **options: Any) ->
             hint="use the default event loop of asyncio, which is the ProactorEventLoop on Windows",
         ) from exc
     except (OSError, ValueError, RuntimeError) as exc:
-        # RuntimeError stands for a thread that cannot be started, and for a child watcher that is not active.
+        # asyncio raises a RuntimeError if a thread cannot be started, or if no child watcher is active.
         code = getattr(exc, "errno", None)
         reason = os.strerror(code) if code else str(exc)
         hint = _START_HINTS.get(code, "see the reason, and check the path of the program")
@@ -87,8 +87,8 @@ async def run_to_end(
         *command: The program and its arguments.
         log: The file to which the command writes its output and its errors.
         env: The environment variables of the command.
-        poll: An async function that is called ten times a second while the command runs. If it raises an exception, the
-            command is killed and the exception is raised.
+        poll: An async function that is called about ten times a second while the command runs. If it raises an
+            exception, the command is killed and the exception is raised.
 
     Raises:
         LLMConnectionError: The command cannot be started.

@@ -1,4 +1,4 @@
-"""Runs blocking context managers in a thread, so that they do not block the event loop."""
+"""Enters and leaves blocking context managers in a thread, so that they do not block the event loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ async def in_thread(manager: AbstractContextManager[_T]) -> AsyncIterator[_T]:
     """Enters and leaves a blocking context manager in a thread.
 
     On cancellation of the caller, entering or leaving goes on, and the cancellation is raised afterwards. A context
-    manager that has been entered is always left. Its `__exit__` does not get an exception of the block.
+    manager that has been entered is always left. Its `__exit__` is called without an exception, even if the block
+    raises one.
     """
     entering = asyncio.ensure_future(asyncio.to_thread(manager.__enter__))
 

@@ -207,7 +207,7 @@ async def _send_events(exchange: Exchange, events: Sequence[Mapping[str, Any] | 
 
 
 def raw(*pieces: bytes) -> Behaviour:
-    """Sends the pieces of a reply, including its status line, each in a separate packet. Then closes the connection."""
+    """Sends a reply, including its status line, each piece in a separate packet, and then closes the connection."""
 
     async def behave(exchange: Exchange) -> None:
         for piece in pieces:

@@ -16,7 +16,8 @@ class Exchange:
 
     Each call of a sending method sends its bytes immediately and in a separate packet. If a behaviour returns after
     `start` without calling `end`, `reset` or `hang_up`, the body is ended properly. If the client disconnects while a
-    behaviour is waiting or sending, the behaviour is cancelled, unless it is awaiting `client_left`.
+    behaviour is waiting or sending, the behaviour is cancelled, unless it is awaiting `client_left`. A behaviour that
+    calls the methods in the wrong order, or sends something after the end, gets a `RuntimeError`.
 
     Attributes:
         request: The request.

@@ -107,7 +107,8 @@ class FakeChatClient:
         model: The model of requests that name none, and the name in replies. The default is "fake-model".
 
     Raises:
-        LLMValidationError: The turns are a single text, or something that is not iterable.
+        LLMValidationError: The turns are a single text or dict, or something that is not iterable, or `model` is not a
+            string.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class FakeChatClient:
 
         Raises:
             AssertionError: All turns have been used.
-            BaseException: The turn is this exception.
+            BaseException: The turn is an exception, which is raised in place of a reply.
             LLMValidationError: The turn is not one of the kinds that `FakeChatClient` lists.
         """
         request = FakeRequest(

@@ -1,7 +1,7 @@
 """A transport that calls a function in place of sending a request, for tests that need neither a server nor a socket.
 
 Everything above the socket is real: admission, scheduling, retries, classification, streaming, time limits and
-cancellation work through it as they do with a server. What it cannot show is what happens below: bytes that are cut
+cancellation work through it as they do with a server. What it cannot show is what happens below: bytes that are split
 anywhere, connections that are kept or lost, a server that notices that its client has disconnected. For those, use
 `lmbridge.testing.ScriptedServer`, which listens on a real socket.
 
@@ -68,6 +68,7 @@ MockEvent: TypeAlias = Mapping[str, Any] | str | bytes
 """One event of a stream: a mapping is sent as JSON, a string as the data of an event, and bytes unchanged, so that they
 can be any part of a body."""
 MockEvents: TypeAlias = Iterable[MockEvent] | AsyncIterable[MockEvent]
+"""The events of a stream, from a list, a generator or an async generator."""
 
 
 @attrs.define(eq=False)
@@ -89,7 +90,7 @@ class MockResponse:
     events: MockEvents | None = attrs.field(default=None, kw_only=True)
     """The events of an event stream: dicts, strings or bytes, from a list, a generator or an async generator."""
     done: bool = attrs.field(default=True, kw_only=True)
-    """Whether the stream ends with `data: [DONE]`. Set it to False to play a stream that was cut off."""
+    """Whether the stream ends with `data: [DONE]`. Set it to False to simulate a stream that was cut off."""
     headers: Mapping[str, str] = attrs.field(factory=dict, kw_only=True)
     """The headers of the response. A Content-Type is added if it is missing."""
 
@@ -101,6 +102,7 @@ class MockResponse:
 MockAnswer: TypeAlias = Mapping[str, Any] | MockResponse | MockEvents
 """What a handler returns: a dict (sent as JSON with status 200), a response, or the events of a stream."""
 MockHandler: TypeAlias = Callable[[MockRequest], MockAnswer | Awaitable[MockAnswer]]
+"""A function that answers a request. It may be async."""
 
 
 class MockTransport(Transport):
@@ -118,7 +120,7 @@ class MockTransport(Transport):
 
     The handler may be a plain or an async function, or an async generator function. It may raise an `OSError`, which
     simulates a connection that failed (`ConnectionRefusedError`: no server is listening; `TimeoutError`: it took too
-    long), or an `LLMError`, which is raised to the caller. A generator may raise them as well, which plays a
+    long), or an `LLMError`, which is raised to the caller. A generator may raise them as well, which simulates a
     connection that breaks in the middle of the body. Any other exception, such as that of a failed `assert`, reaches
     the caller unchanged, and nothing is retried.
 

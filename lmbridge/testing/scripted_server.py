@@ -160,7 +160,10 @@ class ScriptedServer:
         return sum(not connection.is_disconnected for connection in self._connections)
 
     def script(self, *behaviours: Behaviour) -> None:
-        """Appends behaviours for the next requests that are not GETs, one for each request."""
+        """Appends behaviours, one for each of the next requests.
+
+        GETs, requests that count tokens, and requests for a path of `on_path` take no behaviour from the script.
+        """
         self._script.extend(behaviours)
 
     def on_model(self, model: str, behaviour: Behaviour) -> None:
