@@ -2,7 +2,7 @@
 
     python examples/code_review.py ~/src/project HEAD~10..HEAD
 
-It uses the server of LMBRIDGE_API_BASE, or LM Studio. The client asks how many requests that can serve; others wait.
+It uses the server of LMBRIDGE_API_BASE, or LM Studio, and asks it for its number of slots; further requests wait.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ async def main() -> None:
     """Starts the gateway, and lets both programs ask at the same time."""
     async with Gateway(upstreams=[SERVER], limits=Limits(max_concurrency=1)) as gateway:
         print(f"status page: {gateway.origin}/status")
-        # In another program, only the address and this header differ from what it does today.
+        # An existing program needs only this address and, if it is urgent, this header.
         urgent = {"X-Lmbridge-Priority": "interactive"}
         async with (
             AsyncOpenAI(base_url=gateway.api_base, api_key="batch") as batch_job,

@@ -6,8 +6,9 @@
 A mail is a file whose name ends with .eml or .txt. Without a folder, three mails of this program are sorted.
 
 A decision model answers all questions about a mail in one pass, with calibrated probabilities. An ordinary chat model
-does as well; the last line says which of the two has answered. Without `--api-base`, and without LMBRIDGE_API_BASE in
-the environment, the program starts a server (`lmbridge[local]`), whose chat model is so small that it mostly guesses.
+can answer them too, one by one, but its probabilities are only a ranking; the last line says which of the two has
+answered. Without `--api-base`, and without LMBRIDGE_API_BASE in the environment, the program starts a server
+(`lmbridge[local]`), whose chat model is so small that it mostly guesses.
 """
 
 from __future__ import annotations

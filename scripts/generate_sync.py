@@ -1,6 +1,6 @@
 """Writes the blocking classes of `lmbridge.sync` from the source of the asynchronous ones.
 
-    python scripts/generate_sync.py            writes lmbridge/sync/_client.py, _agent.py and _mcp.py
+    python scripts/generate_sync.py            writes _client.py, _journal.py, _agent.py and _mcp.py in lmbridge/sync
     python scripts/generate_sync.py --check    exits with 1 if they are not up to date
 
 A generated method has the signature and the docstring of the asynchronous method, without `async` and `await`, and its

@@ -1,4 +1,4 @@
-"""What mkdocstrings has to know to generate the reference: attrs, and how docstrings are written here."""
+"""An extension of griffe, with which mkdocstrings reads attrs classes and docstrings in the style of this project."""
 
 from __future__ import annotations
 

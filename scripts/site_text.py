@@ -75,7 +75,7 @@ def write_texts(site: Path) -> None:
 
 
 def on_post_build(config: Mapping[str, Any]) -> None:
-    """Is called by MkDocs when it has built the site."""
+    """Writes the texts. MkDocs calls this function when it has built the site."""
     write_texts(Path(config["site_dir"]))
 
 

@@ -9,9 +9,9 @@
 # Further arguments are passed on to pytest, in place of the selection of tests.
 #
 # The system is unpacked into a folder by debootstrap, once, and the tests run in it by chroot; so this needs root and
-# Debian or Ubuntu. An image of a container would need a registry, and other interpreters on PyPI and npm either fetch
-# the real one from somewhere else or are older. What is mounted is seen by this script and its children only, so that
-# the folder can be removed at any time, for example because sid has changed.
+# Debian or Ubuntu. A container image would need a registry, and the interpreters that PyPI and npm offer are either older
+# or download the real one from another host. What is mounted is visible only to this script and its children, so that the
+# folder can be removed at any time, for example because sid has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -40,7 +40,7 @@ CONVERSATION: Final = ("/help", "What is the capital of France?", "And of Italy?
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Returns the environment of a command, without the servers, the log and the configuration of the person."""
+    """Returns the environment of a command, without the servers, the log and the configuration of the user."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LMBRIDGE_", "LMSTUDIO_", "LM_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
     return {**kept, "PATH": path, "TERM": "dumb", "HOME": str(folder), "LMBRIDGE_DATA_HOME": str(folder / "data")}
