@@ -184,7 +184,10 @@ def _choice_of_tool(choice: object, names: Sequence[str]) -> str | dict[str, Any
 
 @contextmanager
 def _errors_of_langchain() -> Iterator[None]:
-    """Converts the errors of lmbridge to LangChain's, except for an `LLMValidationError`, which is raised unchanged."""
+    """Converts the errors of lmbridge to LangChain's.
+
+    An error without a counterpart there, such as a plain `LLMValidationError`, is raised unchanged.
+    """
     try:
         yield
     except lmbridge.errors.LLMError as error:

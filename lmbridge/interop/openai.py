@@ -142,7 +142,7 @@ def _options(request: httpx2.Request) -> dict[str, Any]:
 def as_openai_error(error: LLMError, request: httpx2.Request) -> Exception:
     """Returns the error of openai-python for one of lmbridge.
 
-    An `LLMValidationError`, which lmbridge raises before anything is sent, is returned unchanged.
+    A plain `LLMValidationError`, such as lmbridge raises before anything is sent, is returned unchanged.
     """
     if isinstance(error, LLMTimeoutError):
         return openai.APITimeoutError(request)
