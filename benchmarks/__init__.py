@@ -6,9 +6,11 @@
 - `tables/`: one file for each table.
 - `runner.py`: measures any table, in rounds; `processes.py` starts its processes.
 - `workers/`: the programs of these processes, with a method for each workload.
-- `peers/`, `agent_peers/`, `mcp_peers.py`: the libraries that are compared.
-- `stub.py`, `mcp_stub.py`, `swap_servers.py`, `routers.py`: the servers.
+- `peers/`, `agent_peers/`, `solving_peers/`, `schema_peers/`, `mcp_peers.py`, `gateways.py`: what is compared.
+- `solving/`: tasks for agents, and the models that work on them.
+- `stub.py`, `mcp_stub.py`, `swap_servers.py`, `routers.py`, `fleet_server.py`: the servers.
 - `report.py`, `chart.py`, `swap_chart.py`: tables and charts of the results.
 
-`python -m benchmarks.admission` measures the admission of requests alone, without a server.
+These programs measure one thing alone: `python -m benchmarks.admission` the admission of requests, `journal_cost` the
+journal of runs, `observer_cost` the observers, and `service_times` the embedded server. `scale` simulates many servers.
 """

@@ -1,10 +1,10 @@
 """A real model behind a front that decides what it calls, so that every framework has the same runs.
 
-The model is the first layers of one of 135 million parameters. It processes prompts as a large one does, but what it
-writes makes no sense. So the front passes the conversation on, waits for the answer of the model, and then replies with
-a call of the tool or, in the last round, with a text. It runs in a separate process, which prints its address as a line
-of JSON, answers each further line with the number of prompt tokens that the model had to process so far, and ends when
-its stdin does.
+The model consists of the first layers of one with 135 million parameters. It processes prompts as a large one does, but
+what it writes makes no sense. So the front passes the conversation on, waits for the answer of the model, and then
+replies with a call of the tool or, in the last round, with a text. It runs in a separate process, which prints its
+address as a line of JSON, answers each line "tokens" with the number of prompt tokens that the model had to process so
+far, and ends at any other line, or when its stdin ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from lmbridge.testing import Exchange, ScriptedServer, answer
 TOOL: Final = "look_up"
 """The name of the tool that is called in each round but the last. It has one argument, `number`."""
 _LAYERS: Final = 4
-"""The layers of 30 that are kept. With all, a core processes 160 tokens a second, and a round takes two hours."""
+"""The number of layers, out of 30, that are kept. With all, a core processes 160 tokens a second, and a round takes two
+hours."""
 _TOKENS: Final = 16
 _START_SECONDS: Final = 120.0
 _ANSWER_SECONDS: Final = 30.0
@@ -47,7 +48,7 @@ class FleetServer(PinnedProcess):
     Args:
         slots: The number of requests that it processes at the same time.
         has_cache: Whether it keeps the conversations of earlier requests besides those in its slots.
-        rounds: The number of rounds of the runs with an even number; the others have one more.
+        rounds: The number of rounds of each run whose number is even; the others have one more.
 
     Raises:
         MeasurementError: The server did not start.
@@ -98,7 +99,7 @@ class _Front:
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     chunk = json.loads(line[6:])
-                    # Clients learn when the prompt has been processed.
+                    # The first chunk tells clients that the prompt has been processed.
                     if exchange.request.json.get("stream") and not exchange.started:
                         await exchange.chunk({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
                     self.evaluated_tokens += chunk.get("timings", {}).get("prompt_n", 0)

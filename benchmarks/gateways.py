@@ -1,4 +1,4 @@
-"""What stands between a client and a server, each in a separate process: lmbridge's gateway, and others.
+"""Gateways between a client and a server, each in a separate process: lmbridge's and others.
 
 The process prints its address as a line, and ends when its stdin does.
 """
@@ -56,7 +56,7 @@ class GatewayProcess(PinnedProcess):
 
     @property
     def resident_kib(self) -> float:
-        """The memory of the process."""
+        """The resident memory of the process, in KiB."""
         pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1024
 
@@ -118,7 +118,7 @@ def _become_litellm(upstream: str) -> None:
     file.write_text(json.dumps(settings))
     print(f"http://127.0.0.1:{port}/v1", flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    # The proxy does not read stdin, so it has to be told by the system that its parent has ended.
+    # The proxy does not read stdin, so the system has to kill it when its parent ends.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     script = Path(sys.executable).with_name("litellm")
     options = ("--config", str(file), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False")

@@ -67,7 +67,7 @@ async def record_run(path: Path, number: int, rounds: int) -> None:
 
 
 def bare_transactions(path: Path, count: int) -> float:
-    """Returns the seconds of as many transactions of sqlite3, each with a row of the size of a step."""
+    """Returns the seconds that `count` transactions of sqlite3 take. Each inserts a row of the size of a step."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")

@@ -2,9 +2,8 @@
 
     python -m benchmarks.observer_cost
 
-The requests do not leave the process, so nothing else is measured than lmbridge itself. Time is the processor's. The
-functions of `lmbridge.observe` that are called are counted as well; without observers there are none, whatever the
-machine.
+The requests do not leave the process, so nothing but lmbridge itself is measured. The times are CPU times. The calls of
+functions of `lmbridge.observe` are counted as well; without observers there are none, on any machine.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ def prepare(observers: Sequence[Observer]) -> tuple[LLMClient, Agent]:
 
 
 def microseconds(work: Work, observers: Sequence[Observer]) -> float:
-    """Returns the processor time that the work takes."""
+    """Returns the CPU time that the work takes, in microseconds."""
 
     async def measure() -> float:
         client, agent = prepare(observers)
@@ -132,7 +131,7 @@ def main() -> None:
     print(f"| observers | {' | '.join(WORK)} |")
     print(f"| --- |{' --- |' * len(WORK)}")
     times: dict[tuple[str, str], list[float]] = {}
-    # The rounds alternate, so that whatever else the machine does concerns all of them.
+    # Each round measures everything once, so that whatever else the machine does affects all of it alike.
     for _ in range(ROUNDS):
         for name, make in OBSERVERS.items():
             for title, work in WORK.items():

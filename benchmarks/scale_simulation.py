@@ -3,7 +3,7 @@
 Each server has slots, and in each slot the conversation that was there last. A run sends its whole conversation in each
 round; what the slot has in its cache need not be read again. The rules are those of `lmbridge.transport`, in short:
 which server gets a request, which request goes first there, and how many runs may have begun. Every slot works at the
-speed that it has while all slots are busy, so a server that has nothing else to do is simulated as slower than it is.
+speed that it has while all slots are busy, so a server with idle slots is simulated as slower than it is.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ an AMD EPYC, 2026-11-29, SmolLM2-135M on one thread: the median of five (93 to 1
 ANSWER_SPEED: Final = 71.0
 """Tokens of answers that it generates in a second, from the same measurements (54 to 82)."""
 GATEWAY_REQUEST: Final = (0.37 - 0.07) * 1e-3
-"""Seconds of CPU time of the gateway for a request: the first byte with it, minus that with nothing in between, in the
-table of `make gateway-bench` in docs/gateway.md. A test compares this and the next one with that table."""
+"""Seconds of CPU time of the gateway for a request: the time to the first byte with it, minus that with nothing in
+between, in the table of `make gateway-bench` in docs/gateway.md. A test compares this and the next one with that
+table."""
 GATEWAY_CHUNK: Final = 22.7e-6 * 1.23
 """Seconds of CPU time of the gateway for a chunk of a stream, with 100 streams at a time, in the same table."""
 TOOL_SECONDS: Final = 0.2
@@ -36,11 +37,11 @@ ANSWER_TOKENS: Final = 16
 TASK_TOKENS: Final = 250
 """The mean length of a task. These three are also those of `make fleet-bench`."""
 LONG_TASK: Final = 4
-"""One task in ten is so many times as long, to see what that does to the others."""
+"""One task in ten is this many times as long, to see what that does to the others."""
 RUN_PATIENCE: Final = 3.0
-"""The most seconds for which a place is kept for a run: lmbridge/transport/begun_runs.py."""
+"""The most seconds for which a run without a request counts as begun: lmbridge/transport/begun_runs.py."""
 COLD_ROUNDS: Final = 1.0
-"""The rounds that a request would rather wait than leave its server: lmbridge/transport/node.py."""
+"""The most rounds that a request waits for the server that has its conversation: lmbridge/transport/node.py."""
 
 Kind = Literal["arrived", "generated", "passed", "returned", "expired"]
 
@@ -50,7 +51,9 @@ class Scenario:
     """What is simulated."""
 
     servers: int
+    """The number of servers."""
     tasks: int
+    """The number of tasks, each of which is one run."""
     prefers_warm: bool = True
     """Whether a conversation prefers the server that has it in its cache (`NodePool(prefer_warm=...)`)."""
     order: Literal["run", "request"] = "run"
@@ -64,17 +67,19 @@ class Scenario:
     reuses_slots: bool = False
     """Whether a new run gets the slot of one that has ended, instead of the slot that has been free for longest."""
     seed: int = 2026
+    """The seed of the random numbers."""
 
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """What came of it."""
+    """The result of a simulation."""
 
     seconds: float
     """The simulated time until the last run had ended."""
     tasks_per_second: float
+    """The tasks that were done in a simulated second."""
     efficiency: float
-    """The throughput as a share of what busy slots reach that read no token twice."""
+    """The throughput, as a share of that of slots that are always busy and read no token twice."""
     median: float
     p99: float
     """The median and the 99th percentile of the seconds of a run, with all that it waited for."""
@@ -114,7 +119,7 @@ class _Server:
     """The number of the run whose conversation is in each slot."""
     load: int = 0
     begun: dict[int, float] = attrs.field(factory=dict)
-    """The runs that count as begun, with the time at which an idle one stops to count."""
+    """The runs that count as begun, with the time at which an idle one stops counting."""
     beginning: list[tuple[int, _Run]] = attrs.field(factory=list)
     going_on: list[tuple[int, _Run]] = attrs.field(factory=list)
     """The requests that wait: first ones and later ones, the first to go at the front."""
@@ -135,7 +140,7 @@ class _Server:
 
 
 class _ByLoad:
-    """Servers by their load. Of those with the least one, the one that has had it for longest is found at once."""
+    """Finds the least loaded server at once; of several, the one that has had its load for longest."""
 
     def __init__(self, servers: list[_Server]) -> None:
         self._of_load: list[dict[int, _Server]] = [{each.number: each for each in servers}]

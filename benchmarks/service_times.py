@@ -52,7 +52,7 @@ async def measure() -> tuple[float, float]:
         async with LLMClient(server.api_base, server.model, limits=limits, timeout=None) as client:
             await _work(client, ["Hello."], 1)
             reading, read, _ = await _work(client, prompts, 1)
-            # The same prompts again would be in the cache, so these are short.
+            # The prompts from above are in the cache now, so other ones are sent, which are short.
             both, short, generated = await _work(client, [f"{number}." for number in range(SLOTS)], _ANSWER_TOKENS)
     speed = read / reading
     return speed, generated / (both - short / speed)

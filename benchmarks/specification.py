@@ -35,7 +35,7 @@ class PeerInfo:
     title: str
     """The heading of its column."""
     module: str = ""
-    """The name of the module in `peers/` or `agent_peers/` that uses it."""
+    """The name of the module that uses it, in `peers/` or in the folder of the other peers of its table."""
     imports: str = ""
     """The modules that a program imports to use it, separated by commas. The first one has to be installed."""
     distributions: tuple[str, ...] = ()
@@ -119,9 +119,11 @@ class Table:
     baseline: str
     """The peer that the others are compared with."""
     rows: Sequence[Row]
+    """The rows, in their order."""
     worker: str
     """The module that does the work in a separate process."""
     growths: Sequence[Growth] = ()
+    """The rows below these, which show how the cost grows."""
     rounds: int = 9
     """The number of rounds without `--rounds`."""
     uses_stub: bool = True

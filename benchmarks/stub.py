@@ -138,7 +138,7 @@ def _stream_writes(model: str) -> Iterator[bytes]:
     begun = min(chunks - 2, size - 1)
     whole, rest = divmod(chunks - 2 - begun, size)
     head = _HEAD + first + _filler_chunks(model, begun)
-    # The words stay in turn from write to write.
+    # The words alternate across writes as well.
     fillers = [_filler_chunks(model, size, swapped=index * size % 2 == 1) for index in range(2)]
     return chain((head,), islice(cycle(fillers), whole), (_filler_chunks(model, rest) + last, _END))
 

@@ -1,7 +1,7 @@
 """The servers that hold one model at a time, each in a separate process.
 
-The process prints its address and its models as a line of JSON, answers each further line with the loads so far, and
-ends when its stdin does.
+The process prints its address and its models as a line of JSON, answers each line "loads" with the models that it has
+loaded so far, and ends at any other line, or when its stdin ends.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class SwapServer(PinnedProcess):
 
 
 def count_swaps(loads: Sequence[str]) -> int:
-    """Returns how often a server loaded a model that was not the one it had loaded before."""
+    """Returns how often a server loaded another model than the one that it had loaded before."""
     return sum(before != after for before, after in pairwise(loads))
 
 

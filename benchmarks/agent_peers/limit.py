@@ -1,4 +1,4 @@
-"""The limit: a loop by hand that checks nothing. It streams, so that a server stops when a run is cancelled."""
+"""The limit: a hand-written loop that checks nothing. It streams, so that a server stops when a run is cancelled."""
 
 from __future__ import annotations
 

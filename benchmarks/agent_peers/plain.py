@@ -1,4 +1,4 @@
-"""The loop by hand with plain requests, which a server may continue to answer after a run was cancelled."""
+"""The hand-written loop with plain requests, which a server may continue to answer after a run was cancelled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A client by hand with httpx2, which reads, splits and decodes like the limit.
+"""A hand-written client on httpx2, which reads, splits and decodes like the limit.
 
 httpx2 continues httpx. openai-python and the MCP SDK use it now, so it shows how much of their cost is their own.
 """

@@ -1,4 +1,4 @@
-"""The JSON codec of the clients by hand: orjson where it is installed, else msgspec, which is as fast."""
+"""The JSON codec of the hand-written clients: orjson where it is installed, else msgspec, which is as fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The limit: a client by hand that only reads, splits and decodes, without checks, errors or time limits.
+"""The limit: a hand-written client that only reads, splits and decodes, without checks, errors or time limits.
 
 A client that uses aiohttp cannot be much faster.
 """

@@ -1,4 +1,4 @@
-"""The ways to ask for JSON of a schema that are compared, each as its documentation shows.
+"""The compared ways to ask for JSON that follows a schema, each used as its documentation shows.
 
 A module in this folder is imported only by the worker that measures it. The frameworks need not be installed.
 """

@@ -1,4 +1,4 @@
-"""The interface of the ways to ask for JSON of a schema."""
+"""The interface of the ways to ask for JSON that follows a schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lmbridge's `parse` with a pydantic model that has the schema as its own."""
+"""lmbridge's `parse` with a pydantic model whose JSON schema is the given one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""openai-python with the schema as it is in `response_format`."""
+"""openai-python with the unchanged schema in `response_format`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ CATEGORIES: Final = {
     "BFCL v4, multiple": "multiple",
     "BFCL v4, irrelevance": "irrelevance",
 }
-"""The names of the groups, and of the files of the package."""
+"""The titles of the groups, and the names of the categories in the files of the package."""
 _TYPES: Final[Mapping[str, type]] = {"string": str, "integer": int, "float": float, "boolean": bool}
 
 Entry = Mapping[str, Any]
@@ -34,7 +34,7 @@ def is_available() -> bool:
 
 
 def make_leaderboard_tasks(per_group: int) -> list[RealTask]:
-    """Makes so many tasks of each category, evenly spread over it; none if the package is not installed."""
+    """Makes `per_group` tasks of each category, evenly spread over it; none if the package is not installed."""
     if not is_available():
         return []
     return [
@@ -117,7 +117,7 @@ def _make_tool(task: RealTask, function: Entry) -> Tool:
         task.calls.append((name, {key: value for key, value in arguments.items() if value is not None}))
         return "done"
 
-    # Those with a default follow the others.
+    # Parameters with a default follow the others.
     order = sorted(parameters, key=lambda each: each not in required)
     types: dict[str, Any] = {
         each: _TYPES[parameters[each]["type"]] if each in required else _TYPES[parameters[each]["type"]] | None

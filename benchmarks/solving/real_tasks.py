@@ -20,7 +20,7 @@ _ITEMS: Final = ("lamp", "chair", "table", "clock", "mirror", "shelf")
 _NAMES: Final = ("Ada", "Bela", "Carl", "Dora", "Egon", "Fritz")
 PER_GROUP: Final = 6
 MAX_TOKENS: Final = 128
-"""The tokens of one reply. A small model that has lost its way would otherwise write until the context is full."""
+"""The most tokens of one reply. A small model that has lost its way would otherwise write until the context is full."""
 
 
 @attrs.define
@@ -297,5 +297,5 @@ GROUPS: Final = (
 
 
 def make_real_tasks(per_group: int = PER_GROUP) -> list[RealTask]:
-    """Makes the tasks, with that many of each group."""
+    """Makes the tasks, `per_group` of each group."""
     return [_make_task(group, number) for group in GROUPS for number in range(per_group)]

@@ -27,7 +27,7 @@ LONG_TASK_SOLVERS: Final[Mapping[str, PeerInfo]] = {
     "lmbridge-drop": PeerInfo('lmbridge, "drop"', "lmbridge_drop", "lmbridge"),
     **{name: info for name, info in SOLVERS.items() if name != "lmbridge"},
 }
-"""The same, and lmbridge with the other values of its option `compaction`."""
+"""The same agents, and lmbridge with the other values of its option `compaction`."""
 
 
 def make_solver(name: str, base: str) -> Solver:

@@ -1,4 +1,4 @@
-"""A loop by hand with openai-python, written carefully: every mistake becomes a message to the model."""
+"""A careful hand-written loop on openai-python: every mistake becomes a message to the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The agent of lmbridge, which leaves out its oldest calls without shortening any result before."""
+"""The agent of lmbridge, which leaves out its oldest calls without shortening any results first."""
 
 from __future__ import annotations
 

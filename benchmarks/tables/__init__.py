@@ -1,4 +1,4 @@
-"""The tables, each in its own file; rows, sizes and bars are there."""
+"""All tables. The files of this folder contain their rows, sizes and bars."""
 
 from __future__ import annotations
 

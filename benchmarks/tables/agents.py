@@ -8,7 +8,7 @@ from benchmarks.agent_peers import AGENT_PEERS
 from benchmarks.specification import Growth, Row, Table
 
 _ROUND_BAR: Final = 2.5
-"""As a multiple of the loop by hand that streams."""
+"""The bar of a round, as a multiple of the hand-written loop that streams."""
 
 
 def _rounds(calls: int, title: str) -> Row:

@@ -12,12 +12,12 @@ from benchmarks.results import Results
 from benchmarks.specification import IMPORT, Row, Table
 
 _COST_BAR: Final = 1.5
-"""For chunks and requests, as a multiple of the limit."""
+"""The bar for chunks and requests, as a multiple of the limit."""
 _FIRST_CHUNK_BAR: Final = 1.4
 _FOOTPRINT_BAR: Final = 1.3
-"""For memory and import."""
+"""The bar for memory and import, as a multiple of the limit."""
 _CLOSING_BAR: Final = 1.0
-"""Milliseconds more than the limit until the server sees a connection closed."""
+"""The most milliseconds by which the server may see a connection closed later than with the limit."""
 
 
 def _chunks(key: str, title: str, at_once: int, reduced: Mapping[str, Any]) -> Row:

@@ -1,4 +1,4 @@
-"""Many agent runs on one server: how much of their conversations the server processes anew, and when the runs end."""
+"""Many agent runs on one server: how much of their conversations the server processes again, and when the runs end."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _RUNS: Final = 24
 _ROUNDS: Final = 4
 _WORDS: Final = 750
 _TOLERANCE: Final = 1.1
-"""The bar: at most this multiple of the tokens and the mean end of the best other agents, and of the last end that
-lmbridge has without an order of runs."""
+"""The bar: lmbridge may have at most this multiple of the fewest tokens and the earliest mean end of the other agents,
+and of its own last end with `order="request"`."""
 
 Run = Mapping[str, Any]
 """A measurement: `ended`, the seconds after which each run had ended, and the `tokens` of prompts processed."""
@@ -46,7 +46,7 @@ def _tokens(result: Result) -> float:
 
 
 def _end(result: Result, summarize: Callable[[list[float]], float]) -> float:
-    """Returns the median of the rounds, or infinity if no run was whole in one of them."""
+    """Returns the median of the rounds. A round in which no run was whole counts as infinity."""
     whole = [[each for each in run["ended"] if each is not None] for run in result.figures.values()]
     return median(summarize(each) if each else math.inf for each in whole)
 

@@ -1,4 +1,4 @@
-"""The gateway: what programs that know nothing of each other gain by it, and what it costs to have it in between."""
+"""The gateway: what programs that know nothing of each other gain from it, and what it costs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from benchmarks.tables.model_swaps import format_fates, list_errors_and_gains, w
 _REQUESTS: Final = 60
 _PROCESSES: Final = 4
 _CHUNK_BAR: Final = 1.5
-"""As a multiple of a reverse proxy written by hand."""
+"""The bar for a chunk, as a multiple of a hand-written reverse proxy."""
 _FIRST_BYTE_BAR: Final = 1.0
-"""Milliseconds more than without anything in between."""
+"""The most milliseconds by which the gateway may delay the first byte."""
 _GROWTH_BAR: Final = 4.0
-"""MiB more than a reverse proxy written by hand."""
+"""The most MiB by which the gateway may grow more than a hand-written reverse proxy."""
 _PROXIES: Final = ("bare", "lmbridge", "litellm")
 
 

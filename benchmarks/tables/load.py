@@ -8,7 +8,7 @@ from benchmarks.peers import PEERS
 from benchmarks.specification import Row, Table
 
 _GROWTH_BAR: Final = 4.0
-"""MiB more than the limit, over all waves."""
+"""The most MiB by which a process may grow more than with the limit, over all waves."""
 _WAVES: Final = 6
 
 

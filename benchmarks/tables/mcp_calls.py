@@ -11,10 +11,10 @@ from benchmarks.mcp_servers import MCP_SERVERS
 from benchmarks.specification import PeerInfo, Row, Table
 
 _CALL_BAR: Final = 1.2
-"""As a multiple of a call through the SDK."""
+"""The bar of a call, as a multiple of a call through the SDK."""
 _SHORT: Final = 100
 _LONG: Final = 100_000
-"""Characters of the argument of a call, and of its result."""
+"""The sizes of the argument of a call and of its result, in characters."""
 
 
 def _why_missing(server: str) -> str | None:

@@ -40,7 +40,7 @@ def why_no_swap_server(server: str) -> str | None:
     reason = why_no_llama_server()
     if server == "llama-server":
         return reason
-    return None if reason else "it only takes the place of llama-server"
+    return None if reason else "it is only needed where llama-server cannot run"
 
 
 def _row(server: str, scenario: str) -> Row:

@@ -7,11 +7,12 @@ from typing import Any, Final
 from benchmarks.specification import Growth, PeerInfo, Row, Table
 
 _TEXT_BAR: Final = 25.0
-"""For one huge text, as a multiple of decoding it, which is little more than copying."""
+"""The bar for one huge text, as a multiple of decoding it, which is little more than copying."""
 _EVENT_BAR: Final = 4.0
-"""For one event with many calls, as a multiple of decoding it."""
+"""The bar for one event with many calls, as a multiple of decoding it."""
 _GROWTH_BAR: Final = 0.62
-"""For four times as many calls, of which decoding takes four times as long: the longest step may take 2.5 times."""
+"""The bar for four times as many calls. Decoding them takes four times as long. The longest step may grow by
+0.62 times that factor, so that it takes 2.5 times as long."""
 _TEXT_BYTES: Final = 5_000_000
 _TINY_BYTES: Final = 10_000
 

@@ -101,8 +101,8 @@ class FleetWorkloads:
             slots: The slots of the server.
             has_cache: Whether the server keeps conversations besides those in its slots.
             runs: The number of runs.
-            rounds: The rounds of the runs with an even number; the others have one more. In each round but the last, a
-                run calls a tool.
+            rounds: The rounds of each run whose number is even; the others have one more. In each round but the last,
+                a run calls a tool.
             words: The words of each task, which are about as many tokens.
         """
         with FleetServer(slots, has_cache=has_cache, rounds=rounds) as server:

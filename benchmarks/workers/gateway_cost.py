@@ -1,7 +1,7 @@
-"""The workloads of gateways: what it costs that something stands between a client and the stub server.
+"""The workloads of gateways: what a gateway between a client and the stub server costs.
 
-The client shares the core of the stub server, so that the gateway has its own. It sends bytes and looks for the end of
-the answers only. Every answer has to be complete, so a gateway that loses a chunk has no figure.
+The client shares the core of the stub server, so that the gateway has its own. It only sends bytes, counts the events
+of each answer, and looks for its end. Every answer has to be complete, so a gateway that loses a chunk has no figure.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class GatewayWorkloads:
             os.sched_setaffinity(0, {pair[SERVER_CORE]})
 
     async def renew(self) -> None:
-        """Nothing is kept from row to row but the process of the gateway."""
+        """Does nothing, because only the process of the gateway is kept from row to row."""
 
     async def _gateway(self) -> tuple[GatewayProcess, int]:
         """Returns the process of the gateway, which is started by the first workload, and its port."""

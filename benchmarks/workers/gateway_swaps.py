@@ -29,7 +29,7 @@ class GatewaySwapWorkloads:
     """The workload with or without the gateway.
 
     Args:
-        peer: `OURS` for the gateway, anything else for programs that talk to the server.
+        peer: `OURS` for the gateway, anything else for programs that talk to the server directly.
     """
 
     def __init__(self, peer: str) -> None:
@@ -72,7 +72,7 @@ class GatewaySwapWorkloads:
 
 
 async def _run_program(api_base: str, models: list[str], tokens: int, texts: dict[str, str]) -> None:
-    """Is one of the programs: sends a request for each model, and prints the outcomes."""
+    """Runs one of the programs, which sends a request for each model, and prints the outcomes."""
     from openai import AsyncOpenAI  # noqa: PLC0415 - the worker itself does not need it
 
     async with AsyncOpenAI(base_url=api_base, api_key="none") as client:

@@ -90,14 +90,14 @@ class LoadWorkloads:
         return at_once
 
     async def _queued(self, at_once: int) -> int:
-        """Makes all requests at a time, of which ten are sent at a time."""
+        """Makes all requests at once, of which the client sends ten at a time."""
         peer = self._peer(f"http://127.0.0.1:{self._port}/v1", 10)
         for length in await gather_calls(at_once, lambda: peer.ask("plain")):
             check_length(length, len(WORD) * 20)
         return at_once
 
     async def _runs(self, at_once: int) -> int:
-        """Runs agents at a time, each of which calls a tool twice."""
+        """Runs all agents at once, each of which calls a tool twice."""
         if self._agent is None:
             self._agent = make_agent(_AGENTS[self._name], f"http://127.0.0.1:{self._port}/v1")
         agent = self._agent

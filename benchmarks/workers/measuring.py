@@ -52,6 +52,6 @@ def check_length(length: int, expected: int) -> None:
 
 
 def resident_kib() -> float:
-    """Returns the memory of this process in KiB."""
+    """Returns the resident memory of this process in KiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1024

@@ -125,7 +125,7 @@ class SwapWorkloads:
 
 
 async def _read_answer(request: StreamRequest, model: str, tokens: int) -> Answer:
-    """Sends one request by a function that does so, and reads its answer to the end."""
+    """Sends one request with the function `request`, and reads its answer to the end."""
     text, finish_reason, models = "", None, set()
     async for chunk in await request(model, tokens):
         models.add(chunk.get("model"))
@@ -139,7 +139,7 @@ async def judge(request: Awaitable[Answer], model: str, expected: str | None) ->
     """Waits for the answer to a request, and judges it.
 
     Args:
-        request: The request.
+        request: The request, whose result is the answer.
         model: The model that should answer.
         expected: The text of a whole answer, or None for any text.
     """

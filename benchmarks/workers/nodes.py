@@ -25,10 +25,10 @@ _PAUSE_SECONDS: Final = 1.5
 
 
 class _Turn(NamedTuple):
-    """A turn of a conversation, without the first one."""
+    """A turn of a conversation."""
 
     first_token: float
-    """The milliseconds until the first token, with the time in the queue."""
+    """The milliseconds until the first token, including the time in the queue."""
     tokens_read: int
     """The tokens of the prompt that were not in the server's cache."""
 

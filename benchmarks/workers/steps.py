@@ -1,4 +1,4 @@
-"""How long the event loop stands still at most while something huge is read, compared with decoding its JSON.
+"""The longest standstill of the event loop while something huge is read, compared with decoding its JSON.
 
 A step is what the event loop runs without a break; no other task runs meanwhile. Its CPU time is that of this thread.
 The garbage collector is switched off, because a collection would count as a part of any step.
@@ -180,6 +180,6 @@ class StepWorkloads:
 
 
 if __name__ == "__main__":
-    # A model that writes nothing but tags is worth a warning each time.
+    # lmbridge logs a warning each time that a model writes nothing but tags.
     logging.getLogger("lmbridge").setLevel(logging.ERROR)
     serve(StepWorkloads(sys.argv[1]))

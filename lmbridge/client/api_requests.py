@@ -88,7 +88,7 @@ class ServerApi:
         self._query: Mapping[str, Any] = query or {}
         self._priority = priority
         self._observers = observers
-        # Whether requests about the server may take `PROBE_SECONDS` at most: they may, unless a call has a `timeout`.
+        # Whether requests about the server are limited to `PROBE_SECONDS`. They are, unless the call has a `timeout`.
         self._caps_probes = True
         self.mismatch_policy: Final = mismatch_policy
         self.context_overflow: Final = context_overflow
@@ -316,7 +316,7 @@ class ServerApi:
         raise self.unexpected_reply(answer, "an event stream")
 
     def check_not_refused(self, operation: str, model: str | None = None) -> None:
-        """Checks that no `refuse_requests` is in force.
+        """Checks that `refuse_requests` was not called.
 
         Args:
             operation: A name for the request, which the error mentions.
@@ -343,7 +343,7 @@ class ServerApi:
     async def read_object(
         self, reply: Reply, has_answer: Callable[[dict[str, Any]], bool] | None = None
     ) -> dict[str, Any]:
-        """Returns what `json_object` returns, with "?" in place of each half of a surrogate pair.
+        """Returns what `json_object` returns, with "?" in place of each lone half of a surrogate pair.
 
         If the server does not have the model, the error lists the models that it has.
 
@@ -374,8 +374,8 @@ class ServerApi:
             expected: The kind of reply that is expected, with an article: "a chat completion".
 
         Raises:
-            LLMError: The reply or a choice reports an error, or it is not a completion, or a finish reason says that
-                the server has broken an answer off.
+            LLMError: The reply or a choice reports an error, or the reply is not a completion, or a finish reason says
+                that the server has broken an answer off.
         """
         read = partial(_read_completion, reply, complete)
         value, is_complete, fault = read() if len(reply.body) <= SIZE_PER_STEP else await asyncio.to_thread(read)
@@ -400,9 +400,9 @@ class ServerApi:
         return error.completed(context=reply.call.context(), status=reply.status, body=body, partial=value)
 
     async def complete_error(self, error: LLMError) -> None:
-        """Adds the models that the server has to a `ModelNotFoundError`, which takes another request.
+        """If an error is a `ModelNotFoundError`, adds the names of the server's models to it.
 
-        Other errors stay unchanged.
+        That takes another request. Other errors stay unchanged.
         """
         if isinstance(error, ModelNotFoundError):
             await add_available_models(self, error)

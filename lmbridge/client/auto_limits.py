@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lmbridge.client.server_info import ServerInfo
 
 DEFAULT_SLOTS: Final = 4
-"""The number of slots of an LM Studio server or a llama.cpp router that does not report it: both have this default."""
+"""The number of slots that is assumed for LM Studio or a llama.cpp router if it reports none: the default of both."""
 
 
 def limits_of(info: ServerInfo) -> Limits:
@@ -29,7 +29,7 @@ def limits_of(info: ServerInfo) -> Limits:
       that it loaded on demand when the next one is requested, even in the middle of a generation. This is its setting
       Auto-Evict, which is on by default and which no API reports.
     - llama.cpp with one model: the slots of the model.
-    - llama.cpp's router: the number of models that it holds, and the slots of all of them.
+    - llama.cpp's router: the number of models that it can hold, and the slots of all of them.
     - Any other server: the defaults of `Limits`. Ollama and vLLM queue by themselves, and finish what they have begun.
     """
     slots = info.slots or DEFAULT_SLOTS

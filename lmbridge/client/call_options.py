@@ -119,12 +119,12 @@ def take_options(params: dict[str, Any]) -> CallSettings | None:
 
 
 def limit_load(options: dict[str, Any]) -> None:
-    """Makes a number of seconds as the `timeout` of a call limit the loading of a model as well.
+    """If the `timeout` of a call is a number of seconds, makes it limit the loading of a model as well.
 
     For other calls, a number does not change `Timeouts.load`. A call that loads a model has nothing else to wait for.
 
     Args:
-        options: The options of the call, in which `Timeouts` take the place of the number.
+        options: The options of the call. In them, a `Timeouts` replaces the number.
 
     Raises:
         LLMValidationError: The number is not valid.
@@ -165,6 +165,7 @@ def _check_extra_body(body: Any) -> Mapping[str, Any] | None:
         raise wrong_type("extra_body", "a dict of JSON fields", body, "for example {'top_k': 40}")
     if body and "stream" in body:
         raise LLMValidationError(
-            "extra_body has stream", hint="give stream= to the call, which decides what it returns"
+            "extra_body must not contain stream",
+            hint="pass stream= to the call itself, because it decides what the call returns",
         )
     return body

@@ -257,7 +257,7 @@ class ChatAccumulator:
             self.usage = usage
 
     def _choice_of(self, part: Mapping[str, Any]) -> _ChoiceAccumulator:
-        """Returns the accumulator of a choice of a chunk, after noting whether the choice is or was finished."""
+        """Returns the accumulator of a choice, and records whether this chunk finishes it, or goes on after its end."""
         index = part.get("index") or 0
         choice = self._choices.get(index)
         if choice is None:

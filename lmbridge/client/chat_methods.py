@@ -1,4 +1,4 @@
-"""The methods of `LLMClient` that send a chat: completions, single questions, typed answers, decisions, counts."""
+"""The methods of `LLMClient` that send a chat: completions, questions, typed answers, decisions, token counts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 class ChatMethods(EndpointMethods):
-    """The methods of a client that send a model a chat."""
+    """The methods of a client that send a chat to a model."""
 
     @overload
     async def chat_completion(
@@ -101,7 +101,8 @@ class ChatMethods(EndpointMethods):
         Raises:
             LLMValidationError: An argument is not valid; nothing was sent.
             LLMConnectionError: The server cannot be reached, or the connection broke.
-            LLMTimeoutError: A timeout or the queue limit ran out; `phase` says which one.
+            LLMTimeoutError: A timeout ran out, or the request was queued for longer than `Limits.max_queue`; `phase`
+                says which.
             LLMResponseError: The server reported an error, or sent something that is not a chat completion. Its
                 subclasses are more specific.
             ModelNotFoundError: The server does not have the model.
@@ -221,16 +222,16 @@ class ChatMethods(EndpointMethods):
         Args:
             messages: The chat so far: dicts with `role` and `content`. Describe the fields of the type in a message,
                 because few servers show the schema to the model.
-            type_: A dataclass, a pydantic model, an attrs class, a TypedDict, a msgspec.Struct, or a form of these such
-                as `list[Book]`, `dict[str, int]`, `Cat | Dog`, `Literal["yes", "no"]` or an enum. For a type that is
-                not an object in JSON, the schema describes an object with one field, `answer`, whose value is returned.
+            type_: A dataclass, a pydantic model, an attrs class, a TypedDict, a msgspec.Struct or an enum; or a type
+                such as `list[Book]`, `dict[str, int]`, `Cat | Dog` or `Literal["yes", "no"]`. For a type that is not an
+                object in JSON, the schema describes an object with one field, `answer`, whose value is returned.
             model: The model to ask. Default: the client's model.
             **params: Parameters of the API, except `n`, `response_format` and `stream`, and the options of a call that
                 `chat_completion` describes.
 
         Returns:
-            An instance of the type. Type checkers infer it for classes and for forms such as `list[Book]`, and Any
-            for `Literal` and for a union.
+            An instance of the type. Type checkers infer it for classes and for types such as `list[Book]`, and
+            infer Any for `Literal` and for a union.
 
         Raises:
             LLMValidationError: An argument is not valid, and nothing was sent; or the answer is not valid: `.body` is
@@ -272,9 +273,9 @@ class ChatMethods(EndpointMethods):
             print(decisions.answers["team"].winner, decisions.answers["angry"].expected)
 
         Args:
-            state: What the questions are about: a string, or a JSON value that the model reads as its text.
-            questions: The questions by names of your choice: `Choice`, `Score` and `TrueFalse`, or dicts as either
-                endpoint takes them.
+            state: What the questions are about: a string, or a JSON value, which the model reads as JSON text.
+            questions: A dict with names of your choice as keys, and with the questions as values: `Choice`, `Score` and
+                `TrueFalse`, or dicts in the form of either endpoint.
             model: The model to ask. Default: the client's model.
             fallback: Whether an ordinary chat model may answer. With False, that is an error.
             **options: `timeout`, `max_retries`, `priority`, `extra_headers`, `extra_query` and `extra_body` of each
@@ -330,7 +331,7 @@ class ChatMethods(EndpointMethods):
 
         Raises:
             LLMValidationError: An argument is not valid; nothing was sent.
-            LLMError: The same errors as `chat_completion`. A server that cannot count does not raise an error.
+            LLMError: The same errors as `chat_completion`. If the server cannot count, that is not an error.
         """
         from lmbridge.client.token_count import count_tokens
 

@@ -102,7 +102,8 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
         LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
         ContextLengthExceededError: At the end: the server has cut the prompt (only with `context_overflow="raise"`,
             and only if the stream reports the usage).
-        ModelMismatchError: The model that answers was not asked for (only with `model_mismatch="raise"`).
+        ModelMismatchError: The model that answers is not the one that was asked for (only with
+            `model_mismatch="raise"`).
         ModelChangedDuringExecutionError: Another model continued the answer (except with `model_mismatch="ignore"`).
         TaskCancelledError: The stream was closed, by another task or before its end.
     """

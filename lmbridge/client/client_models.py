@@ -56,7 +56,7 @@ class Models(NotCopyable):
 
         If this call has a `timeout` in seconds, that is the limit.
         A model that is loaded already is not loaded again, unless LM Studio gets options for another instance of it.
-        The request is not repeated once the server may have begun.
+        The request is not repeated once the server may have begun to load the model.
 
         For example::
 
@@ -64,8 +64,8 @@ class Models(NotCopyable):
 
         Args:
             model: The name of the model, as `list` returns it.
-            progress: Called in the event loop with the fraction that has been loaded, from 0 to 1. llama.cpp's router
-                reports it; for the other servers it is called once, with None.
+            progress: Called in the event loop: first with None, and then, if the server is llama.cpp's router, with the
+                fraction that has been loaded, from 0 to 1. The other servers do not report it.
             **options: Options of the server, sent unchanged: for LM Studio `context_length`, `flash_attention`, ...;
                 for Ollama `keep_alive` (how long the model stays loaded, such as "10m" or -1) and `options`; and
                 `timeout`, `max_retries`, `extra_headers`, `extra_query` and `extra_body` of this call.
@@ -77,7 +77,7 @@ class Models(NotCopyable):
             LLMValidationError: An argument is not valid; nothing was sent.
             ModelNotFoundError: The server does not have the model.
             ModelLoadError: The model could not be loaded.
-            LLMTimeoutError: Phase "load". The server may go on loading the model.
+            LLMTimeoutError: The model was not loaded in time; `phase` is "load". The server may go on loading it.
             LLMResponseError: The server cannot load models.
         """
         check_text("model", model, hint=_NAME_HINT)

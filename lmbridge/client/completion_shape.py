@@ -1,11 +1,12 @@
 """The shape that every chat and text completion has in lmbridge, whatever a server sends.
 
-By OpenAI's API, a program may read `reply["choices"][0]["message"]["content"]`, or `choice["delta"].get("content")`.
-But it would fail with servers that leave `content` out of a message that only calls tools, and with proxies that send
-`"choices": null` to keep the connection alive. The types of a reply could say that any field may be missing, but then
-every program would have to handle what hardly ever happens. So these few fields are guaranteed, and the types say so:
-what is missing or null is filled in, choices that are not objects are left out, and content that consists of parts is
-replaced by its text. Nothing else that a server sends is changed; if it is of the wrong kind, that is an error.
+According to OpenAI's API, a program may read `reply["choices"][0]["message"]["content"]`, or
+`choice["delta"].get("content")`. But it would fail with servers that leave `content` out of a message that only calls
+tools, and with proxies that send `"choices": null` to keep the connection alive. The types of a reply could say that
+any field may be missing, but then every program would have to handle what hardly ever happens. So these few fields are
+guaranteed, and the types say so: what is missing or null is filled in, choices that are not objects are left out,
+content that consists of parts is replaced by its text, and indices, finish reasons and arguments of calls that have
+another form are converted. Nothing else that a server sends is changed, and a value of the wrong kind is an error.
 """
 
 from __future__ import annotations

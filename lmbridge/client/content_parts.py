@@ -3,7 +3,7 @@
 OpenAI's API has such lists only in requests. Some servers send them in replies as well: Mistral's models put their
 reasoning into a separate part, and proxies pass on what Anthropic's API returns. lmbridge guarantees that the content
 of a reply is a text. So reasoning and refusals are moved to the fields in which other servers send them, and parts that
-hold no text to the field `content_parts`.
+hold no text are moved to the field `content_parts`.
 """
 
 from __future__ import annotations

@@ -44,9 +44,9 @@ _TOKENS_TO_LEARN_FROM: Final = 500
 template dominates."""
 _LEAST_FACTOR: Final = 3 / 8
 _GREATEST_FACTOR: Final = 6.0
-"""The bounds of a learned factor, in case a server counts wrongly: 8 bytes for one token, and half a byte."""
+"""The bounds of a learned factor, in case a server counts wrongly. They stand for 8 bytes and half a byte per token."""
 _ASK_AGAIN_SECONDS: Final = 60.0
-"""Seconds after which the context length is requested again, because the model may have been loaded anew."""
+"""Seconds after which the context length is requested again, because the model may have been loaded with another."""
 OVERFLOW_HINT: Final = (
     "shorten the prompt, or load the model with a longer context; on Ollama, set num_ctx in a Modelfile or"
     " OLLAMA_CONTEXT_LENGTH"
@@ -77,10 +77,10 @@ class PromptSize:
     def describe(self) -> str:
         """Returns a sentence about a prompt that does not fit."""
         about = "" if self.exact else "about "
-        return f"the prompt has {about}{self.tokens} tokens, and the model's context {self.context_length}"
+        return f"the prompt has {about}{self.tokens} tokens, and the model's context has {self.context_length}"
 
     def was_cut(self, counted: object) -> bool:
-        """Returns whether the server has left out a part of the prompt, by the tokens that it has read.
+        """Returns whether the server has left out a part of the prompt, judging by the tokens that it has read.
 
         If the tokens that it has read fill the whole context, there is no room for an answer. So they must be the rest
         of a longer prompt.
@@ -220,7 +220,8 @@ def _report_overflow(
 async def _context_length(server: ServerApi, model: str | None, timer: Callable[[], float]) -> _ContextLength:
     """Returns the context length of a model.
 
-    It is requested once a minute, because it may change, and because a server may be unable to answer for a while.
+    An answer is kept for a minute only, because the length may change, and because a server may be unable to answer for
+    a while.
     """
     known = _context_lengths().setdefault(server.transport, {}).get(model)
     if known is not None and timer() - known.asked_at < _ASK_AGAIN_SECONDS:

@@ -19,12 +19,13 @@ class DecisionAnswer:
     """The option or level with the highest probability; True or False for a `TrueFalse`. None if the model declined to
     answer, which local models never do."""
     probabilities: Mapping[str | bool, float]
-    """The probability of each option or level, or of True and False. They add up to 1."""
+    """The probability of each option or level, or of True and False. They add up to 1. Empty if the model declined."""
     expected: float | None = None
     """For a `Score`, the expected level as a number: 0 is the lowest level. For a `TrueFalse`, the probability of True.
     None for a `Choice`."""
     confidence: float
-    """How clear the answer is, from 0 (all options are equally likely) to 1, as the server computes it."""
+    """How clear the answer is, from 0 (all options are equally likely) to 1. The server computes it; if it does not, it
+    is computed from the highest probability."""
 
 
 @attrs.frozen(kw_only=True)
@@ -86,7 +87,7 @@ def _names_of(question: Question) -> list[str | bool]:
 
 
 def read_systemone(questions: Mapping[str, Question], answers: Any) -> dict[str, DecisionAnswer]:
-    """Reads the `answers` of `/v1/systemone`: a mapping of names and answers.
+    """Reads the `answers` of `/v1/systemone`: a mapping from names to answers.
 
     Raises:
         UnreadableAnswerError: An answer is missing, or does not fit its question.

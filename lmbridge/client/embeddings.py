@@ -113,7 +113,11 @@ def _invalid_embedding(server: ServerApi, reply: Reply, number: int) -> LLMRespo
 
 
 def _check_same_model(server: ServerApi, old: str | None, new: str | None) -> None:
-    """Refuses to put vectors of two models side by side, because they cannot be compared."""
+    """Checks that the same model embedded two batches, because the vectors of two models cannot be compared.
+
+    Raises:
+        ModelChangedDuringExecutionError: The models differ.
+    """
     if old and new and old != new:
         raise ModelChangedDuringExecutionError(
             f"the first batch was embedded by model {old!r}, but a later one by {new!r}",

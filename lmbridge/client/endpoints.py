@@ -149,7 +149,7 @@ class EndpointMethods(NotCopyable):
 
         Raises:
             LLMResponseError: An embedding is missing, or contains anything but finite numbers.
-            LLMError: The same errors as `chat_completion`. A part of the embeddings is never returned.
+            LLMError: The same errors as `chat_completion`. If one request fails, no embeddings are returned.
         """
         from lmbridge.client.embeddings import request_embeddings
 
@@ -237,10 +237,10 @@ class EndpointMethods(NotCopyable):
                 API), `store`, ..., and the options of a call that `chat_completion` describes.
 
         Returns:
-            The response, or a stream of its events. Its `status` is "completed" or "incomplete".
+            The response, whose `status` is "completed" or "incomplete"; or a stream of its events.
 
         Raises:
-            LLMError: The same errors as `chat_completion`, also for a response that failed.
+            LLMError: The same errors as `chat_completion`; they are also raised if the response itself has failed.
         """
         from lmbridge.client.responses import request_response
 

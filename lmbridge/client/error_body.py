@@ -240,7 +240,7 @@ def is_error_object(value: Mapping[str, Any]) -> bool:
 
 
 def reports_error(data: bytes) -> bool:
-    """Returns whether a body with a good status, or the data of an event, reports an error or is not a JSON object."""
+    """Returns whether a successful reply's body, or an event, reports an error or is not a JSON object."""
     try:
         value = decode_json(data)
     except ValueError:

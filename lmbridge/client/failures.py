@@ -7,8 +7,8 @@ servers or in their issue trackers, and the tests quote each of them, in `tests/
 in `tests/data`.
 
 A body may also be hostile, or simply huge. So every search looks at a limited part of it, and takes time that is
-proportional to the size of that part. Therefore no pattern may begin to match at many places of a text and, from each
-of them, read on to the end of the text.
+proportional to the size of that part. In particular, no pattern may begin to match at many places of a text and read
+on to the end from each of them.
 
 Matching texts is fragile, but servers have no other field in common. A text that no pattern matches does no harm:
 the error is then a plain `LLMResponseError`, or an `LLMStreamError` inside a stream.
@@ -128,13 +128,14 @@ _TLS_EXPECTED: Final = TextPatterns(
     r"\bspeaking plain http to an ssl-enabled\b",  # Apache
 )
 
-# The beginnings of the parts of messages that list the models which exist, and the ends of these parts.
+# Where the list of existing models begins and ends in a message.
 _MODEL_LISTS: Final = (
     (TextPatterns(r"\(e\.g\.,? "), ")"),  # "... a valid downloaded model (e.g., a, b)"
     (TextPatterns(r"your models:"), None),  # one name on each line
 )
 _QUOTED_NAME: Final = TextPatterns(r"['\"`]([^'\"`\n]{1,200})['\"`]")
-# A number of 19 digits may be too large for 64 bits, and a run of digits is not searched from each of its digits.
+# A number of 19 digits may be too large for 64 bits. The look-behind keeps the search of a long number from starting
+# again at each of its digits.
 _NUMBER: Final = r"(?<!\d)(\d{1,18})(?!\d)"
 _PROMPT_TOKENS: Final = tuple(
     TextPatterns(pattern)
@@ -289,7 +290,7 @@ def error_from_event(error_body: ErrorBody, context: Mapping[str, Any], *, is_br
     Args:
         error_body: What the server sent.
         context: The context of the request.
-        is_broken_json: Whether it is an event that was damaged on its way, and not the report of an error.
+        is_broken_json: Whether `error_body` is an event that was damaged on its way, and not the report of an error.
     """
     kind = error_class(error_body, None) or LLMStreamError
     reason = (

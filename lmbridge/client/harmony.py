@@ -4,8 +4,8 @@ Such a reply reaches a client only from a server that does not know the format. 
 
     <|channel|>analysis<|message|>Two and two.<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>
 
-The channel "analysis" has the reasoning, and "final" has the answer. "commentary" has calls of tools, which name their
-recipient after "to=", and texts for the user that announce them. The format is described in
+The channel "analysis" has the reasoning, and "final" has the answer. "commentary" has tool calls, which name their
+recipient after "to=", and texts for the user that announce such calls. The format is described in
 https://developers.openai.com/cookbook/articles/openai-harmony; servers that treat the tokens as special ones may leave
 out some of them, such as the `<|end|>`.
 """

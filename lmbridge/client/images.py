@@ -48,7 +48,7 @@ def image_part(source: str | os.PathLike[str] | bytes) -> ImagePart:
 
     The image is a PNG, JPEG, GIF or WebP. Its first bytes decide which one it is, not the name of the file or the media
     type of a data URL. All servers with a vision model read PNG and JPEG, but some refuse WebP or GIF (llama.cpp and
-    several versions of LM Studio do not read WebP). Of an animation, a model sees one picture at most.
+    several versions of LM Studio do not read WebP). Of an animation, a model sees at most one frame.
 
     URLs on the web are refused, because local servers do not fetch them (LM Studio answers them with 400).
 
@@ -89,7 +89,7 @@ def _read_source(source: object) -> bytes:
         raise LLMValidationError("the image is an empty string", hint=_SOURCES_HINT)
     try:
         return Path(source).read_bytes()
-    # A path that holds a NUL is a ValueError.
+    # A path that contains a NUL character raises a ValueError.
     except (OSError, ValueError) as exc:
         reason = getattr(exc, "strerror", None) or exc
         raise LLMValidationError(

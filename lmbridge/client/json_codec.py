@@ -45,7 +45,7 @@ _CONVERSIONS: Final = (
     ("__fspath__", "convert it with str()"),
     ("hex", "convert it with str()"),
 )
-"""How to convert the instances of a class with a certain attribute. The first attribute that a class has counts."""
+"""How to convert the instances of a class with a certain attribute. The first one that the class has decides."""
 
 
 def encode_body(body: Mapping[str, Any]) -> bytes:
@@ -56,7 +56,7 @@ def encode_body(body: Mapping[str, Any]) -> bytes:
     has not chosen. They are refused instead.
 
     Raises:
-        LLMValidationError: The body contains a value that JSON does not have; the text says where.
+        LLMValidationError: The body contains a value that JSON does not have; the error says where.
     """
     try:
         # A body that contains itself cannot be encoded, so the check that follows always ends.
@@ -147,7 +147,9 @@ def _as_text(value: str | UserString, path: str) -> str:
             joined.encode()
         except UnicodeEncodeError as exc:
             half = joined[exc.start]
-            raise _unsendable_error(value, path, f"it has half of a surrogate pair, {half!r}, at {exc.start}") from exc
+            raise _unsendable_error(
+                value, path, f"it has half of a surrogate pair, {half!r}, at index {exc.start}"
+            ) from exc
         return joined
     return text
 
@@ -198,7 +200,7 @@ def decode_json(data: bytes) -> Any:
 
 
 def decode_whole_characters(data: bytes) -> Any:
-    """Does what `decode_json` does, but replaces each half of a surrogate pair by a question mark.
+    """Does what `decode_json` does, but replaces each lone half of a surrogate pair by a question mark.
 
     Raises:
         ValueError: The data is not JSON.

@@ -64,7 +64,7 @@ def check_option_counts(questions: Mapping[str, Question]) -> None:
         if isinstance(question, Choice) and len(question.options) > MOST_OPTIONS:
             raise LLMValidationError(
                 f"the model is not a decision model, and questions[{name!r}] has {len(question.options)} options",
-                hint=f"with a chat model, a question can have {MOST_OPTIONS}; use a decision model, or fewer options",
+                hint=f"a chat model can tell at most {MOST_OPTIONS} options apart; use a decision model, or fewer",
             )
 
 

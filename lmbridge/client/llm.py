@@ -104,8 +104,8 @@ class LLMClient(ChatMethods):
             count as 5. Default: 2.
         limits: How many requests and models may be active at the same time. "auto" asks the server for its limits
             before the first request, as docs/model-scheduling.md describes. By default a server on this machine or in a
-            private network is asked as soon as two requests meet, and any other server has the limits of `Limits()`.
-            Pass `Limits()` so that no server is asked.
+            private network is asked as soon as a second request would be in flight at the same time, and any other
+            server has the limits of `Limits()`. Pass `Limits()` so that no server is asked.
         base_url: Another name of `api_base`, which other libraries use.
         headers: Headers of every request, in addition to those of lmbridge or in their place. Errors and logs never
             repeat their values.
@@ -124,8 +124,8 @@ class LLMClient(ChatMethods):
         context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
             `ContextLengthExceededError` before anything is sent, and "warn" logs a warning. Ollama would cut such a
             prompt without a word. A cut is also noticed after the reply, or at the end of a stream that reports the
-            usage. The server is asked for the context length once a minute, and for an exact count of a
-            prompt that may be too long. Default: None, no check.
+            usage. The server is asked for the context length at most once a minute, and for an exact count of a prompt
+            that may be too long. Default: None, no check.
         trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
             interface is never reached through a proxy. Default: False.
         max_reply_bytes: The most bytes that a whole reply or the body of an error may have, after decompression; a
@@ -229,9 +229,9 @@ class LLMClient(ChatMethods):
     def api_base(self) -> str:
         """The server's URL, with `/v1`. The URLs of several servers are separated by commas.
 
-        It can be set, also to a list: later requests go to the new server, and streams in progress finish on the old
-        one. Setting it raises `LLMValidationError` if the URL is not valid, or if the client was created with
-        `transport=`.
+        It can be set, to a URL or to a list of URLs. Later requests then go to the new server, and streams in progress
+        finish on the old one. Setting it raises `LLMValidationError` if the URL is not valid, or if the client was
+        created with `transport=`.
         """
         return self._server.transport.api_base
 
@@ -247,7 +247,7 @@ class LLMClient(ChatMethods):
     def at_server(self, api_base: str) -> LLMClient:
         """Returns a client for one of several servers, with the options, connections and limits of this one.
 
-        Use it for what concerns a single server, such as loading a model, or to see whether it is running::
+        Use it for what concerns a single server, such as loading a model, or checking whether the server is running::
 
             for url in client.servers:
                 print(url, await client.at_server(url).health_check())
@@ -303,7 +303,7 @@ class LLMClient(ChatMethods):
 
     @property
     def with_raw_response(self) -> RawResponses:
-        """The methods of this client, which then return each reply with the status and headers of its HTTP response."""
+        """Variants of this client's methods that return each reply with the status and headers of its response."""
         from lmbridge.client.raw_responses import RawResponses
 
         return RawResponses(self)
@@ -388,8 +388,8 @@ class LLMClient(ChatMethods):
         more for each loaded model), Ollama `/api/version`, `/api/ps` and `/api/tags`, vLLM `/version`. Each may take
         10 s, and none queues behind generations.
 
-        With several servers, the result has the models of all that answer. Where they differ, numbers are the smallest
-        ones, and `kind` is "unknown". `server_infos` has them one by one.
+        With several servers, the result has the models of all that answer. Of numbers that differ, it has the
+        smallest; if the kinds differ, `kind` is "unknown". `server_infos` returns the result of each server.
 
         Args:
             **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of each of the requests.

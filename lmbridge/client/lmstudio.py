@@ -46,10 +46,10 @@ _DOWNLOAD_HINT: Final = "see LM Studio's own log; the disk may be full, or the n
 class LMStudio(NotCopyable):
     """LM Studio's own API, as `client.lmstudio`.
 
-    All methods take `timeout`, `max_retries`, `extra_headers` and `extra_query` as options of the call, and those with
-    a body `extra_body`. The requests do not queue behind generations. Besides their own errors, all methods raise those
-    of `LLMClient.chat_completion`. If the server is not LM Studio, or an LM Studio that is too old, they raise an
-    `LLMResponseError` whose text says which of the two it is.
+    All methods take `timeout`, `max_retries`, `extra_headers` and `extra_query` as options of the call, and those whose
+    request has a body also take `extra_body`. The requests do not queue behind generations. Besides their own errors,
+    all methods raise those of `LLMClient.chat_completion`. If the server is not LM Studio, or is a version of it that
+    is too old, they raise an `LLMResponseError` whose text says which of the two it is.
     """
 
     _instead_of_a_copy = "use the lmstudio of each client"
@@ -120,7 +120,7 @@ class LMStudio(NotCopyable):
             LLMValidationError: An argument is not valid; nothing was sent.
             ModelNotFoundError: The model is not downloaded.
             ModelLoadError: The model does not fit into memory, or crashed.
-            LLMTimeoutError: Phase "load". LM Studio may go on loading the model.
+            LLMTimeoutError: The model was not loaded in time; `phase` is "load". LM Studio may go on loading it.
         """
         check_text("model", model, hint=_NAME_HINT)
         limit_load(config)

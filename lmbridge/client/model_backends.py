@@ -51,7 +51,7 @@ Capability = Literal["list", "load", "unload", "download", "load progress"]
 
 _LOAD_POLL_SECONDS: Final = 0.2
 _BEGIN_SECONDS: Final = 10.0
-"""The seconds in which a router has to begin with a load that it has accepted."""
+"""The seconds within which a router has to begin a load that it has accepted."""
 
 
 @attrs.frozen(kw_only=True)
@@ -217,10 +217,10 @@ class _RouterManager(ModelManager):
                 begins_by = loop.time()
             elif value == "downloading":
                 begins_by = loop.time() + _BEGIN_SECONDS
-            # A model may have been loaded and evicted between two looks, so that it is never seen while it loads.
+            # A model that was loaded and evicted between two polls is never seen loading, so this wait has a limit.
             elif status.get("failed") or loop.time() >= begins_by:
                 code = status.get("exit_code")
-                ended = f", and its process ended with {code}" if is_integer(code) else ""
+                ended = f", and its process ended with exit code {code}" if is_integer(code) else ""
                 raise ModelLoadError(
                     f"the router could not load {model!r}{ended}",
                     hint="see the log of the router; the model may not fit into memory, or was unloaded again",

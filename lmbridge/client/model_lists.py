@@ -41,7 +41,10 @@ async def fetch_models(server: ServerApi, operation: str) -> list[dict[str, Any]
 
 
 async def model_ids(server: ServerApi) -> list[str]:
-    """Returns the ids in `GET /v1/models` of each server, once each; raises the errors of `fetch_models`."""
+    """Returns the ids in `GET /v1/models` of all servers, and raises the errors of `fetch_models`.
+
+    An id that several servers have is returned once.
+    """
     lists = await answers_of(server, lambda each: fetch_models(each, "model list"))
     ids = [entry["id"] for entries in lists for entry in entries]
     return ids if len(lists) == 1 else list(dict.fromkeys(ids))
@@ -52,7 +55,7 @@ async def add_available_models(
     error: ModelNotFoundError,
     list_models: Callable[[ServerApi], Awaitable[Iterable[str]]] = model_ids,
 ) -> None:
-    """Adds the models that the server has to an error, so that its text can suggest close matches.
+    """Adds the names of the server's models to an error, so that its text can suggest close matches.
 
     If the list does not arrive in `LOOK_UP_SECONDS`, or not at all, the error stays unchanged.
 

@@ -29,7 +29,7 @@ class SamplingParams(CallOptions, total=False):
     top_p: float | None
     """Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1."""
     max_tokens: int | None
-    """The most tokens that the model may generate. Its finish reason is "length" if that cuts the answer off."""
+    """The most tokens that the model may generate. The finish reason is "length" if this limit cuts the answer off."""
     stop: str | Sequence[str] | None
     """One or several texts at which the model stops. They are not part of the answer."""
     seed: int | None
@@ -39,7 +39,7 @@ class SamplingParams(CallOptions, total=False):
     presence_penalty: float | None
     """From -2 to 2; positive numbers discourage tokens that the text already has."""
     frequency_penalty: float | None
-    """From -2 to 2; positive numbers discourage tokens by how often the text already has them."""
+    """From -2 to 2; positive numbers discourage a token in proportion to how often the text already has it."""
     logit_bias: Mapping[str, float] | None
     """Raises or lowers the likelihood of tokens, by token id: from -100 (never) to 100 (always)."""
     stream_options: Mapping[str, Any] | None
@@ -79,7 +79,7 @@ class TextParams(SamplingParams, total=False):
     best_of: int | None
     """How many answers the server generates, of which it returns the best `n`."""
     logprobs: int | None
-    """How many log probabilities each token is reported with."""
+    """For how many of the most likely tokens at each position the log probabilities are reported."""
 
 
 class EmbeddingsParams(CallOptions, total=False):
@@ -150,7 +150,7 @@ def shows_params(params: type) -> Callable[[_Function], _Function]:
 
 
 def _all_annotations(params: type) -> dict[str, str]:
-    # A TypedDict inherits the annotations of its bases; these are strings, in the form of a forward reference.
+    # `__annotations__` of a TypedDict includes those of its bases. Each is a forward reference, which holds a string.
     return {name: getattr(each, "__forward_arg__", str(each)) for name, each in params.__annotations__.items()}
 
 

@@ -5,8 +5,8 @@ lease costs next to nothing, because connections and limits belong to the transp
 that was given back refuses further requests; streams that it has opened go on to their end.
 
 Callers that wait are served in the order of their arrival, or of the agents' runs that they belong to. Each waits for a
-future of its own. A semaphore or a queue of idle clients would not do. A caller that is cancelled at the very moment
-when it gets a client has to pass the client on, and `close` has to end all waits with an `LLMError`.
+future of its own. A semaphore or a queue of idle clients would not do, because a caller that is cancelled at the very
+moment when it gets a client has to pass the client on, and `close` has to end all waits with an `LLMError`.
 """
 
 from __future__ import annotations

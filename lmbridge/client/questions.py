@@ -1,9 +1,9 @@
 """Typed questions for decisions, and their two forms on the wire.
 
-`POST /v1/systemone` takes a mapping of questions with `criteria` (https://docs.typesafe.ai/api, and the section about
-the TypeSafe-compatible System One API in llama.cpp's tools/server/README.md). `POST /v1/decisions` takes a list of
-questions with `name`, as OpenAI's API does (openai-python, `types/decision_create_params.py`). A question can be given
-as one of the classes of this module, or as a dict in either of these forms.
+`POST /v1/systemone` takes a mapping from names to questions with `criteria` (https://docs.typesafe.ai/api, and the
+section about the TypeSafe-compatible System One API in llama.cpp's tools/server/README.md). `POST /v1/decisions` takes
+a list of questions with `name`, as OpenAI's API does (openai-python, `types/decision_create_params.py`). A question can
+be given as one of the classes of this module, or as a dict in either of these forms.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _as_levels(levels: Any) -> tuple[str, ...]:
     if not isinstance(levels, Sequence) or isinstance(levels, str | bytes):
         raise wrong_type("levels", "a list of strings", levels, "the lowest level comes first")
     for level in levels:
-        check_text("each of levels", level, hint="describe each level, such as 'can wait'")
+        check_text("each level", level, hint="describe each level, such as 'can wait'")
     if not 2 <= len(levels) <= _MOST_LEVELS or len(set(levels)) != len(levels):
         raise LLMValidationError(f"levels must be 2 to {_MOST_LEVELS} different strings", hint="join similar levels")
     return tuple(levels)
@@ -189,7 +189,10 @@ def systemone_form(question: Question) -> dict[str, Any]:
 
 
 def decisions_form(name: str, question: Question) -> dict[str, Any]:
-    """Returns a question in the form of `/v1/decisions`, which has no place for the meanings of true and false."""
+    """Returns a question in the form of `/v1/decisions`.
+
+    This form has no field for the meanings of true and false, so they are added to the text of the question.
+    """
     match question:
         case Choice(text, options) if isinstance(options, Mapping):
             choices = [{"value": each} | ({"description": about} if about else {}) for each, about in options.items()]

@@ -110,7 +110,7 @@ class ReasoningSplitter:
     ) -> None:
         self._markers = _markers_of(markers)
         self._state: Literal["start", "in_block", "after_block", "in_text", "in_harmony"] = "start"
-        # The white space before everything else, in pieces.
+        # The white space at the start of the content, in pieces.
         self._blanks: list[str] = []
         # The end of the content so far, if it may be the beginning of a marker.
         self._held_back = ""

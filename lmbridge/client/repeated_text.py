@@ -10,7 +10,7 @@ import math
 from typing import Final
 
 _LONGEST_PERIOD: Final = 250
-"""The largest number of characters of a repeated part that is recognized."""
+"""The most characters that a repeated part may have in order to be recognized."""
 _FEWEST_TIMES: Final = 4
 _FEWEST_CHARACTERS: Final = 200
 """The least number of characters in all repetitions together, so that a row of zeros in a table does not count."""

@@ -368,7 +368,7 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
 
         Args:
             value: The event.
-            model: The model that it names. Anything but a string that is not empty counts as no name.
+            model: The model that it names. Anything but a non-empty string counts as no name.
             reply_id: The id of the reply that it names.
 
         Raises:

@@ -63,7 +63,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
             if event.type == "response.output_text.delta":
                 print(data["delta"], end="")
 
-    It is used like a `ChatStream`, and raises the same errors, except that it ends only after `response.completed` or
+    It is used like a `ChatStream`, and raises the same errors. It ends only after `response.completed` or
     `response.incomplete`. `.partial` and the result of `collect` have the shape of a plain response.
     """
 

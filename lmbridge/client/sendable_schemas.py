@@ -1,10 +1,10 @@
 """Simplifies JSON schemas, so that every local server accepts them.
 
-Servers turn a schema into a grammar, and each kind of server has other limits. llama.cpp refuses patterns that are not
-anchored, large bounds and some combinations of keywords, llguidance refuses unknown formats, and MLX in LM Studio
+Servers turn a schema into a grammar, and each kind of server has its own limits. llama.cpp refuses patterns that are
+not anchored, large bounds and some combinations of keywords, llguidance refuses unknown formats, and MLX in LM Studio
 refuses a list of types. If one schema is refused, the whole request fails, with all of its tools. Therefore everything
-that a server may refuse is left out. The result accepts more than the original schema, so the original validates the
-answer of the model.
+that a server may refuse is left out. The result accepts more than the original schema, so the answer of the model is
+validated with the original.
 
 The rules are written here by hand, because a library that only inlines references would solve the smallest part of
 the problem. Their sources are llama.cpp's converter and the issues of LM Studio.

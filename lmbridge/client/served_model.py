@@ -21,7 +21,7 @@ _MISMATCH_HINT: Final = (
 
 
 def is_same_model(asked: str, served: str) -> bool:
-    """Returns whether a reply's model is the one asked for: the same name, or LM Studio's `name@quant:instance`."""
+    """Returns whether a reply names the model that was asked for. LM Studio may add `@quant:instance` to its name."""
     if served == asked:
         return True
     return served.startswith(asked) and re.fullmatch(r"(@[^@:]+)?(:\d+)?", served[len(asked) :]) is not None

@@ -1,8 +1,8 @@
 """Finds out which kind of server answers, which models it has, and how many requests it can handle at a time.
 
 Every server answers `GET /v1/models`. The `owned_by` of the models there suggests a kind of server, and the answer to a
-path that only this kind has confirms it. Only the bodies of answers decide, never their statuses, because LM Studio
-answers 200 to any path.
+path that only this kind has confirms it. The body of the answer decides, because a status of 200 means nothing: LM
+Studio answers 200 to any path.
 
 - LM Studio: `owned_by` is "organization_owner" (reference of its REST API); then see `lmstudio.find_lmstudio`.
 - llama.cpp: "llamacpp"; `/props` has `total_slots`, the context of a slot and `build_info`. A router lists a `status`
@@ -49,7 +49,7 @@ class ModelInfo:
     id: str
     """The model's name. For a model that LM Studio has loaded, it is the name of the loaded instance."""
     loaded: bool | None = None
-    """Whether the model is in the server's memory."""
+    """Whether the model is loaded. On a llama.cpp router, a sleeping model counts as loaded."""
     context_length: int | None = None
     """The most tokens that a request to the loaded model may have, its answer included."""
     slots: int | None = None
@@ -67,7 +67,7 @@ class ModelInfo:
     loads it again) or "downloading". None for other servers."""
     size_bytes: int | None = None
     """The size of the model in bytes: the size of its files for LM Studio and Ollama, and of its weights for llama.cpp.
-    A loaded model takes about as much memory, and its context takes more in addition."""
+    A loaded model takes about this much memory, and its context takes more."""
 
 
 @attrs.frozen(kw_only=True)
@@ -325,7 +325,7 @@ _UNKNOWN_BUILD: Final = "b0-unknown"
 _MOST_ASKED: Final = 50
 """The most loaded models about which a router is asked, with a request for each. Far fewer fit into memory."""
 _LOADED_STATES: Final = ("loaded", "sleeping")
-"""The values of a llama.cpp router's `status` that mean that the model is in memory."""
+"""The values of a llama.cpp router's `status` with which a model counts as loaded."""
 
 
 # Reading

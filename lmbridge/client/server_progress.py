@@ -1,4 +1,4 @@
-"""Progress that servers report before an answer begins: how much of the prompt is processed, or of the model loaded.
+"""Progress that servers report before an answer: how far the prompt is processed, or how far the model is loaded.
 
 - llama.cpp: chunks with `prompt_progress` if the request has `return_progress: true` (section about `/completion` in
   tools/server/README.md). The first one has the number of tokens that come from the prompt cache.
@@ -85,7 +85,7 @@ def _loading_of_lm_studio(event: Mapping[str, Any]) -> ModelLoading:
 
 
 def _loading_of_router(event: Mapping[str, Any]) -> ModelLoading | None:
-    """Reads an event of `/models/sse`. A load has stages, such as the text model and the projector of images."""
+    """Reads an event of `/models/sse`. A load has stages, such as the text model and the image projector."""
     data = event.get("data")
     if not isinstance(data, Mapping) or data.get("status") not in ("loading", "loaded"):
         return None

@@ -82,7 +82,7 @@ async def find_models(transport: Transport) -> _ListedModels:
 
 
 async def ask_each(server: ServerApi, ask: Callable[[ServerApi], Awaitable[_T]]) -> dict[str, _T | LLMError]:
-    """Asks every server the same, at the same time, and returns the answers and errors by the URLs of the servers."""
+    """Asks all servers the same question at the same time, and returns the answers and errors by the servers' URLs."""
 
     async def answer_or_error(each: ServerApi) -> _T | LLMError:
         try:
@@ -115,7 +115,8 @@ def combined_info(infos: Sequence[ServerInfo]) -> ServerInfo:
     """Returns what several servers have in common, and the models of all of them.
 
     A model that several servers have is listed once, with the smallest context length, so that a request which fits
-    into it fits at every server. The model counts as loaded if any of the servers has loaded it.
+    into it fits at every server. The model counts as loaded if any of the servers has loaded it; if one of them does
+    not report this, it is unknown.
     """
     if len(infos) == 1:
         return infos[0]
@@ -148,5 +149,5 @@ def _combined_model(one: ModelInfo, other: ModelInfo) -> ModelInfo:
 
 
 def smallest(*values: int | None) -> int | None:
-    """Returns the smallest of several numbers without those that are None, or None if there is no other."""
+    """Returns the smallest of the values that are not None, or None if all of them are."""
     return min((value for value in values if value is not None), default=None)

@@ -77,7 +77,7 @@ class AnswerFormat(Generic[T]):
 
         Args:
             text: The text of the answer.
-            is_cut: Whether the answer was cut off. Then any prose around a value may be the beginning of another one.
+            is_cut: Whether the answer was cut off. If so, prose is not ignored, because another value may begin in it.
 
         Raises:
             InvalidAnswerError: The text is not valid JSON, or does not fit the type.
@@ -232,7 +232,7 @@ def _answer_text(reply: ChatCompletion) -> str:
     if not text.strip():
         is_other = message.get("tool_calls") or message.get("refusal")
         return "" if is_other else answer_in_reasoning(split_reasoning(reply).reasoning)
-    # In an answer that is JSON, or begins like a JSON object, a tag is a part of some string.
+    # In an answer that is JSON, or begins like a JSON object, a tag such as `<think>` is a part of some string.
     if not text.lstrip().startswith("{") and not is_json(without_fence(text)):
         text = split_reasoning(reply).text
     return text.strip()

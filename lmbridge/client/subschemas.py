@@ -19,7 +19,7 @@ _NAME_KEYWORDS: Final = frozenset(
 """The keywords whose values are objects that have names as their keys, and schemas as their values."""
 
 _LONGEST_INDEX: Final = 10
-"""A number with this many digits is not read as an index, because Python refuses to read thousands of digits."""
+"""A number of this many digits or more is not read as an index, because Python refuses to read thousands of digits."""
 
 
 def map_subschemas(schema: Mapping[str, Any], change: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _replace_in(value: Any, number: Iterator[int], depth: int = 0) -> Generator[
 def rest_of_halves(halves: Halves) -> dict[str, Any] | None:
     """Returns the last piece of a stream that has ended: the replacements of the halves that it still holds back.
 
-    Halves in calls are left out, as they are in a chunk with a finish reason.
+    Halves in tool calls are left out, as they are in a chunk with a finish reason.
 
     Args:
         halves: What was held back. What the piece replaces is removed, so further calls return further pieces.

@@ -123,15 +123,15 @@ def estimate_tokens(body: Mapping[str, Any]) -> int:
     """Returns an estimate of the tokens that the messages and tools in the body of a chat completion have.
 
     Args:
-        body: The body as the server reads it: decoded from what is sent. The caller's own may hold other mappings, and
-            halves of characters, which are encoded differently.
+        body: The body as the server reads it: decoded from what is sent. The caller's own body may contain
+            mappings that are not dicts, and halves of surrogate pairs, which are encoded differently.
     """
     size = sum(map(size_of, body["messages"])) + (len(_encode(body["tools"])) if body.get("tools") else 0)
     return -(-size // BYTES_PER_TOKEN)
 
 
 def size_of(message: Mapping[str, Any]) -> int:
-    """Returns the bytes that a message takes as JSON. An image counts as 3,000 bytes, whatever its size."""
+    """Returns about how many bytes a message takes as JSON. An image counts as 3,000 bytes, whatever its size."""
     content = message.get("content")
     if isinstance(content, list):
         return sum(IMAGE_BYTES if _is_image(part) else len(_encode(part)) for part in content)

@@ -18,7 +18,7 @@ _JSON_MARKS: Final = re.compile(r'\\.|["\\{}\[\]]', re.DOTALL)
 _DEEPEST_MERGED_FIELD: Final = 20
 """The depth of nested dicts up to which fields are merged. Deeper values replace each other."""
 _LONGEST_SCALAR: Final = 100
-"""The length up to which arguments that are neither an object nor an array may be complete JSON."""
+"""Arguments that are neither an object nor an array count as complete JSON only up to this length."""
 _LABELS: Final = frozenset(
     {"id", "index", "type", "name", "role", "object", "model", "format", "status", "phase", "signature", "encoding"}
 )
@@ -115,7 +115,7 @@ class ToolCallAccumulator:
         """Returns the call that a piece with a known id belongs to, or None if the piece begins a call with this id."""
         found = self._by_id[call_id]
         if index is not None and found.index is not None and found.index != index:
-            # The id is not unique. A call of this id that had no index before may be meant as well.
+            # The id is not unique: its newest call has another index. A newest call without an index would match.
             other = self._by_id.get((call_id, "index", index))
             if other is None:
                 return None
@@ -136,7 +136,7 @@ def _id_in(piece: Mapping[str, Any]) -> str | None:
     if type(call_id) is str:
         return call_id or None
     if not isinstance(call_id, str | int | None):
-        raise TypeError("the id of a tool call is not a string")
+        raise TypeError("the id of a tool call is neither a string nor a number")
     return None if call_id is None or call_id == "" else str(call_id)
 
 
@@ -225,7 +225,7 @@ class FunctionCallAccumulator(_PartialCall):
 class _JsonEnd:
     """Finds out whether a growing text is complete JSON, reading each of its characters only once.
 
-    Decoding the text at each of its pieces instead would take time that grows with the square of its length.
+    Decoding the whole text after each piece instead would take time that grows with the square of its length.
     """
 
     __slots__ = ("_depth", "_has_closed", "_is_broken", "_is_in_string", "_read", "_rest")
@@ -290,7 +290,7 @@ def is_label(key: str) -> bool:
 
 
 def merge_field(fields: dict[str, Any], key: str, new: Any, *, joins_texts: bool = True, depth: int = 0) -> None:
-    """Merges the value of a field that lmbridge does not know: lists grow, dicts are merged, other values replace.
+    """Merges the value of a field that lmbridge does not know: lists grow, dicts are merged, others are replaced.
 
     The `logprobs` of a choice are such a field: a dict of lists. The lists and dicts in `fields` are always copies, so
     that merging never changes a chunk that the caller holds. `copy_fields` returns the result.

@@ -36,7 +36,7 @@ class _TypeReader(Protocol):
 
     @property
     def parts(self) -> Sequence[Any]:
-        """The types whose schemas are parts of this one's."""
+        """The types whose schemas are parts of the schema of this type."""
         ...
 
     def schema(self, parts: Sequence[Mapping[str, Any]], name: str, /) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -90,7 +90,7 @@ def read_stand_in(type_: Any, value: Any) -> Any:
 
 
 def cached_for_type(function: Callable[[Any], _T]) -> Callable[[Any], _T]:
-    """Keeps the results of a function of a type.
+    """Caches the results of a function that takes a type.
 
     `lru_cache` alone would take `Cat | Dog` for `Dog | Cat`, which are equal. But the first alternative that fits is
     the one that counts.
@@ -108,7 +108,7 @@ def _order_of(annotation: Any) -> Any:
     """Returns a value that differs between equal types whose parts are in a different order."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
-        # The schema has its values in a fixed order.
+        # msgspec sorts the values in the schema, so their order makes no difference.
         return None
     parts = arguments[:1] if origin is Annotated else arguments
     return tuple(map(_order_of, parts)) if parts else id(annotation)
@@ -193,7 +193,7 @@ def _is_unsupported(annotation: Any) -> bool:
 
 
 def classes_within(annotations: Iterable[Any]) -> list[type]:
-    """Returns the classes with fields that occur in some types, or in fields of such classes, each of them once."""
+    """Returns each class that has fields and occurs in some types, or in the fields of such classes, once."""
     found: dict[type, None] = {}
     remaining = list(annotations)
     while remaining:

@@ -19,6 +19,9 @@ class TypedJson(Generic[T]):
     Args:
         type_: The type: a class, or a form such as `list[int]` or `Cat | Dog`.
 
+    Attributes:
+        schema: The JSON schema of the type.
+
     Raises:
         TypeError: The type, or a part of it, cannot be expressed in JSON.
         NameError: An annotation of a class refers to a name that does not exist.

@@ -20,7 +20,7 @@ class _HasUsage(Protocol):
 
 
 class _UsageField(msgspec.Struct):
-    """The only field of a reply that is decoded here. Of the others, which may be large, no objects are made."""
+    """The only field of a reply that is decoded here. No objects are created for the others, which may be large."""
 
     usage: Any = None
 
@@ -45,7 +45,8 @@ def usage_in_body(body: bytes) -> TokenUsage | None:
 class StreamUsage:
     """A function that returns the number of tokens that the chunks of a stream have reported so far.
 
-    Each open stream has one. Therefore this is a class with a slot, which takes a third of the memory of a `partial`.
+    Each open stream has one. Therefore this is a class with a slot, which takes a third of the memory of a
+    `functools.partial`.
 
     Args:
         accumulator: The accumulator of the chunks.

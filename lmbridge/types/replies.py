@@ -49,7 +49,7 @@ class Message(TypedDict, total=False):
     function_call: FunctionCall | None
     """The only call of a message, from servers that do not know `tool_calls` yet."""
     annotations: list[dict[str, Any]]
-    """Sources of the answer, for example of a search."""
+    """Sources of the answer, for example the results of a search."""
     audio: dict[str, Any] | None
     """The answer as audio."""
 
@@ -94,7 +94,7 @@ class Delta(TypedDict, total=False):
     function_call: FunctionCallDelta | None
     """A piece of the only call, from servers that do not know `tool_calls` yet."""
     annotations: list[dict[str, Any]]
-    """Sources of the answer, for example of a search."""
+    """Sources of the answer, for example the results of a search."""
     audio: dict[str, Any] | None
     """A piece of the answer as audio."""
 
@@ -109,9 +109,9 @@ class Usage(TypedDict, total=False):
     total_tokens: int
     """The sum of both."""
     prompt_tokens_details: dict[str, Any]
-    """A further division of the prompt's tokens, such as how many of them were cached."""
+    """A breakdown of the prompt's tokens, such as how many of them were cached."""
     completion_tokens_details: dict[str, Any]
-    """A further division of the generated tokens, such as how many were reasoning."""
+    """A breakdown of the generated tokens, such as how many were reasoning."""
 
 
 class RunUsage(TypedDict):
@@ -262,7 +262,7 @@ class ResponsePart(TypedDict, total=False):
     refusal: str
     """The model's words, in a part of the type "refusal"."""
     annotations: list[dict[str, Any]]
-    """Sources of the text, for example of a search."""
+    """Sources of the text, for example the results of a search."""
     logprobs: list[dict[str, Any]]
     """The log probabilities of the tokens, if the request asked for them."""
 
@@ -300,9 +300,9 @@ class ResponseUsage(TypedDict, total=False):
     total_tokens: int
     """The sum of both."""
     input_tokens_details: dict[str, Any]
-    """A further division of the prompt's tokens, such as how many of them were cached."""
+    """A breakdown of the prompt's tokens, such as how many of them were cached."""
     output_tokens_details: dict[str, Any]
-    """A further division of the generated tokens, such as how many were reasoning."""
+    """A breakdown of the generated tokens, such as how many were reasoning."""
 
 
 class Response(TypedDict, total=False):

@@ -137,7 +137,7 @@ async def test_secrets_in_the_headers_of_a_derived_client_are_in_no_error_of_a_s
         ({"extra_query": "a=1"}, "extra_query must be a dict of query parameters, not str"),
         ({"extra_query": {"a": {}}}, "extra_query['a'] must be a string, a number, a boolean or a list of these"),
         ({"extra_body": [1]}, "extra_body must be a dict of JSON fields, not list"),
-        ({"extra_body": {"stream": True}}, "extra_body has stream; give stream= to the call"),
+        ({"extra_body": {"stream": True}}, "extra_body must not contain stream; pass stream= to the call"),
         ({"max_retries": -1}, "max_retries must be an integer of at least 0, not -1"),
         ({"timeout": 0}, "timeout must be a positive number of seconds, an instance of Timeouts, or None, not 0"),
         ({"timeout": "5"}, "timeout must be a positive number of seconds, an instance of Timeouts, or None, not '5'"),

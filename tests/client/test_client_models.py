@@ -172,7 +172,7 @@ async def test_an_exception_of_the_progress_function_is_raised(router: Router, c
 
 async def test_a_load_that_fails_is_a_model_load_error(router: Router, client: LLMClient) -> None:
     router.next = [{"value": "loading"}, {"value": "unloaded", "failed": True, "exit_code": 1}]
-    with pytest.raises(ModelLoadError, match="could not load 'small', and its process ended with 1"):
+    with pytest.raises(ModelLoadError, match="could not load 'small', and its process ended with exit code 1"):
         await client.models.load("small")
 
 

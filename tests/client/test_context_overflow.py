@@ -61,7 +61,7 @@ async def test_a_prompt_that_is_too_long_is_raised_before_it_is_sent(scripted_se
     ollama(scripted_server, context=4096)
     async with LLMClient(scripted_server.api_base, "qwen3:4b", context_overflow="raise") as client:
         for stream in (False, True):
-            with pytest.raises(ContextLengthExceededError, match="tokens, and the model's context 4096") as caught:
+            with pytest.raises(ContextLengthExceededError, match="tokens, and the model's context has 4096") as caught:
                 await client.chat_completion(LONG, stream=stream)
             assert caught.value.context_length == 4096
             assert "num_ctx" in str(caught.value)
@@ -93,7 +93,7 @@ async def test_a_warning_names_the_numbers_and_the_request_is_sent(
     ) as client:
         with caplog.at_level(logging.WARNING, "lmbridge.client"):
             await client.chat_completion(LONG)
-    assert "the model's context 4096" in caplog.text
+    assert "the model's context has 4096" in caplog.text
     assert chats(scripted_server) == 1
 
 
@@ -328,7 +328,7 @@ async def test_an_agent_warns_once_and_raises_if_asked_to(scripted_server: Scrip
         scripted_server.script(answer(""), answer("Hello."))
         result = await Agent(client).run(2 * LONG[0]["content"])
         [warning] = result.warnings
-        assert "the model's context 4096" in warning
+        assert "the model's context has 4096" in warning
         with pytest.raises(ContextLengthExceededError):
             await Agent(client, context_overflow="raise").run(LONG[0]["content"])
     assert chats(scripted_server) == 3

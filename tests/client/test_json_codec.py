@@ -223,8 +223,8 @@ def test_a_value_that_json_does_not_have_is_refused_with_its_path_and_never_chan
 @pytest.mark.parametrize(
     ("body", "path", "reason"),
     [
-        ({"user": "\ud800"}, "user", r"it has half of a surrogate pair, '\ud800', at 0"),
-        ({"x": [{"content": "a \udc00"}]}, "x[0].content", r"it has half of a surrogate pair, '\udc00', at 2"),
+        ({"user": "\ud800"}, "user", r"it has half of a surrogate pair, '\ud800', at index 0"),
+        ({"x": [{"content": "a \udc00"}]}, "x[0].content", r"it has half of a surrogate pair, '\udc00', at index 2"),
         ({"logit_bias": {(1, 2): 3}}, "logit_bias", "its key (1, 2) is not a string"),
         ({"metadata": {None: 3}}, "metadata", "its key None is not a string"),
         ({"a": {True: 1}}, "a", "its key True is not a string"),
