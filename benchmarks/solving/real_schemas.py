@@ -16,8 +16,8 @@ import requests_cache
 
 _SMALLEST: Final = 300
 _LARGEST: Final = 6_000
-"""The sizes of the smallest and the largest schema, in characters. Larger ones describe files that no small model writes
-in one answer."""
+"""The sizes of the smallest and the largest schema, in characters. Larger ones describe files that no small model
+writes in one answer."""
 
 
 def sample_schemas(count: int) -> list[tuple[str, dict[str, Any]]]:

@@ -69,7 +69,8 @@ class ChatStream(Stream[ChatCompletionChunk]):
         LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
         ContextLengthExceededError: At the end: the server has cut the prompt (only with `context_overflow="raise"`,
             and only if the stream reports the usage).
-        ModelMismatchError: The model that answers was not asked for (only with `model_mismatch="raise"`).
+        ModelMismatchError: The model that answers is not the one that was asked for (only with
+            `model_mismatch="raise"`).
         ModelChangedDuringExecutionError: Another model continued the answer (except with `model_mismatch="ignore"`).
         TaskCancelledError: The stream was closed, by another task or before its end.
     """
@@ -176,7 +177,7 @@ class ResponseStream(Stream[ResponseEvent]):
             if event.type == "response.output_text.delta":
                 print(data["delta"], end="")
 
-    It is used like a `ChatStream`, and raises the same errors, except that it ends only after `response.completed` or
+    It is used like a `ChatStream`, and raises the same errors. It ends only after `response.completed` or
     `response.incomplete`. `.partial` and the result of `collect` have the shape of a plain response.
     """
 
@@ -221,10 +222,10 @@ class ResponseStream(Stream[ResponseEvent]):
 class LMStudio(Wrapper):
     """LM Studio's own API, as `client.lmstudio`.
 
-    All methods take `timeout`, `max_retries`, `extra_headers` and `extra_query` as options of the call, and those with
-    a body `extra_body`. The requests do not queue behind generations. Besides their own errors, all methods raise those
-    of `LLMClient.chat_completion`. If the server is not LM Studio, or an LM Studio that is too old, they raise an
-    `LLMResponseError` whose text says which of the two it is.
+    All methods take `timeout`, `max_retries`, `extra_headers` and `extra_query` as options of the call, and those whose
+    request has a body also take `extra_body`. The requests do not queue behind generations. Besides their own errors,
+    all methods raise those of `LLMClient.chat_completion`. If the server is not LM Studio, or is a version of it that
+    is too old, they raise an `LLMResponseError` whose text says which of the two it is.
     """
 
     wraps = "lmbridge.client.lmstudio:LMStudio"
@@ -283,7 +284,7 @@ class LMStudio(Wrapper):
             LLMValidationError: An argument is not valid; nothing was sent.
             ModelNotFoundError: The model is not downloaded.
             ModelLoadError: The model does not fit into memory, or crashed.
-            LLMTimeoutError: Phase "load". LM Studio may go on loading the model.
+            LLMTimeoutError: The model was not loaded in time; `phase` is "load". LM Studio may go on loading it.
         """
         result: LMStudioLoad = self._await(lambda: self.wrapped.load(model, **config))
         return result
@@ -358,7 +359,7 @@ class Models(Wrapper):
 
         If this call has a `timeout` in seconds, that is the limit.
         A model that is loaded already is not loaded again, unless LM Studio gets options for another instance of it.
-        The request is not repeated once the server may have begun.
+        The request is not repeated once the server may have begun to load the model.
 
         For example::
 
@@ -366,8 +367,8 @@ class Models(Wrapper):
 
         Args:
             model: The name of the model, as `list` returns it.
-            progress: Called in the event loop with the fraction that has been loaded, from 0 to 1. llama.cpp's router
-                reports it; for the other servers it is called once, with None.
+            progress: Called in the event loop: first with None, and then, if the server is llama.cpp's router, with the
+                fraction that has been loaded, from 0 to 1. The other servers do not report it.
             **options: Options of the server, sent unchanged: for LM Studio `context_length`, `flash_attention`, ...;
                 for Ollama `keep_alive` (how long the model stays loaded, such as "10m" or -1) and `options`; and
                 `timeout`, `max_retries`, `extra_headers`, `extra_query` and `extra_body` of this call.
@@ -379,7 +380,7 @@ class Models(Wrapper):
             LLMValidationError: An argument is not valid; nothing was sent.
             ModelNotFoundError: The server does not have the model.
             ModelLoadError: The model could not be loaded.
-            LLMTimeoutError: Phase "load". The server may go on loading the model.
+            LLMTimeoutError: The model was not loaded in time; `phase` is "load". The server may go on loading it.
             LLMResponseError: The server cannot load models.
         """
         result: ModelInfo = self._await(lambda: self.wrapped.load(model, progress=progress, **options))
@@ -558,8 +559,8 @@ class LLMClient(Owner):
             count as 5. Default: 2.
         limits: How many requests and models may be active at the same time. "auto" asks the server for its limits
             before the first request, as docs/model-scheduling.md describes. By default a server on this machine or in a
-            private network is asked as soon as two requests meet, and any other server has the limits of `Limits()`.
-            Pass `Limits()` so that no server is asked.
+            private network is asked as soon as a second request would be in flight at the same time, and any other
+            server has the limits of `Limits()`. Pass `Limits()` so that no server is asked.
         base_url: Another name of `api_base`, which other libraries use.
         headers: Headers of every request, in addition to those of lmbridge or in their place. Errors and logs never
             repeat their values.
@@ -578,8 +579,8 @@ class LLMClient(Owner):
         context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
             `ContextLengthExceededError` before anything is sent, and "warn" logs a warning. Ollama would cut such a
             prompt without a word. A cut is also noticed after the reply, or at the end of a stream that reports the
-            usage. The server is asked for the context length once a minute, and for an exact count of a
-            prompt that may be too long. Default: None, no check.
+            usage. The server is asked for the context length at most once a minute, and for an exact count of a prompt
+            that may be too long. Default: None, no check.
         trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
             interface is never reached through a proxy. Default: False.
         max_reply_bytes: The most bytes that a whole reply or the body of an error may have, after decompression; a
@@ -653,9 +654,9 @@ class LLMClient(Owner):
     def api_base(self) -> str:
         """The server's URL, with `/v1`. The URLs of several servers are separated by commas.
 
-        It can be set, also to a list: later requests go to the new server, and streams in progress finish on the old
-        one. Setting it raises `LLMValidationError` if the URL is not valid, or if the client was created with
-        `transport=`.
+        It can be set, to a URL or to a list of URLs. Later requests then go to the new server, and streams in progress
+        finish on the old one. Setting it raises `LLMValidationError` if the URL is not valid, or if the client was
+        created with `transport=`.
         """
         result: str = self._call(lambda: self.wrapped.api_base)
         return result
@@ -673,7 +674,7 @@ class LLMClient(Owner):
     def at_server(self, api_base: str) -> LLMClient:
         """Returns a client for one of several servers, with the options, connections and limits of this one.
 
-        Use it for what concerns a single server, such as loading a model, or to see whether it is running::
+        Use it for what concerns a single server, such as loading a model, or checking whether the server is running::
 
             for url in client.servers:
                 print(url, client.at_server(url).health_check())
@@ -710,7 +711,7 @@ class LLMClient(Owner):
 
     @property
     def with_raw_response(self) -> RawResponses:
-        """The methods of this client, which then return each reply with the status and headers of its HTTP response."""
+        """Variants of this client's methods that return each reply with the status and headers of its response."""
         result: RawResponses = self._call(lambda: self.wrapped.with_raw_response)
         return result
 
@@ -784,8 +785,8 @@ class LLMClient(Owner):
         more for each loaded model), Ollama `/api/version`, `/api/ps` and `/api/tags`, vLLM `/version`. Each may take
         10 s, and none queues behind generations.
 
-        With several servers, the result has the models of all that answer. Where they differ, numbers are the smallest
-        ones, and `kind` is "unknown". `server_infos` has them one by one.
+        With several servers, the result has the models of all that answer. Of numbers that differ, it has the
+        smallest; if the kinds differ, `kind` is "unknown". `server_infos` returns the result of each server.
 
         Args:
             **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of each of the requests.
@@ -903,7 +904,8 @@ class LLMClient(Owner):
         Raises:
             LLMValidationError: An argument is not valid; nothing was sent.
             LLMConnectionError: The server cannot be reached, or the connection broke.
-            LLMTimeoutError: A timeout or the queue limit ran out; `phase` says which one.
+            LLMTimeoutError: A timeout ran out, or the request was queued for longer than `Limits.max_queue`; `phase`
+                says which.
             LLMResponseError: The server reported an error, or sent something that is not a chat completion. Its
                 subclasses are more specific.
             ModelNotFoundError: The server does not have the model.
@@ -998,16 +1000,16 @@ class LLMClient(Owner):
         Args:
             messages: The chat so far: dicts with `role` and `content`. Describe the fields of the type in a message,
                 because few servers show the schema to the model.
-            type_: A dataclass, a pydantic model, an attrs class, a TypedDict, a msgspec.Struct, or a form of these such
-                as `list[Book]`, `dict[str, int]`, `Cat | Dog`, `Literal["yes", "no"]` or an enum. For a type that is
-                not an object in JSON, the schema describes an object with one field, `answer`, whose value is returned.
+            type_: A dataclass, a pydantic model, an attrs class, a TypedDict, a msgspec.Struct or an enum; or a type
+                such as `list[Book]`, `dict[str, int]`, `Cat | Dog` or `Literal["yes", "no"]`. For a type that is not an
+                object in JSON, the schema describes an object with one field, `answer`, whose value is returned.
             model: The model to ask. Default: the client's model.
             **params: Parameters of the API, except `n`, `response_format` and `stream`, and the options of a call that
                 `chat_completion` describes.
 
         Returns:
-            An instance of the type. Type checkers infer it for classes and for forms such as `list[Book]`, and Any
-            for `Literal` and for a union.
+            An instance of the type. Type checkers infer it for classes and for types such as `list[Book]`, and
+            infer Any for `Literal` and for a union.
 
         Raises:
             LLMValidationError: An argument is not valid, and nothing was sent; or the answer is not valid: `.body` is
@@ -1044,9 +1046,9 @@ class LLMClient(Owner):
             print(decisions.answers["team"].winner, decisions.answers["angry"].expected)
 
         Args:
-            state: What the questions are about: a string, or a JSON value that the model reads as its text.
-            questions: The questions by names of your choice: `Choice`, `Score` and `TrueFalse`, or dicts as either
-                endpoint takes them.
+            state: What the questions are about: a string, or a JSON value, which the model reads as JSON text.
+            questions: A dict with names of your choice as keys, and with the questions as values: `Choice`, `Score` and
+                `TrueFalse`, or dicts in the form of either endpoint.
             model: The model to ask. Default: the client's model.
             fallback: Whether an ordinary chat model may answer. With False, that is an error.
             **options: `timeout`, `max_retries`, `priority`, `extra_headers`, `extra_query` and `extra_body` of each
@@ -1095,7 +1097,7 @@ class LLMClient(Owner):
 
         Raises:
             LLMValidationError: An argument is not valid; nothing was sent.
-            LLMError: The same errors as `chat_completion`. A server that cannot count does not raise an error.
+            LLMError: The same errors as `chat_completion`. If the server cannot count, that is not an error.
         """
         result: TokenCount = self._await(
             lambda: self.wrapped.count_tokens(messages, model=model, tools=tools, **params)
@@ -1185,7 +1187,7 @@ class LLMClient(Owner):
 
         Raises:
             LLMResponseError: An embedding is missing, or contains anything but finite numbers.
-            LLMError: The same errors as `chat_completion`. A part of the embeddings is never returned.
+            LLMError: The same errors as `chat_completion`. If one request fails, no embeddings are returned.
         """
         result: Embeddings = self._await(
             lambda: self.wrapped.embeddings(input, model=model, batch_size=batch_size, **params)
@@ -1271,10 +1273,10 @@ class LLMClient(Owner):
                 API), `store`, ..., and the options of a call that `chat_completion` describes.
 
         Returns:
-            The response, or a stream of its events. Its `status` is "completed" or "incomplete".
+            The response, whose `status` is "completed" or "incomplete"; or a stream of its events.
 
         Raises:
-            LLMError: The same errors as `chat_completion`, also for a response that failed.
+            LLMError: The same errors as `chat_completion`; they are also raised if the response itself has failed.
         """
         result: Response | ResponseStream = self._await(
             lambda: self.wrapped.create_response(
