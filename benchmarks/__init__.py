@@ -11,6 +11,7 @@
 - `stub.py`, `mcp_stub.py`, `swap_servers.py`, `routers.py`, `fleet_server.py`: the servers.
 - `report.py`, `chart.py`, `swap_chart.py`: tables and charts of the results.
 
-These programs measure one thing alone: `python -m benchmarks.admission` the admission of requests, `journal_cost` the
-journal of runs, `observer_cost` the observers, and `service_times` the embedded server. `scale` simulates many servers.
+Some modules are programs of their own, for `python -m`: `benchmarks.admission` measures the admission of requests,
+`benchmarks.journal_cost` the journal of runs, `benchmarks.observer_cost` the observers, and `benchmarks.service_times`
+the embedded server. `benchmarks.scale` simulates many servers.
 """

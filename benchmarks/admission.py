@@ -2,7 +2,7 @@
 
     python -m benchmarks.admission
 
-It prints the CPU microseconds of the admission alone, as the best of five measurements. There is no socket or server.
+It prints the microseconds of the admission alone, as the best of five measurements. There is no socket or server.
 """
 
 from __future__ import annotations

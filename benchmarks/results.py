@@ -25,7 +25,7 @@ class Result:
 
     @property
     def is_never(self) -> bool:
-        """True if in more than half of the rounds, the awaited event did not come."""
+        """True if the awaited event came in fewer than half of the rounds."""
         return len(self.known) * 2 < len(self.figures)
 
     @property

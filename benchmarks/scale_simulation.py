@@ -25,9 +25,9 @@ an AMD EPYC, 2026-11-29, SmolLM2-135M on one thread: the median of five (93 to 1
 ANSWER_SPEED: Final = 71.0
 """Tokens of answers that it generates in a second, from the same measurements (54 to 82)."""
 GATEWAY_REQUEST: Final = (0.37 - 0.07) * 1e-3
-"""Seconds of CPU time of the gateway for a request: the time to the first byte with it, minus that with nothing in
-between, in the table of `make gateway-bench` in docs/gateway.md. A test compares this and the next one with that
-table."""
+"""Seconds for which the gateway's process works on a request: the time to the first byte with it, minus that with
+nothing in between, in the table of `make gateway-bench` in docs/gateway.md. A test compares this and the next one with
+that table."""
 GATEWAY_CHUNK: Final = 22.7e-6 * 1.23
 """Seconds of CPU time of the gateway for a chunk of a stream, with 100 streams at a time, in the same table."""
 TOOL_SECONDS: Final = 0.2
@@ -41,7 +41,7 @@ LONG_TASK: Final = 4
 RUN_PATIENCE: Final = 3.0
 """The most seconds for which a run without a request counts as begun: lmbridge/transport/begun_runs.py."""
 COLD_ROUNDS: Final = 1.0
-"""The most rounds that a request waits for the server that has its conversation: lmbridge/transport/node.py."""
+"""The most rounds that a request waits longer for the server that has its conversation: lmbridge/transport/node.py."""
 
 Kind = Literal["arrived", "generated", "passed", "returned", "expired"]
 

@@ -123,7 +123,7 @@ class Table:
     worker: str
     """The module that does the work in a separate process."""
     growths: Sequence[Growth] = ()
-    """The rows below these, which show how the cost grows."""
+    """Further rows, which show how the cost grows."""
     rounds: int = 9
     """The number of rounds without `--rounds`."""
     uses_stub: bool = True

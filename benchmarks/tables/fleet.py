@@ -17,7 +17,7 @@ _ROUNDS: Final = 4
 _WORDS: Final = 750
 _TOLERANCE: Final = 1.1
 """The bar: lmbridge may have at most this multiple of the fewest tokens and the earliest mean end of the other agents,
-and of its own last end with `order="request"`."""
+and of lmbridge's last end with `order="request"`."""
 
 Run = Mapping[str, Any]
 """A measurement: `ended`, the seconds after which each run had ended, and the `tokens` of prompts processed."""

@@ -89,7 +89,7 @@ class ChatMethods(EndpointMethods):
         Args:
             messages: The chat so far: dicts with `role` and `content`, at least one.
             model: The model to ask. Default: the client's model.
-            stream: Whether to return a `ChatStream` at once instead of the whole reply at its end.
+            stream: Whether to return a `ChatStream` at once, instead of the whole reply when it is complete.
             **params: Parameters of the API, as `lmbridge.client.params.ChatParams` describes them: `temperature`,
                 `top_p`, `max_tokens`, `stop`, `seed`, `n`, `tools`, `tool_choice`, `response_format`, ... Others are
                 sent as well. Those that are not given are not sent, and None is sent as `null`. `timeout`,

@@ -1,4 +1,4 @@
-"""Prompts that are longer than the context, on servers that cut them without a word.
+"""Prompts that are longer than the context, on servers that cut them without reporting it.
 
 Ollama leaves out the beginning of a prompt that does not fit, answers as if nothing had happened, and counts the tokens
 after the cut (ollama#3839, little-coder#128). llama.cpp, LM Studio and vLLM report an error. So with the option
@@ -92,7 +92,8 @@ class PromptSize:
 
 def describe_cut(counted: int, context_length: int) -> str:
     """Returns a sentence about a prompt that the server has cut."""
-    return f"the server has cut the prompt to {counted} tokens without a word; the model's context has {context_length}"
+    cut = f"the server has cut the prompt to {counted} tokens without reporting it"
+    return f"{cut}; the model's context has {context_length}"
 
 
 def _learned_factors(server: ServerApi) -> dict[str | None, float]:

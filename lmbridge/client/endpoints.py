@@ -93,7 +93,7 @@ class EndpointMethods(NotCopyable):
             prompt: A string or a list of token ids, or a list of such prompts. The reply has `n` choices for each
                 prompt, in the order of their `index`.
             model: The model to ask. Default: the client's model.
-            stream: Whether to return a `TextStream` at once instead of the whole reply at its end.
+            stream: Whether to return a `TextStream` at once, instead of the whole reply when it is complete.
             **params: Parameters of the API: `max_tokens`, `temperature`, `stop`, ..., and the options of a call that
                 `chat_completion` describes.
 
@@ -231,8 +231,8 @@ class EndpointMethods(NotCopyable):
             input: A string, or a list of items: messages, and results of function calls.
             model: The model to ask. Default: the client's model.
             previous_response_id: The `id` of the stored response to continue.
-            stream: Whether to return a `ResponseStream` of named events at once instead of the whole response at its
-                end.
+            stream: Whether to return a `ResponseStream` of named events at once, instead of the whole response when it
+                is complete.
             **params: Parameters of the API: `instructions`, `max_output_tokens`, `tools` (in the flat form of this
                 API), `store`, ..., and the options of a call that `chat_completion` describes.
 

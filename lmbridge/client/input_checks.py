@@ -1,7 +1,7 @@
 """Checks the inputs of a model: the messages of a chat, the prompts of a completion, the texts of an embedding.
 
 An invalid input raises an error before anything is sent, and the error names the place of the mistake. A server would
-answer with a 500, with a 400 in the words of a C++ library, or with a reply to something else.
+answer with a 500, with a 400 in the words of a C++ library, or as if something else had been asked.
 """
 
 from __future__ import annotations

@@ -123,9 +123,9 @@ class LLMClient(ChatMethods):
             context.
         context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
             `ContextLengthExceededError` before anything is sent, and "warn" logs a warning. Ollama would cut such a
-            prompt without a word. A cut is also noticed after the reply, or at the end of a stream that reports the
-            usage. The server is asked for the context length at most once a minute, and for an exact count of a prompt
-            that may be too long. Default: None, no check.
+            prompt without reporting it. A cut is also noticed after the reply, or at the end of a stream that reports
+            the usage. The server is asked for the context length at most once a minute, and for an exact count of a
+            prompt that may be too long. Default: None, no check.
         trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
             interface is never reached through a proxy. Default: False.
         max_reply_bytes: The most bytes that a whole reply or the body of an error may have, after decompression; a

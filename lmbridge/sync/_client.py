@@ -578,9 +578,9 @@ class LLMClient(Owner):
             context.
         context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
             `ContextLengthExceededError` before anything is sent, and "warn" logs a warning. Ollama would cut such a
-            prompt without a word. A cut is also noticed after the reply, or at the end of a stream that reports the
-            usage. The server is asked for the context length at most once a minute, and for an exact count of a prompt
-            that may be too long. Default: None, no check.
+            prompt without reporting it. A cut is also noticed after the reply, or at the end of a stream that reports
+            the usage. The server is asked for the context length at most once a minute, and for an exact count of a
+            prompt that may be too long. Default: None, no check.
         trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
             interface is never reached through a proxy. Default: False.
         max_reply_bytes: The most bytes that a whole reply or the body of an error may have, after decompression; a
@@ -892,7 +892,7 @@ class LLMClient(Owner):
         Args:
             messages: The chat so far: dicts with `role` and `content`, at least one.
             model: The model to ask. Default: the client's model.
-            stream: Whether to return a `ChatStream` at once instead of the whole reply at its end.
+            stream: Whether to return a `ChatStream` at once, instead of the whole reply when it is complete.
             **params: Parameters of the API, as `lmbridge.client.params.ChatParams` describes them: `temperature`,
                 `top_p`, `max_tokens`, `stop`, `seed`, `n`, `tools`, `tool_choice`, `response_format`, ... Others are
                 sent as well. Those that are not given are not sent, and None is sent as `null`. `timeout`,
@@ -1138,7 +1138,7 @@ class LLMClient(Owner):
             prompt: A string or a list of token ids, or a list of such prompts. The reply has `n` choices for each
                 prompt, in the order of their `index`.
             model: The model to ask. Default: the client's model.
-            stream: Whether to return a `TextStream` at once instead of the whole reply at its end.
+            stream: Whether to return a `TextStream` at once, instead of the whole reply when it is complete.
             **params: Parameters of the API: `max_tokens`, `temperature`, `stop`, ..., and the options of a call that
                 `chat_completion` describes.
 
@@ -1267,8 +1267,8 @@ class LLMClient(Owner):
             input: A string, or a list of items: messages, and results of function calls.
             model: The model to ask. Default: the client's model.
             previous_response_id: The `id` of the stored response to continue.
-            stream: Whether to return a `ResponseStream` of named events at once instead of the whole response at its
-                end.
+            stream: Whether to return a `ResponseStream` of named events at once, instead of the whole response when it
+                is complete.
             **params: Parameters of the API: `instructions`, `max_output_tokens`, `tools` (in the flat form of this
                 API), `store`, ..., and the options of a call that `chat_completion` describes.
 
