@@ -77,7 +77,7 @@ def _python(value: str) -> str:
 
 
 def _each(kind: type, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], Any]:
-    """Returns a function that changes all values of a type at any depth. If there is none, it drops the first argument."""
+    """Returns a function that changes all values of a type at any depth, or drops the first argument if there is none."""
 
     def walk(value: Any) -> Any:
         if type(value) is kind:
