@@ -77,7 +77,10 @@ def _python(value: str) -> str:
 
 
 def _each(kind: type, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], Any]:
-    """Returns a function that changes all values of a type at any depth, or drops the first argument if there is none."""
+    """Returns a function that changes all values of a type, at any depth.
+
+    If the arguments have no such value, it drops the first argument.
+    """
 
     def walk(value: Any) -> Any:
         if type(value) is kind:
