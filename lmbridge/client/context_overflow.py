@@ -84,6 +84,9 @@ class PromptSize:
 
         If the tokens that it has read fill the whole context, there is no room for an answer. So they must be the rest
         of a longer prompt.
+
+        Args:
+            counted: The number of tokens that the server says it has read.
         """
         if not is_integer(counted) or counted <= 0:
             return False

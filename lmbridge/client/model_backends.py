@@ -81,6 +81,7 @@ class ModelManager:
     """Manages the models of a server. This class is for a server that can only list them; a subclass can do more."""
 
     capabilities: frozenset[Capability] = frozenset({"list"})
+    """What this kind of server can do with its models."""
 
     def __init__(self, server: ServerApi, info: ServerInfo) -> None:
         self._server = server
@@ -101,7 +102,13 @@ class ModelManager:
             )
 
     async def load(self, model: str, body: Mapping[str, Any], progress: LoadProgress | None) -> str:
-        """Loads a model, and returns the name to ask for. The caller limits the time."""
+        """Loads a model, and returns the name to ask for. The caller limits the time.
+
+        Args:
+            model: The name of the model.
+            body: Options of the server, which are sent unchanged.
+            progress: Called with the fraction that has been loaded, if the server reports it.
+        """
         raise NotImplementedError
 
     async def unload(self, model: str, body: Mapping[str, Any]) -> None:

@@ -153,6 +153,9 @@ class ModelValidator(NotCopyable):
         and for a listed `name:latest` (Ollama), but not for another tag such as `name:8b`, which in Ollama is another
         model.
 
+        Args:
+            model: The name of the model.
+
         Returns:
             The id as the server lists it. If several quantizations of the model are listed, it is the name itself, and
             the server chooses one of them.

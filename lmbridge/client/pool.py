@@ -188,6 +188,9 @@ class LLMClientPool(NotCopyable):
 
         Streams that the client has opened go on to their end. A further request raises an `LLMError`.
 
+        Args:
+            client: A client that `get_client` of this pool has returned.
+
         Raises:
             LLMValidationError: The client does not belong to this pool, or was already given back.
         """

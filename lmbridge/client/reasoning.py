@@ -123,7 +123,11 @@ class ReasoningSplitter:
         self._has_begun = False
 
     def feed(self, chunk: Mapping[str, Any]) -> list[Piece]:
-        """Returns the pieces that a chunk adds. A whole reply can be fed as if it were a single chunk."""
+        """Returns the pieces that a chunk adds.
+
+        Args:
+            chunk: A chunk of a chat completion, or a whole reply, which counts as a single chunk.
+        """
         pieces: list[Piece] = []
         for choice in _choices_in(chunk):
             if choice.get("index"):

@@ -64,6 +64,12 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
     the connection, so that the server stops generating, and frees its slot.
 
     A subclass defines `_read_object`, which turns the JSON object of an event into an item of the iteration.
+
+    Args:
+        events: The events of the reply, as the transport reads them.
+        mismatch_policy: What happens if the model that answers is not the one that was asked for.
+        redact: Removes the secrets of the client from a text.
+        accumulator: Merges the events into the reply so far.
     """
 
     _instead_of_a_copy = "copy the chunks that it yields, or what collect() returns"

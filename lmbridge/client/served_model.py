@@ -59,8 +59,12 @@ class MismatchPolicy:
     def check(self, asked: str | None, served: object) -> bool:
         """Returns whether the two names may belong to the same model. A missing name may belong to any model.
 
+        Args:
+            asked: The name of the model that was asked for, or None if the server chooses.
+            served: The name of the model in the reply.
+
         Raises:
-            ModelMismatchError: They differ, and the mode is "raise".
+            ModelMismatchError: The names differ, and the mode is "raise".
         """
         if self.ignores_names or not asked or not served or not isinstance(served, str):
             return True
