@@ -2,6 +2,8 @@
 
 Everything public is imported from here. `LLMClient`, the errors and the options are imported at once. Everything else
 is imported at its first use, so that `import lmbridge` stays fast and needs no extra.
+
+If an extra is missing, the module that needs it raises an `ImportError` that names the `pip install`.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ program has to parse a message. Where a builtin exception fits (`ConnectionError
 class inherits from it, too.
 
 No class here is an `asyncio.CancelledError`: a cancellation by the caller stays the exception that asyncio raises.
+
+No error contains an API key: `transport/credentials.py` takes it out of everything that an error quotes.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Two things are lost. 3.10 becomes 3.1, which matters if the number is then converted to a text. And if an object has a
 key twice, only the last value remains. msgspec decodes the arguments, because it is strict. But it has no hooks for
 integers and objects, so the `json` module reads the text a second time to find these two things.
+
+What the model is told about JSON that is not valid is in `call_arguments`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The events of a run, as `agent.stream` and `handle.events()` return them."""
+"""The events of a run, as `agent.stream` and `handle.events()` return them.
+
+`PromptProgress` and `ModelLoading` are those of `lmbridge.client.server_progress`.
+"""
 
 from __future__ import annotations
 

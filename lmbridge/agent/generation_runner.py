@@ -24,7 +24,6 @@ from lmbridge.agent.events import ReasoningDelta, RunEvent, TextDelta
 from lmbridge.agent.guards import TokenBudget
 from lmbridge.agent.model_changes import check_served_model
 from lmbridge.agent.model_reply import ModelReply, WireCall
-from lmbridge.agent.output import OutputReader
 from lmbridge.agent.progress import ProgressReporter
 from lmbridge.agent.prompt_cache import PromptCacheWatch
 from lmbridge.agent.run_record import RunRecord
@@ -36,6 +35,7 @@ from lmbridge.agent.text_calls.unread_calls import repeated_unit
 from lmbridge.agent.thinking import without_thinking
 from lmbridge.agent.tokens import ContextBudget
 from lmbridge.agent.toolset import Toolset
+from lmbridge.agent.typed_output import OutputReader
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.context_overflow import OVERFLOW_HINT, PromptSize, describe_cut
 from lmbridge.client.reasoning import Piece, ReasoningSplitter

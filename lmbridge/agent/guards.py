@@ -3,6 +3,8 @@
 The guards count replies and not calls. A model that asks for the same thing nine times in one reply has not yet seen a
 single result, so it has repeated nothing. And a reply full of unusable calls is one mistake, because the model learns
 only afterwards what was wrong with the first of them.
+
+`max_seconds` is not here: `RunHandle` in `runs` watches the clock.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ them.
 Three layers ask the model. The outermost one, this module, asks it again if its reply is neither an answer nor a call.
 Below it, `prompt_sender` sends the prompt in another form if it is too long or the server refuses it. The innermost
 one, `generation_runner`, requests a single generation and reads its stream.
+
+The loop returns why a run ends. `RunHandle` in `runs` makes an error of it, such as `MaxRoundsExceededError`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ from lmbridge.agent.guards import TokenBudget
 from lmbridge.agent.journal_interface import RunJournal
 from lmbridge.agent.model_reply import ModelReply
 from lmbridge.agent.nudges import AFTER_CALLS, Nudges, find_flaw, request_answer, text_or_placeholder
-from lmbridge.agent.output import OutputReader
 from lmbridge.agent.pause import PauseGate
 from lmbridge.agent.prompt_sender import PromptSender
 from lmbridge.agent.result import CompactionStep, Nudge, NudgeKind, Round, StopReason, ToolRecord
@@ -45,6 +46,7 @@ from lmbridge.agent.thinking import THOUGHT_TOO_LONG, can_stop_thinking
 from lmbridge.agent.tokens import ContextBudget
 from lmbridge.agent.toolset import Toolset
 from lmbridge.agent.turn_runner import TurnRunner
+from lmbridge.agent.typed_output import OutputReader
 from lmbridge.client.structured import InvalidAnswerError
 from lmbridge.errors import LLMResponseError
 

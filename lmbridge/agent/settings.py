@@ -1,4 +1,7 @@
-"""The options of an agent, checked when it is created, and the task of a run."""
+"""The options of an agent, checked when it is created, and the task of a run.
+
+The options that are sent to the server, such as `tool_choice`, are in `sampling`.
+"""
 
 from __future__ import annotations
 

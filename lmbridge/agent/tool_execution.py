@@ -10,6 +10,8 @@ so that a handful of functions that hang would block those of all other runs, an
 threads when it exits. A process pool would make it possible to kill a function, but its arguments and results would
 have to be picklable, and closures and bound methods could not be tools. So a function that takes too long is left
 running; its result is dropped, and it can call `ToolContext.cancelled()` to notice this.
+
+How many calls run at once is decided by `turn_runner`.
 """
 
 from __future__ import annotations

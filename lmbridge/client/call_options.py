@@ -4,6 +4,8 @@ A call takes options of lmbridge (`timeout`, `extra_headers`, ...) beside the pa
 unchanged, whether lmbridge knows them or not. An option of another library, which may be an API key, would therefore be
 sent to the server, and would have no effect. So the names of such options are refused, and the error names the right
 option.
+
+`LLMClient.with_options` (in `llm`) sets some of them for all calls.
 """
 
 from __future__ import annotations

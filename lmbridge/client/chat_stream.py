@@ -1,4 +1,7 @@
-"""The streams of chat completions, and their base class, which text completions share."""
+"""The streams of chat completions, and their base class, which text completions share.
+
+Iterating, closing and `collect` are those of `ReplyStream`.
+"""
 
 from __future__ import annotations
 

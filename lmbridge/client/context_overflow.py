@@ -10,6 +10,8 @@ A server may not know the context length of a model that it has not loaded. For 
 model has no `num_ctx`. The server is then asked again after the first reply, for which it has loaded the model. The
 alternative was to load the model only for this question. That could push another model out of memory for a request that
 may never be sent.
+
+If a server reports the overflow itself, `failures` makes the error.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A body may also be hostile, or simply huge. So of a body of more than 50,000 bytes, only the fields that lmbridge needs
 are decoded.
+
+Which exception a body becomes, and whether its request is sent again, is decided in `failures`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ A stream is an instance of a class, and not an `async def` function with a `yiel
 - A generator that is dropped is closed by the event loop at some later time, in a task that is never awaited, while the
   server goes on generating.
 - A generator has no way to return the reply so far.
+
+What happens to the connection of a stream that is dropped unclosed, and after `[DONE]`, is decided by `EventStream` in
+`lmbridge.transport.events`.
 """
 
 from __future__ import annotations

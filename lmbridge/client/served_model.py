@@ -1,4 +1,7 @@
-"""Compares the model that answered with the one that was asked for."""
+"""Compares the model that answered with the one that was asked for.
+
+`ReplyStream` notices when the name changes within one stream.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`ServerSelection`: the MCP servers of one run, and what the run does if some of them cannot be started."""
+"""`ServerSelection`: the MCP servers of one run, and what the run does if some of them cannot be started.
+
+`McpHub.tools` starts the servers, and raises `MultiMCPError`.
+"""
 
 from __future__ import annotations
 

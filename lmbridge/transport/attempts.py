@@ -3,6 +3,8 @@
 An attempt ends in one of four ways: with a response that is passed on, with a reply that reports an error, with a
 connection that failed, or with a timeout. What follows depends on the request as well: one that must not be repeated is
 sent again only if the server cannot have started to work on it.
+
+`Transport` holds the permit of the request during all attempts.
 """
 
 from __future__ import annotations

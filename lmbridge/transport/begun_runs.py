@@ -18,6 +18,8 @@ the slot of another run whose tool is running. The new run would displace the co
 other run counts, the new run waits until the server begins to answer the next request of the other run. Such a wait
 ends soon, because slots are kept only for as long as described above. In a measurement with 24 runs on 4 slots, the
 server processed half as many prompt tokens as without this rule.
+
+In which order runs begin is decided in `scheduler`.
 """
 
 from __future__ import annotations

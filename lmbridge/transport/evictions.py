@@ -1,4 +1,7 @@
-"""`Evictions`: what a transport has learned from generations that its server has killed to load another model."""
+"""`Evictions`: what a transport has learned from generations that its server has killed to load another model.
+
+`lmbridge.client.failures` recognizes the error of such a generation, reports it here, and writes its hint.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`Permit`, which is one request in the schedule, and `PermitHeap`, which sorts those that wait."""
+"""`Permit`, which is one request in the schedule, and `PermitHeap`, which sorts those that wait.
+
+The rules for them, such as `max_concurrency`, are in `scheduler`. `admission` does the waiting, and its errors name the
+holders of the permits.
+"""
 
 from __future__ import annotations
 

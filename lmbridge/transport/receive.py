@@ -1,4 +1,8 @@
-"""Reads the responses to requests: as a stream of events, or as a whole reply."""
+"""Reads the responses to requests: as a stream of events, or as a whole reply.
+
+`EventStream` in `lmbridge.transport.events` reads such a stream on, with the limit on pings, and to its end after
+`[DONE]`.
+"""
 
 from __future__ import annotations
 

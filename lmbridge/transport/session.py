@@ -33,6 +33,9 @@ and everything that is done about them is in this module:
 - *It forgets what has arrived when a connection breaks.* Its `StreamReader` raises the exception at once, even if a
   slow reader has left much of the body in the buffer. `_AiohttpResponse.take_arrived` sets the exception aside in order
   to read the rest of the buffer. `StreamReader._read_nowait` would be shorter, but it is private.
+
+A session belongs to one event loop. What happens in another one, or when that loop is closed, is decided by `OpenState`
+and `Transport`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ would be a poor sign, because it also depends on what else the server is doing.
 
 With several models, nothing is learned, because each has slots of its own, and may have been unloaded in between. Then
 slots are kept.
+
+These are slots of the server. Which models may be active, and why the first request for a model goes alone, is in
+`scheduler`.
 """
 
 from __future__ import annotations

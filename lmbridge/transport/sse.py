@@ -9,6 +9,9 @@ servers make necessary:
   "proxy error: ...".
 - A line, or the data of an event, may have at most `max_size` bytes. The events before one that is larger are still
   returned.
+
+Data stay bytes. `lmbridge.client.reply_stream` decodes them, replaces bytes that are not UTF-8, and
+`lmbridge.client.responses` makes a `MessageEvent` of an event with a name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The statistics that `client.stats()` returns."""
+"""The statistics that `client.stats()` returns.
+
+The swaps in them are counted by the scheduler.
+"""
 
 from __future__ import annotations
 

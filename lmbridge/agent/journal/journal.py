@@ -1,4 +1,7 @@
-"""`Journal`: lists the runs in a file, and exports their steps."""
+"""`Journal`: lists the runs in a file, and exports their steps.
+
+`Agent.resume` continues a run from its journal.
+"""
 
 from __future__ import annotations
 

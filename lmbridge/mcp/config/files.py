@@ -3,6 +3,9 @@
 The formats are those of Claude, LM Studio and Cursor (`mcpServers`) and of VS Code (`servers`, with comments), so that
 one file serves lmbridge and the programs that its user already has. A file in the working directory is read only if it
 is trusted, because it may have come with somebody else's repository and names programs to start.
+
+When a file is read again, and that the last good configuration stays in use if it is broken, is decided by
+`McpHub.reload`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ server that reports progress for ever must not hold up a run for ever.
 
 While the server waits for the user's answer to a question, the first limit is suspended: the server does nothing that
 could hang, and a person needs more time than a tool. The second limit is not suspended.
+
+`ManagedServer` starts the timer when the session is open, so a restart of the server does not count.
 """
 
 from __future__ import annotations

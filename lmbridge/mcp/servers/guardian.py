@@ -8,6 +8,8 @@ Watching a pipe has none of these limits: the kernel closes it when the program 
 The guardian is run by its path, with `python -I -S`, and imports nothing of lmbridge, so that it starts in a few
 milliseconds and needs little memory. On stdin it reads lines: `+123` for a process group that has started, `-123` for
 one that is gone. At the end of stdin it ends the groups that are left.
+
+`process_groups` starts the guardian. It also ends the servers itself, at the end of the program and after SIGTERM.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A model reads text. Images are passed on as well, for models that can see. Any other part of a result becomes a line
 that describes it, unless its bytes are text after all, as in a JSON or SVG file.
+
+What goes wrong with a call, such as an error of the protocol, becomes text in `ManagedServer.call`.
 """
 
 from __future__ import annotations

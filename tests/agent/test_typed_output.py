@@ -20,8 +20,8 @@ from lmbridge import (
     TextDelta,
     Tool,
 )
-from lmbridge.agent.output import OutputReader
 from lmbridge.agent.tools import as_tool
+from lmbridge.agent.typed_output import OutputReader
 from lmbridge.client.structured import InvalidAnswerError
 from lmbridge.testing import ScriptedServer, answer
 from tests.agent.support import add, asks, calls, check_valid, generations, sent
