@@ -19,7 +19,7 @@ class AnswerSchema:
     """A JSON schema, and the form in which it is sent."""
 
     response_format: Mapping[str, Any]
-    """The parameter of the request."""
+    """The parameter `response_format` of the request, which contains the schema."""
     _validate: Callable[[Mapping[str, Any]], object]
 
     @classmethod
@@ -66,7 +66,7 @@ class AnswerSchema:
             self._validate(value)
         except ValueError as exc:
             raise CommandError(
-                f"the answer does not follow the schema: {exc}; it is {text!r}",
+                f"the answer does not follow the schema: {exc}; the answer was {text!r}",
                 "say in the prompt what the fields mean, or use a larger model",
             ) from exc
         return value

@@ -22,8 +22,8 @@ _RESULT_CHARACTERS: Final = 200
 class AnswerView:
     """The part of the terminal in which one answer appears.
 
-    The text of the answer goes to stdout. Its reasoning is dimmed on a terminal; where there are no styles, the lines
-    "[thinking]" and "[/thinking]" enclose it. If stdout is a pipe, the reasoning goes to stderr.
+    The text of the answer goes to stdout. The reasoning before it is dimmed on a terminal; where there are no styles,
+    the lines "[thinking]" and "[/thinking]" enclose it. If stdout is a pipe, the reasoning goes to stderr.
 
     Args:
         terminal: Where the answer is written.
@@ -136,7 +136,7 @@ class AnswerView:
         self._stop_waiting()
         if self._reasoning == "hide":
             if self._terminal.shows_answers:
-                self._terminal.notice(f"[thought for {self._hidden_characters} characters]")
+                self._terminal.notice(f"[{self._hidden_characters} characters of reasoning]")
             self._hidden_characters = 0
             return
         if not self._at_line_start:

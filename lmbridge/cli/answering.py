@@ -21,7 +21,7 @@ class StreamedAnswer:
     reply: Mapping[str, Any] | None = None
     """The reply of the server, as `collect` returns it; None if nothing has arrived."""
     first_token_seconds: float | None = None
-    """The seconds until the first piece of text or reasoning arrived."""
+    """The seconds until the first piece of text or reasoning arrived, or None if none has arrived."""
     seconds: float = 0.0
     """The seconds until the end of the answer."""
 
@@ -32,18 +32,21 @@ class StreamedAnswer:
 
     @property
     def finish_reason(self) -> str | None:
-        """Why the server stopped, such as "stop" or "length"."""
+        """Why the server stopped, such as "stop" or "length", or None if it has not said so."""
         reason: str | None = None if self.reply is None else self.reply["choices"][0].get("finish_reason")
         return reason
 
     @property
     def usage(self) -> Mapping[str, Any]:
-        """The tokens that the server has counted."""
+        """The tokens that the server has counted; empty if it has reported none."""
         return (self.reply or {}).get("usage") or {}
 
     @property
     def tokens_per_second(self) -> float | None:
-        """How fast the model wrote, as the server measured it, or else computed from when the tokens arrived."""
+        """How fast the model wrote, or None if that is not known.
+
+        If the server has not measured it, it is computed from the times at which the tokens arrived.
+        """
         timings = (self.reply or {}).get("timings")
         if isinstance(timings, Mapping) and isinstance(measured := timings.get("predicted_per_second"), int | float):
             return float(measured)
@@ -74,7 +77,7 @@ def describe_speed(tokens_per_second: float) -> str:
 
 
 def describe_context(used: int, length: int | None) -> str:
-    """Returns how many tokens of the context are in use, and of how many, if that is known."""
+    """Returns how many tokens of the context are in use, and the length of the context if it is known."""
     of = f" of {length} ({100 * used / length:.0f}%)" if length else ""
     return f"context {used}{of}"
 
@@ -92,7 +95,7 @@ async def stream_answer(
         client: The client of the server.
         messages: The conversation.
         view: Shows the answer.
-        answer: Is filled with the answer. If this coroutine is cancelled, it contains what had arrived until then.
+        answer: The object that receives the answer. If this coroutine is cancelled, it contains what had arrived.
         params: Parameters of the request.
 
     Raises:

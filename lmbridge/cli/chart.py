@@ -10,7 +10,8 @@ _EIGHTHS: Final = " ▏▎▍▌▋▊▉"
 _FULL: Final = "█"
 
 _ROW, _LEFT, _BAR, _TOP, _RIGHT = 26, 60, 380, 64, 90
-"""The height of a row, and the widths and heights around the bars, in pixels."""
+"""The height of a row, the width left of the bars, the width of the longest bar, the height above the bars, and the
+width right of them, in pixels."""
 
 
 def text_bars(values: Sequence[tuple[str, float]], width: int, unit: str) -> list[str]:
@@ -18,7 +19,7 @@ def text_bars(values: Sequence[tuple[str, float]], width: int, unit: str) -> lis
 
     Args:
         values: The labels and the values, which are not negative.
-        width: The columns of the longest bar.
+        width: The length of the longest bar, in columns of the terminal.
         unit: The unit after each number.
     """
     highest = max((value for _, value in values), default=0.0) or 1.0
@@ -35,7 +36,7 @@ def _bar(columns: float) -> str:
 
 
 def svg_bars(values: Sequence[tuple[str, float]], *, title: str, subtitle: str, unit: str, marked: str) -> str:
-    """Returns a chart as SVG. It has a description for screen readers, and follows the colours of the system.
+    """Returns a chart as SVG. It has a description for screen readers, and a dark mode.
 
     Args:
         values: The labels and the values.

@@ -15,6 +15,7 @@ from lmbridge.client.images import image_part
 from lmbridge.client.server_info import entries_named
 
 Handler = Callable[[Conversation, str], Awaitable[None]]
+"""Runs a command in a conversation. It is called with the text after the name of the command."""
 
 
 class ChatCommand(NamedTuple):

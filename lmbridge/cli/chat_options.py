@@ -23,11 +23,11 @@ class ChatOptions:
     tools: ToolOptions
     """The MCP servers whose tools the model gets."""
     system: str | None
-    """The system message."""
+    """The system message, or None."""
     images: Sequence[Path]
     """The images that are shown with the first prompt."""
     schema: AnswerSchema | None
-    """The schema of the answer."""
+    """The schema of the answer, or None if the answer is a text."""
     as_json: bool
     """Whether the whole reply is printed as JSON."""
     continues: bool

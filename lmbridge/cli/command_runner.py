@@ -33,7 +33,7 @@ _REPORT_HINT: Final = "run it again with --debug for the traceback"
 
 
 class UsageError(Exception):
-    """The arguments of a command make no sense together.
+    """The arguments of a command are not valid, or make no sense together.
 
     Args:
         message: What is wrong.
@@ -149,7 +149,7 @@ def run(work: Work, *, debug: bool = False) -> NoReturn:
 async def _run(work: Work, terminal: Terminal) -> ExitStatus:
     task = asyncio.current_task()
     if task is None:
-        raise RuntimeError("a command runs in a task")
+        raise RuntimeError("the coroutine of a command must run in a task")
     signals = Signals(task)
     with signals.installed():
         try:

@@ -59,11 +59,12 @@ class ServerConnection:
     is_local: bool = False
     """Whether the server is the embedded one, which was started for this command."""
     sends_key: bool = True
-    """Whether the server gets the key of the environment, which a server that was merely found does not need."""
+    """Whether the API key in the environment is sent. A server that was merely found gets it only if it requires a
+    key."""
 
     @asynccontextmanager
     async def open_separate_client(self, limits: Limits) -> AsyncIterator[LLMClient]:
-        """Yields another client of the same server and model, with a separate schedule."""
+        """Yields another client of the same server and model, with the given limits and a scheduler of its own."""
         chosen = _ChosenServer(api_base=self.client.api_base, model=self.model, sends_key=self.sends_key)
         async with chosen.open(limits) as client:
             yield client
@@ -151,7 +152,10 @@ def is_server_in_environment() -> bool:
 
 
 async def find_server(model: str | None, terminal: Terminal) -> FoundServer:
-    """Returns a server on this machine: one that has the named model, or else the first one.
+    """Returns a server on this machine: one that has the named model, or else the first one without an error.
+
+    If `model` is None, the model is the one that the environment names, if any. If all servers reported an error, the
+    first one is returned.
 
     Raises:
         CommandError: No server was found.
@@ -186,9 +190,9 @@ class _ChosenServer:
     model: str | None
     """The model of the command, or None."""
     limits: Literal["auto"] | None = "auto"
-    """The limits of its client."""
+    """The limits of a client that is opened without `limits`: "auto", or None for the default of `LLMClient`."""
     sends_key: bool = True
-    """Whether the server gets the key of the environment."""
+    """Whether the API key in the environment is sent to the server."""
 
     @asynccontextmanager
     async def open(
@@ -197,7 +201,7 @@ class _ChosenServer:
         """Yields a client of the server, which is closed at the end of the block.
 
         Args:
-            limits: The limits of the client. Default: those of the server.
+            limits: The limits of the client. Default: the field `limits`.
             observers: The observers of each request of the client.
         """
         chosen_limits = limits or self.limits
@@ -231,7 +235,7 @@ async def _start_local(options: ServerOptions, terminal: Terminal, stack: AsyncE
 
 
 async def _info_of(client: LLMClient) -> ServerInfo:
-    """Returns what a server reports about itself, or nothing if it cannot.
+    """Returns what a server reports about itself, or an empty `ServerInfo` if it does not offer that.
 
     Raises:
         LLMError: The server cannot be reached, refused the key, or did not answer.
@@ -246,7 +250,7 @@ async def _info_of(client: LLMClient) -> ServerInfo:
 
 
 def choose_model(models: Sequence[ModelInfo]) -> str | None:
-    """Returns a model that is loaded, or the first one that can chat; None if the server has none."""
+    """Returns the id of a loaded model that can chat, or else of the first one that can; None if there is none."""
     chatting = [each for each in models if not only_embeds(each)]
     loaded = [each for each in chatting if each.loaded]
     return next((each.id for each in [*loaded, *chatting]), None)

@@ -1,7 +1,7 @@
 """The conversation of `lmbridge chat`: prompts and answers in turn, until the person leaves.
 
-Ctrl-C while the model writes closes the stream, so that the server stops, and keeps the conversation with what has
-arrived of the answer. Ctrl-C at an empty prompt leaves.
+Ctrl-C while the model writes closes the stream, so that the server stops. The part of the answer that has arrived stays
+in the conversation. Ctrl-C at an empty prompt leaves.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Conversation:
         model = self.connection.model or "the model of the server"
         return f"{model}{tools}{f' · {self._status}' if self._status else ''}"
 
-    # What commands change
+    # The commands of the conversation use the following methods.
 
     @property
     def system(self) -> str | None:

@@ -66,7 +66,7 @@ class LoggedConversation:
     id: int
     """The number of the conversation in the log."""
     model: str | None
-    """The model that answered last."""
+    """The model that answered last, or None if it is not known."""
     messages: list[dict[str, Any]]
     """The messages, as they were sent and received."""
 
@@ -80,6 +80,7 @@ class ConversationLog:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path: Final = data_folder() / "conversations.sqlite3" if path is None else path
+        """The file of the log."""
 
     async def last(self) -> LoggedConversation | None:
         """Returns the conversation that was changed last, or None.
@@ -110,7 +111,7 @@ class ConversationLog:
             conversation: The number of the conversation; None for a new one.
             messages: All its messages.
             server: The URL of the server.
-            model: The model that has answered.
+            model: The model that has answered, or None if it is not known.
 
         Returns:
             The number of the conversation.
@@ -145,6 +146,9 @@ class ConversationLog:
 
     async def prompts(self, limit: int = 200) -> list[str]:
         """Returns the last texts that were typed, oldest first, for the history of the line editor.
+
+        Args:
+            limit: The maximum number of texts.
 
         Raises:
             CommandError: The log cannot be read.

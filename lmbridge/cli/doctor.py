@@ -44,7 +44,7 @@ def doctor(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Checks the server, its model, what is insecure, and the MCP servers.
+    """Checks the server, its model and its security, and the MCP servers.
 
     It asks the model a few short questions. The exit status is 1 if something is broken.
     """

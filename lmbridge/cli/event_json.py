@@ -14,18 +14,18 @@ from lmbridge.errors import LLMError
 
 
 def event_as_json(event: RunEvent) -> dict[str, Any]:
-    """Returns an event as an object of JSON: its `type`, such as "text_delta", and its fields."""
+    """Returns an event as a JSON object: its `type`, such as "text_delta", and its fields."""
     return {"type": _snake_case(type(event).__name__), **_fields(event)}
 
 
 def error_as_json(error: LLMError) -> dict[str, Any]:
-    """Returns the error that ended a run, as the object of JSON that is printed last."""
+    """Returns the error that ended a run, as the JSON object that is printed last."""
     return {"type": "error", "error": type(error).__name__, "message": str(error)}
 
 
 _HIDDEN = frozenset({"raw", "log", "images"})
-"""Fields that are left out: `raw`, the value that a tool returned, because its text is there; `log`, because each round
-was reported when it ended; and `images`, because they are large."""
+"""Fields that are left out: `raw`, the value that a tool returned, because the event has its text as well; `log`,
+because each round was reported when it ended; and `images`, because they are large."""
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ _LINES: Final[Mapping[str, tuple[str, ...]]] = {
         "lmbridge chat                              (a conversation)",
         'lmbridge chat --local "Say hello"          (with the embedded server)',
         'git diff | lmbridge chat "Review this change"',
-        'lmbridge chat -c "And in one sentence?"    (continues the last one)',
+        'lmbridge chat -c "And in one sentence?"    (continues the last conversation)',
         'lmbridge chat -i photo.jpg "What is this?"',
         'lmbridge chat --schema person.json "Invent a person" | jq .name',
         'lmbridge chat --mcp files "What is in my notes?"',

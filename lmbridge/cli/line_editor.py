@@ -56,7 +56,7 @@ class LineEditor:
 
 
 async def ask_person(question: str) -> str:
-    """Asks a question, and returns the answer of one line; an empty text after Ctrl-D.
+    """Asks a question, and returns the answer, which is a single line; an empty string after Ctrl-D.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.
@@ -71,7 +71,7 @@ async def ask_person(question: str) -> str:
 def _key_bindings() -> KeyBindings:
     bindings = KeyBindings()
 
-    # An Enter that was typed while the model wrote arrives as Ctrl-J, because the terminal was not raw then.
+    # An Enter that was typed while the model wrote arrives as Ctrl-J, because the terminal was not in raw mode then.
     @bindings.add("enter")
     @bindings.add("c-j")
     def _send(event: KeyPressEvent) -> None:

@@ -18,7 +18,7 @@ _SERVER_FIX: Final = 'correct its entry in the configuration, or switch it off t
 
 
 async def check_mcp_servers(options: ToolOptions) -> list[Finding]:
-    """Starts each enabled server of the configuration, lists its tools, and stops it."""
+    """Starts the enabled servers of the configuration one by one and lists their tools. All are stopped at the end."""
     try:
         from lmbridge.mcp.sdk import load_sdk  # noqa: PLC0415 - the extra may be missing
 

@@ -24,7 +24,8 @@ _TASK: Final = "Write a long story in which each of these words occurs:"
 _GOOD_ENOUGH: Final = 0.95
 """A lower concurrency is preferred if it reaches this share of the highest throughput."""
 _IGNORES_EOS: Final[frozenset[ServerKind]] = frozenset({"llama.cpp", "vllm"})
-"""The servers with a parameter that makes them generate beyond the end of the answer, so that all are equally long."""
+"""The servers with a parameter that makes them generate beyond the end of an answer, so that all answers have the same
+length."""
 
 
 @attrs.frozen(kw_only=True)
@@ -41,7 +42,7 @@ class Workload:
 
 @attrs.frozen(kw_only=True)
 class Sample:
-    """One request."""
+    """The measurements of one request."""
 
     first_token_seconds: float
     """The seconds until the first piece of the answer."""
@@ -54,7 +55,7 @@ class Sample:
 
     @property
     def tokens_per_second(self) -> float:
-        """How fast the answer was written."""
+        """How fast the answer was written; NaN if that cannot be measured."""
         writing = self.seconds - self.first_token_seconds
         return (self.answer_tokens - 1) / writing if writing > 0 and self.answer_tokens > 1 else math.nan
 
@@ -77,7 +78,7 @@ class Measurement:
 
     @property
     def answer_speed(self) -> float:
-        """The median speed of one answer, in tokens per second."""
+        """The median speed of one answer, in tokens per second; NaN if it cannot be measured."""
         speeds = [each.tokens_per_second for each in self.samples if not math.isnan(each.tokens_per_second)]
         return statistics.median(speeds) if speeds else math.nan
 
@@ -113,10 +114,10 @@ async def measure(
     """Sends requests, a fixed number of them at the same time, and measures them.
 
     Args:
-        client: A client whose limits allow so many requests at the same time.
+        client: A client whose limits allow that many requests at the same time.
         kind: The kind of the server.
         concurrency: The number of requests at the same time.
-        workload: What is asked.
+        workload: The lengths of the prompts and answers, and the number of rounds.
         prompts: Prompts. Each is used only once.
 
     Raises:

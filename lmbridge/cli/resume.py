@@ -83,7 +83,7 @@ async def _resume_run(
         connection = await stack.enter_async_context(connect_to_server(model_server, view.terminal, observers=[queue]))
         access = await stack.enter_async_context(open_tools(attrs.evolve(options, names=names), view))
         agent = make_agent(connection, access, {"observers": [queue]})
-        # `Agent.resume` returns only the result.
+        # `Agent.resume` returns only the result, but the events are shown as well.
         handle = await agent._start_again(str(journal), found.entry.run_id, is_muted=False)  # noqa: SLF001 - see above
         async with RunStream(handle, owns_run=True) as events:
             return await show_run(events, view, queue)

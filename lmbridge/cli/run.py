@@ -144,7 +144,7 @@ async def choose_tools(access: ToolAccess, terminal: Terminal) -> None:
     if _ALL in access.names:
         access.names = await access.available()
     elif not access.names and terminal.shows_notices:
-        terminal.notice("the model has no tools; --mcp NAME gives it those of a server, --mcp all those of all servers")
+        terminal.notice("the model has no tools; give it those of a server with --mcp NAME, or all with --mcp all")
 
 
 def make_agent(connection: ServerConnection, access: ToolAccess, settings: Mapping[str, Any]) -> Agent:

@@ -160,7 +160,7 @@ def _describe_compaction(step: CompactionStep) -> str:
 
 
 def describe_ending(result: RunResult[Any]) -> str:
-    """Returns one line about a run that ended for another reason than its answer."""
+    """Returns one line about a run whose stop reason is not "stop"."""
     what, _ = ENDINGS[result.stop_reason]
     how = "with the best answer so far" if result.has_answer else "without an answer"
     return f"the run ended {how}: {what}"

@@ -84,7 +84,7 @@ async def check_network(connection: ServerConnection) -> Finding:
 
 @asynccontextmanager
 async def stranger(api_base: str, model: str | None) -> AsyncIterator[LLMClient]:
-    """Yields a client that sends no key, and knows nothing of the schedule of other clients."""
+    """Yields a client that sends no key, and whose requests are scheduled separately from those of other clients."""
     async with KeylessTransport(api_base, limits=Limits()) as transport:
         yield LLMClient(model=model, max_retries=0, transport=transport)
 

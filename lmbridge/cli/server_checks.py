@@ -31,9 +31,9 @@ _LONGEST_PROBE: Final = 40_000
 _LONG_ANSWER: Final = 400
 """The maximum number of tokens of an answer whose stream is closed after the first few of them."""
 _JITTER_SECONDS: Final = 1.0
-"""The seconds by which two short answers may differ for other reasons."""
+"""How many seconds longer one short answer may take than another, even if the server has stopped all generations."""
 _READ_TOKENS: Final = 5
-"""The tokens that are read before a stream is left, to measure how fast the model writes."""
+"""How many tokens are read before a stream is closed, to measure how fast the model writes."""
 _SWITCH_FIX: Final = 'let lmbridge schedule the requests: limits="auto", or `lmbridge gateway` for all programs'
 
 _now: Final = time.monotonic
@@ -154,7 +154,7 @@ async def check_structured_output(connection: ServerConnection) -> Finding:
 
 
 async def check_embeddings(connection: ServerConnection) -> Finding:
-    """Checks whether the server offers embeddings, as many servers do not."""
+    """Checks whether the server offers embeddings, which many servers do not."""
     model = next((each.id for each in connection.info.models if only_embeds(each)), connection.model)
     try:
         reply = await connection.client.embeddings("hello", model=model)
@@ -190,7 +190,7 @@ async def check_truncation(connection: ServerConnection) -> Finding:
 
 
 def other_model(connection: ServerConnection) -> ModelInfo | None:
-    """Returns a second model that could be asked for, or None."""
+    """Returns a model that can chat and is not the model of the connection, or None."""
     others = (each for each in connection.info.models if each.id != connection.model)
     return next((each for each in others if not only_embeds(each)), None)
 
@@ -200,7 +200,7 @@ async def check_model_switch(connection: ServerConnection) -> Finding:
     other = other_model(connection)
     if other is None:
         return Finding("model switch", "skipped", "there is only one model")
-    # Another transport, because the schedule of the client would let the second request wait.
+    # The second request is made by a separate client, because the scheduler of the first one would make it wait.
     async with (
         connection.client.stream_chat(_question(_LONG_QUESTION), max_tokens=_LONG_ANSWER) as stream,
         connection.open_separate_client(Limits()) as other_client,
@@ -239,4 +239,4 @@ SERVER_CHECKS: Final[Sequence[tuple[str, Check]]] = (
     ("embeddings", check_embeddings),
     ("long prompts", check_truncation),
 )
-"""The checks that change nothing at the server, in their order."""
+"""The names and functions of the checks that change nothing on the server, in the order in which they run."""

@@ -30,7 +30,7 @@ def serve(
     ] = None,
     port: Annotated[int | None, typer.Option(metavar="N", help="The port. Default: any free one.")] = None,
     context: Annotated[
-        int | None, typer.Option("--context", metavar="N", help="The tokens of context, which all requests share.")
+        int | None, typer.Option("--context", metavar="N", help="The context in tokens, which all requests share.")
     ] = None,
     parallel: Annotated[
         int | None, typer.Option("--parallel", metavar="N", help="How many requests generate at the same time.")
@@ -90,9 +90,9 @@ def gateway(
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request to stderr.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Puts a schedule in front of model servers.
+    """Runs a gateway that schedules the requests of all programs.
 
-    Every program on the machine can use it. It needs lmbridge[gateway].
+    It runs until Ctrl-C, and needs lmbridge[gateway].
 
     Point the programs to the URL that this command prints, in place of the server's own. The first Ctrl-C lets the
     requests in flight finish; a second one ends the gateway at once. To require a key, set LMBRIDGE_GATEWAY_KEY.

@@ -136,7 +136,7 @@ class Terminal:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Shows what is being waited for, until the end of the block. In a pipe, nothing is shown.
+        """Shows what is being waited for, until the end of the block. In a pipe or without colours, nothing is shown.
 
         The context manager yields a function that replaces the text.
         """
@@ -153,7 +153,7 @@ class Terminal:
 
 _ORDINARY_WIDTH: Final = 80
 _UNLIMITED_WIDTH: Final = 10_000
-"""The columns of a table that goes into a pipe, where no cell has to be shortened."""
+"""The width in columns of a table that goes into a pipe, where no cell has to be shortened."""
 
 
 class _Console(Console):

@@ -38,7 +38,7 @@ class ToolAccess:
         self._options = options
         self._opened_hub: McpHub | None = None
         self._ask = ask
-        # The tools whose calls are always made, by the names of their servers and their own.
+        # The tools whose calls are always made, each as the name of its server and its own name.
         self._always: set[tuple[str | None, str]] = set()
 
     async def __aenter__(self) -> Self:
@@ -59,7 +59,7 @@ class ToolAccess:
         return self._opened_hub
 
     async def available(self) -> list[str]:
-        """Returns the names of the servers in the configuration.
+        """Returns the names of the enabled servers in the configuration.
 
         Raises:
             MCPError: The configuration cannot be read.
@@ -68,7 +68,7 @@ class ToolAccess:
 
     @asynccontextmanager
     async def open_tools(self, run: RunInfo) -> AsyncIterator[RunTools]:
-        """Yields the tools of the servers for one run, as `Agent(open_tools=...)` expects it.
+        """Yields the tools of the servers for one run. The agent gets this method as `open_tools`.
 
         Raises:
             MCPError: A server is unknown, or cannot be started.
@@ -86,7 +86,7 @@ class ToolAccess:
             lease.release()
 
     async def approve(self, call: ToolCall) -> bool | str:
-        """Decides whether a call is made, as `Agent(approve=...)` expects it: True, or the reason why not."""
+        """Returns True if a call may be made, or else the reason why not. The agent gets this method as `approve`."""
         tool = call.tool
         if self._options.approval == "all" or tool is None or not may_change_something(tool):
             return True
@@ -97,7 +97,7 @@ class ToolAccess:
         if self._options.approval == "none":
             return "the user does not allow calls that may change something"
         if self._ask is None:
-            return "the user would have to approve this call, and cannot be asked"
+            return "the user would have to approve this call, but cannot be asked"
         arguments = one_line(json_text(dict(call.arguments or {})))
         answer = await self._ask(f"Run {one_line(call.name)} {arguments}? [y]es, [n]o, [a]lways: ")
         word = answer.strip().lower()

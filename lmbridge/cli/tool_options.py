@@ -14,7 +14,7 @@ ApprovalMode = Literal["ask", "all", "none"]
 
 McpNames: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option("--mcp", metavar="NAME", help="An MCP server of the configuration whose tools the model gets."),
+    typer.Option("--mcp", metavar="NAME", help="An MCP server whose tools the model gets; may be repeated."),
 ]
 McpConfigFile: TypeAlias = Annotated[
     Path | None,

@@ -33,7 +33,7 @@ class ChatTurn:
         self._meter: RoundMeter | None = None
         self._result: RunResult | None = None
         self.answer: StreamedAnswer = StreamedAnswer()
-        """The answer, or the part of it that has arrived, if the turn has no tools."""
+        """The answer, or the part of it that has arrived. It stays empty if the turn has tools."""
 
     async def take(
         self, connection: ServerConnection, view: AnswerView, params: Mapping[str, Any], tools: ToolAccess | None

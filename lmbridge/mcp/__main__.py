@@ -62,7 +62,7 @@ _HIGHEST_PORT: Final = 65535
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serves until the host has closed stdin and its requests have been answered, or until SIGINT or SIGTERM arrives.
+    """Serves until SIGINT or SIGTERM arrives; on stdio, also until stdin is closed and its requests are answered.
 
     The process then ends with status 0. After an error it ends with one line on stderr and status 1, or status 2 if the
     arguments make no sense. A traceback is shown only with `--debug`.

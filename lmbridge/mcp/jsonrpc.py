@@ -34,7 +34,9 @@ _ANSWER_ID: Final = re.compile(rb'"id"\s*:\s*(?P<id>\d{1,18})\s*[,}]')
 _SEARCHED_FOR_ID: Final = 1000
 """How many bytes at each end of an unreadable line are searched for the id of the request that the line answers."""
 METHOD_NOT_FOUND: Final = -32601
+"""The code of JSON-RPC for a request whose method the receiver does not offer."""
 INTERNAL_ERROR: Final = -32603
+"""The code of JSON-RPC for a request that failed because of a problem of the receiver."""
 _PARSE_ERROR: Final = -32700
 _SALVAGE_ATTEMPTS: Final = 8
 """How many positions in a broken line are tried as the beginning of a message.

@@ -82,8 +82,9 @@ class ServerSelection:
 
         Args:
             hub: The hub that starts the servers.
-            max_definition_tokens: How many tokens the definitions of the tools may take, as for `Agent`; None for all.
-            run: The run.
+            max_definition_tokens: How many tokens the definitions of the tools may take, as for `Agent`; None means no
+                limit.
+            run: What is known about the run, such as the context length of its model.
 
         Raises:
             MCPError: A server could not be started, unless the run goes on without it.

@@ -169,8 +169,8 @@ class DynamicAutonomousAgent(Owner):
             max_tokens: The maximum number of tokens in each reply. Default: "auto", which means the agent's
                 `max_tokens`.
             model: The model of this run. Default: the agent's model.
-            output_type: The type of the answer, as for `Agent.run`. Set `full` or `stream` to get `result.output`; the
-                text is JSON. Default: the agent's `output_type`.
+            output_type: The type of the answer, as for `Agent.run`. With `full` or `stream`, the answer is available as
+                `result.output`; without them, its JSON text is returned. Default: the agent's `output_type`.
             journal: A file that records each step of the run, so that `resume` can continue the run after its program
                 was interrupted; see `Agent.run`. Default: None, which records nothing.
             stream: Whether to return a stream of the run's events, as soon as the servers have been started. Default:

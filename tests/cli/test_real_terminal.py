@@ -196,7 +196,7 @@ def test_reasoning_is_dimmed_and_can_be_hidden(server: ThreadedServer, start: Ca
     hidden = start("chat", "The capital?", "--reasoning", "hide")
     assert hidden.wait_end() == 0
     assert "Hmm" not in hidden.text
-    assert "[thought for 12 characters]" in hidden.text
+    assert "[12 characters of reasoning]" in hidden.text
 
 
 def test_a_person_approves_a_call_that_may_destroy_something(

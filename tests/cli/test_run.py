@@ -107,7 +107,7 @@ def test_options_reach_the_agent(command: Command, server: ThreadedServer) -> No
 @pytest.mark.parametrize(
     ("arguments", "result"),
     [
-        ([], "the user would have to approve this call, and cannot be asked"),
+        ([], "the user would have to approve this call, but cannot be asked"),
         (["--approve", "none"], "the user does not allow calls that may change something"),
         (["--approve", "all"], "deleted"),
     ],

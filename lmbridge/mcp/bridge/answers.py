@@ -36,7 +36,7 @@ def from_completion(reply: Mapping[str, Any]) -> HostAnswer:
 
 
 def from_response(reply: Mapping[str, Any], max_output_tokens: int | None) -> HostAnswer:
-    """Returns the answer for a response of `/v1/responses`, with its id, so that the model can continue from it.
+    """Returns the answer for a response of `/v1/responses`, with the id that a later call needs to continue from it.
 
     Args:
         reply: The response as the server sent it.
@@ -104,7 +104,8 @@ def from_error(error: LLMError) -> HostAnswer:
     """Returns the answer for an error: its text and hint, and the part of the answer that arrived before it."""
     if isinstance(error, MaxRoundsExceededError):
         return from_run(error.result)
-    # A copy, because the error may be logged as well. The host's model gets the partial answer as text.
+    # The error is copied before its hint is changed, because the original may be logged as well. Clauses about the
+    # attributes of the error are removed: the host's model gets the partial answer as text.
     shown = copy.copy(error)
     clauses = [each for each in (error.hint or "").split("; ") if not _NAMES_ATTRIBUTE.search(each)]
     shown.hint = "; ".join(clauses) or None

@@ -4,7 +4,7 @@ The host receives the docstrings of the tool methods as tool descriptions, and t
 parameter descriptions. A model reads them, so they are short and say only what is needed to make a call.
 
 A configuration may contain the bridge itself, because its host reads the same file. `McpHub` leaves such an entry out
-(`ServerSpec.is_lmbridge`), so the bridge never connects to itself.
+(`ServerSpec.is_lmbridge`), so that the bridge does not connect to itself.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class PatientLink:
 
 
 def _is_request(message: Mapping[str, Any]) -> bool:
-    """Returns whether a message is a request that will be answered."""
+    """Returns whether a message is a request whose answer is waited for."""
     return (
         isinstance(message.get("method"), str)
         and message["method"] not in _UNANSWERED_METHODS

@@ -102,7 +102,7 @@ def load_config(path: str | os.PathLike[str] | None = None, *, trust_project: bo
     found, untrusted = find_config(path, trust_project=trust_project)
     if found is None:
         return McpConfig(untrusted=untrusted, searched=tuple(_searched_paths()))
-    # The fingerprint is taken before the file is read, so that a change in between causes another reading.
+    # The fingerprint is taken before the file is read. If the file changes in between, the next use reads it again.
     fingerprint = file_fingerprint(found)
     return attrs.evolve(_read_config(found), untrusted=untrusted, fingerprint=fingerprint)
 

@@ -11,8 +11,9 @@ import json
 import re
 from typing import Any, Final
 
-# A string or a comment that is never closed is matched as well, up to where it has to end, and left as it is. Otherwise
-# the search would begin again at each character of it, and the time would grow with the square of its length.
+# A string that is never closed is matched up to the end of its line, and a comment that is never closed up to the end
+# of the file. Both are left as they are. If they were not matched, the search would begin again at each of their
+# characters, and the time would grow with the square of their length.
 _STRING: Final = r'(?P<kept>"(?:\\.|[^"\\\n])*+"?)'
 _COMMENT: Final = re.compile(rf"{_STRING}|//[^\n]*|/\*.*?\*/|(?P<unclosed>/\*.*)", re.DOTALL)
 _TRAILING_COMMA: Final = re.compile(rf"{_STRING}|,(?=\s*[}}\]])")
@@ -36,7 +37,7 @@ def parse_jsonc(text: str) -> Any:
 
 
 def _blank_out(found: re.Match[str]) -> str:
-    """Replaces comments and commas with spaces, so that lines and columns stay the same. The named groups are kept."""
+    """Replaces comments and commas with spaces, so that lines and columns stay the same. Named groups are kept."""
     return found.group() if found.lastgroup else re.sub(r"[^\n]", " ", found.group())
 
 

@@ -1,7 +1,9 @@
 """`ServerSpec`: one entry of a configuration file, after its values have been checked and its variables expanded.
 
 An entry is checked as a whole before anything is started, and each error names the file and the key. Mistakes are
-errors and not warnings: a misspelled `deny` that is ignored would offer a tool that its user meant to forbid.
+errors and not warnings: a misspelled `deny` that is ignored would offer a tool that its user meant to forbid. Keys
+outside the object `lmbridge` that lmbridge does not know or support are the exception: other programs use them, so they
+cause at most a warning.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from lmbridge.errors import MCPError
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 TransportKind = Literal["stdio", "http", "sse"]
+"""How messages are exchanged with a server: over a process's stdin and stdout, streamable HTTP, or the older SSE."""
 
 DEFAULT_CONNECT_TIMEOUT: Final = 30.0
 """The time limit for connecting to a server and listing its tools, in seconds, unless the configuration or the caller
@@ -41,7 +44,7 @@ _TRANSPORT_NAMES: Final[Mapping[str, TransportKind]] = {
     "sse": "sse",
 }
 HeadersFunction: TypeAlias = Callable[[], Mapping[str, str] | Awaitable[Mapping[str, str]]]
-"""A function, async or plain, that returns the headers of a server on HTTP."""
+"""A function, async or plain, that returns additional HTTP headers for the requests to a server."""
 
 _LMBRIDGE_KEYS: Final = (
     "allow",
@@ -92,8 +95,8 @@ _LONGEST_SHOWN_STRING: Final = 20
 
 _CREDENTIALS_KEYS: Final = ("clientId", "clientSecret", "issuer", "scope")
 _REMEMBERED_SECRETS: Final = 32
-"""How many secrets that are not in the entry of a server, such as tokens, are remembered for it. When there are more,
-the oldest ones are forgotten."""
+"""How many secrets of a server that are not in its entry, such as tokens, are remembered. When there are more, the
+oldest ones are forgotten."""
 
 
 @attrs.frozen(kw_only=True)
@@ -223,7 +226,8 @@ def read_spec(name: str, entry: Any, location: str, folder: Path, environ: Mappi
         name: The key of the entry.
         entry: The value of the entry.
         location: The file and the key, for errors.
-        folder: The folder against which a relative `cwd` or `command` is resolved.
+        folder: The folder of the configuration file. A relative `cwd` or `command` is resolved against it, and a
+            `headersHelper` runs in it.
         environ: The environment variables that replace `${VAR}`.
 
     Raises:
@@ -312,7 +316,10 @@ def _resolve_command(reader: _EntryReader, folder: Path) -> str:
 
 
 def _is_command_line(command: str) -> bool:
-    """Returns whether a command contains arguments, which belong in `args`, so that its slash is in an argument."""
+    """Returns whether a command looks like a program with arguments, one of which contains the slash.
+
+    The arguments belong in `args`, but the command must not be turned into a path because of them.
+    """
     program, *arguments = command.split()
     is_runner = program in ("npx", "uvx", "bunx", "docker", "node", "python", "python3", "deno")
     return bool(arguments) and "/" not in program and (is_runner or any(each[0] in "-@" for each in arguments))

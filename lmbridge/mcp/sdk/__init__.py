@@ -2,7 +2,8 @@
 
 Only this folder imports the SDK, and only inside functions, because that import takes half a second and 60 MB. From
 the rest of `lmbridge.mcp`, it imports only `config` and `jsonrpc`. On the client's side, `servers` uses the names that
-are exported here. On the server's side, `bridge` and `lmbridge.mcp.__main__` use `sdk.server_session`.
+are exported here, and on Windows also `sdk.sdk_stdio`. On the server's side, `bridge` and `lmbridge.mcp.__main__` use
+`sdk.server_session`, and `lmbridge.mcp.__main__` also uses `sdk.http_service`.
 """
 
 from lmbridge.mcp.sdk.client_session import UNUSABLE_REASON, McpSession, open_mcp_session

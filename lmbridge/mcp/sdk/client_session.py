@@ -142,7 +142,7 @@ async def _open_v2(spec: ServerSpec, streams: Streams, exchange: MessageExchange
         mode=mode,
         cache=None,
         client_info=_client_info(),
-        # `MessageExchange` declares in each request whether the user can be asked, and otherwise declines questions.
+        # `MessageExchange` declares in each request whether the user can be asked, and declines questions if not.
         elicitation_callback=_make_elicitation_callback(exchange),
     )
     async with client:
@@ -183,7 +183,7 @@ def _client_info() -> Any:
 
 
 class _SessionBase:
-    """The part of a session that is the same with both majors of the SDK."""
+    """The part of a session that is the same with both major versions of the SDK."""
 
     server_name: str
     protocol: str

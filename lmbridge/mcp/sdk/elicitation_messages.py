@@ -36,7 +36,7 @@ _URLS_REQUIRED: Final = -32042
 _MOST_OPEN_QUESTIONS: Final = 16
 """How many questions of a session may be open. Further ones are declined, because a person could not answer them."""
 _MOST_URLS: Final = 8
-"""How many URLs a refused call may ask the user to visit at most."""
+"""How many URLs a server may ask the user to visit for one refused call."""
 _VISIT_SECONDS: Final = 300.0
 """How long a refused call waits for the server to report that the user has finished at a URL, in seconds. Servers need
 not report it."""
@@ -166,7 +166,7 @@ class Questions:
             call.note_question(is_open=False)
 
     async def have_urls_visited(self, questions: list[Any], listener: CallListener) -> bool:
-        """Asks the user to visit the URLs without which the server does not process a call.
+        """Asks the user to visit the URLs that the server requires before it processes a call.
 
         Afterwards it waits, for some minutes at most, until the server reports that the user has finished there.
 

@@ -1,10 +1,10 @@
 """`HttpConnection`: exchanges messages with a server on HTTP, over streamable HTTP or the older SSE transport.
 
-The SDK implements both transports, but lmbridge does not use them, for three reasons. First, the two majors of the SDK
-differ in how they treat a refusal, a session that the server has forgotten, and a response that ends without the reply;
-in some of these cases they wait forever, or go on using a dead session. Second, they replace what the server said by
-their own text. Third, they reject an answer with a wrong id, although the HTTP response in which it arrives shows which
-request it belongs to.
+The SDK implements both transports, but lmbridge does not use them, for three reasons. First, the two major versions of
+the SDK differ in how they treat a refusal, a session that the server has forgotten, and a response that ends without
+the reply; in some of these cases they wait forever, or go on using a dead session. Second, they replace what the server
+said with their own text. Third, they reject an answer with a wrong id, although the HTTP response in which it arrives
+shows which request it belongs to.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ class HttpConnection:
                 self._modern_requests.add(message["id"])
             task = self._start(self._post_request(message, headers))
             self._requests[message["id"]] = task
-            # This is a callback, because the coroutine never runs if its task is cancelled before its first step.
+            # A callback notes the end of the task, because the coroutine never runs if the task is cancelled before its
+            # first step.
             task.add_done_callback(partial(self._on_request_over, message["id"]))
         elif method == "notifications/cancelled":
             await self._cancel(message, headers)
@@ -279,7 +280,7 @@ class HttpConnection:
 
     async def _post_notification(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:
         """Posts a notification or a reply. A failure is only reported, because no caller waits for the outcome."""
-        kind = "a notification or reply that the server refused"
+        kind = "a refusal of a notification or reply"
         try:
             async with self._post(message, headers) as response:
                 if response.status_code >= HTTPStatus.BAD_REQUEST:

@@ -67,7 +67,7 @@ class _RefreshedHeaders:
                 self._refused_version = version
 
     async def _refresh(self, seen: int) -> int:
-        """Fetches the headers, unless another request has fetched newer ones than those `seen`. Returns the version."""
+        """Fetches the headers, unless another request has done so since version `seen`. Returns the current version."""
         async with self._lock:
             if self._version == seen:
                 self._headers = await self._fetch()
@@ -76,7 +76,7 @@ class _RefreshedHeaders:
 
 
 class _ClientCredentialsFlow:
-    """Gets a token through the SDK's own implementation of the grant, and sends it.
+    """Gets a token through the SDK's own implementation of OAuth's grant "client_credentials", and sends it.
 
     The SDK's provider holds a lock while a request waits for its answer, so a call of one minute would delay all other
     calls. Therefore requests do not pass through the provider. It gets only the refusals, one at a time, and returns a

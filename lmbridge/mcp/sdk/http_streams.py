@@ -134,7 +134,7 @@ class EventStreams:
                 failures += 1
 
     def log_broken_stream(self, error: Exception) -> None:
-        """Logs that a stream broke, at level DEBUG: it may be opened again."""
+        """Logs that a stream broke, at level DEBUG because the stream may be opened again."""
         reason = self._spec.redact(describe_error(error))
         logger.debug("MCP server %r: a stream of events broke: %s", self._spec.name, reason)
 

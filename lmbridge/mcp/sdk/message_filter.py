@@ -31,7 +31,7 @@ from lmbridge.mcp.sdk.package import known_handshake_versions
 from lmbridge.mcp.sdk.sent_requests import SentRequest, current_request
 
 _ID_BITS: Final = 31
-"""The size of request ids. Servers in typed languages read them as 32-bit integers."""
+"""The size of request ids in bits. Servers in typed languages read them as signed 32-bit integers."""
 REMEMBERED_REQUESTS: Final = 256
 """How many finished requests are remembered, so that a late answer to one of them is not reported as unexpected."""
 _MOST_PENDING_REPLIES: Final = 64
@@ -232,7 +232,7 @@ class MessageExchange:
         return {"jsonrpc": "2.0", "id": sdk_id, "result": sdk_result}
 
     def _match_id(self, answered_id: Any) -> Any:
-        """Returns the id of the pending request that an answer names, or None. Some servers return the id as a text."""
+        """Returns the id of the pending request that an answer names, or None. Some servers return it as a string."""
         answered_id = read_id(answered_id)
         return answered_id if answered_id in self._pending else None
 

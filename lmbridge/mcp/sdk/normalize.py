@@ -7,8 +7,8 @@ So every answer passes through here before anybody else sees it. The functions d
 Each deviation adds a note to a set, a few words such as "a result that is null". The caller logs it once for each
 session.
 
-An answer may hold a million blocks. So the functions that go through them are generators that yield after every 100, so
-that other tasks can run.
+An answer may hold a million blocks. The functions that go through them are therefore generators, which yield after
+every 100 blocks so that other tasks can run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The installed SDK package: loads it on first use, and says which of its two major versions it is.
 
-Both majors are supported, because other packages in a user's environment decide which one is installed: some require
+Both versions are supported, because other packages in a user's environment decide which one is installed: some require
 `mcp<2`, others `mcp>=2`.
 """
 

@@ -100,7 +100,7 @@ class SdkStdioLink:
         """Sends a message, given as its JSON without a line break.
 
         Raises:
-            ConnectionError: The server no longer reads. `on_end` has been called with the reason before.
+            ConnectionError: The server no longer reads. `on_end` has already been called with the reason.
         """
         import anyio
         from mcp.shared.message import SessionMessage

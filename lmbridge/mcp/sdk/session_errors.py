@@ -1,8 +1,8 @@
 """The errors of a session with a server, and their descriptions in words.
 
-The SDK raises exceptions of a dozen kinds, often in nested groups, and the kinds differ between its two majors. A
-caller has to distinguish only three cases: the session is over, the server answered with an error, or its answer is not
-valid. The errors are internal: `servers` turns them into the public `MCPConnectionError` and `ToolError`.
+The SDK raises exceptions of a dozen kinds, often in nested groups, and the kinds differ between its two major versions.
+A caller has to distinguish only three cases: the session is over, the server answered with an error, or its answer is
+not valid. The errors are internal: `servers` turns them into the public `MCPConnectionError` and `ToolError`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RequestRejectedError(SessionLostError):
 
 
 class SessionForgottenError(RequestRejectedError):
-    """The request has not run and can be sent in another session, mostly because the server has forgotten this one."""
+    """The request has not run and can be sent in another session, usually because the server has forgotten this one."""
 
 
 class RequestLostError(SessionLostError):

@@ -5,6 +5,6 @@ From the top: `hub` has the servers of a configuration file, `managed_server` st
 `process_groups` and `guardian` make sure that no process is left behind. `definitions`, `results` and `sanitize` turn
 what a server sends into tools and text.
 
-This package imports `config`, `sdk` and `lmbridge.mcp.jsonrpc`. `lmbridge.mcp.dynamic` imports this package, and users
-import its public names from `lmbridge.mcp`.
+Of the rest of `lmbridge.mcp`, this package imports only `config`, `sdk` and `jsonrpc`. `lmbridge.mcp.dynamic` imports
+this package, and users import its public names from `lmbridge.mcp`.
 """

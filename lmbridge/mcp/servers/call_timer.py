@@ -29,8 +29,8 @@ class CallTimer:
     """Waits for one call within its time limits.
 
     Args:
-        limit: Seconds that the call may take, or from one report of progress to the next; None for no limit.
-        longest: Seconds that the call may take in all. Default: ten times `limit`.
+        limit: The time limit in seconds, which starts again at each report of progress; None for no limit.
+        longest: The time limit for the whole call in seconds. Default: ten times `limit`, or no limit if that is None.
     """
 
     def __init__(self, limit: float | None, longest: float | None = None) -> None:
@@ -51,8 +51,8 @@ class CallTimer:
             async with timeout:
                 await future
         except TimeoutError:
-            # The caller sees that the request behind the future is not done, and cancels the request. That may take
-            # seconds, in which the other limit may pass as well, so the error is made now.
+            # The caller now cancels the request that should have completed the future. That may take seconds, in which
+            # the other limit may pass as well, so the error is created here.
             self._error = self._error_at(timeout.when())
         finally:
             self._timeout = None
@@ -79,7 +79,7 @@ class CallTimer:
     def _error_at(self, deadline: float | None) -> CallTimeoutError:
         if deadline == self._give_up_at:
             end = ", although it reported progress" if self._has_progressed else ""
-            end = ", and waited for an answer of the user" if self._open_questions else end
+            end = ", and was still waiting for the user to answer" if self._open_questions else end
             return CallTimeoutError(f"did not answer within {self._longest:g} seconds{end}")
         if self._has_progressed:
             return CallTimeoutError(f"reported no progress for {self._limit:g} seconds")

@@ -84,7 +84,7 @@ class ChangingHeaders:
             raise self._error("must give an object of headers")
         for name, value in headers.items():
             if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(value, str):
-                raise self._error("must give names of headers with strings as their values")
+                raise self._error("gives a header whose name is not valid, or whose value is not a string")
             if not value.isascii() or not value.isprintable():
                 raise self._error(f"gives a value of {name} that is not printable ASCII")
             if name.lower() in _RESERVED_HEADERS:

@@ -39,7 +39,7 @@ class ElicitationAnswer:
     """The answer to an `Elicitation`, as its methods `accept`, `decline` and `cancel` return it."""
 
     action: ElicitationAction
-    """What the user did: "accept" the question, "decline" it, or "cancel", which means going on without a decision."""
+    """What the user did with the question: "accept", "decline", or "cancel" if the user has not decided."""
     content: Mapping[str, Any] | None = attrs.field(default=None, repr=False)
     """The values of the fields of a form, if it was accepted; otherwise None."""
 
@@ -84,7 +84,7 @@ class Elicitation:
         """Returns the answer for a user who has filled in the form, or agrees to visit the URL.
 
         Args:
-            content: The values of the fields of a form. Default: none, as for a URL.
+            content: The values of the fields of a form. Default: None, for a URL or for a form without any values.
 
         Raises:
             LLMValidationError: The values do not fit the schema, or a URL was given values. Nothing has been sent, so

@@ -73,8 +73,8 @@ def missing_variables(spec: ServerSpec, stderr: str) -> list[str]:
     """Returns the names of variables of this process that a server did not get and that it may have needed.
 
     These are, in this order: the variables that the server's stderr mentions; those whose first word is in the server's
-    name or command, such as GITHUB_TOKEN for `server-github`; if a package runner starts the server, those that the
-    runner reads; and the search paths of modules.
+    name or command line, such as GITHUB_TOKEN for `server-github`; if a package runner starts the server, those that
+    the runner reads; and the search paths of modules.
     """
     passed = {*base_environment(), *spec.env}
     missing = [name for name in os.environ if name not in passed]

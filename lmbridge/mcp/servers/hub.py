@@ -1,8 +1,8 @@
 """`McpHub`: the servers of a configuration file, shared by all runs.
 
 A run asks the hub for the tools of the servers that it needs, and gets a lease, `McpTools`. Until the run releases the
-lease, the tools do not change and an idle server is not closed. Servers belong to the hub and not to the run, so that a
-hundred runs start one process for each server and not a hundred.
+lease, the definitions of the leased tools do not change, and their servers are not closed as idle. Servers belong to
+the hub and not to the run, so that a hundred runs start one process for each server and not a hundred.
 
 The configuration file is not watched. Instead, its modification time and size are checked at each use. A watcher would
 need a thread or a platform's own interface, and a change only matters when a run starts. Servers whose entry is
@@ -68,7 +68,8 @@ class McpHub(NotCopyable):
             only the time without any output on stderr (default: 120), and the whole start has at least 300 seconds.
         idle_linger: Seconds after which a server that no run uses is closed; None to keep it until `close()`.
             Default: 300.
-        on_event: A plain function that is called with each `McpEvent`. An exception that it raises is logged.
+        on_event: A plain function that is called with each `McpEvent`. An exception that it raises is logged. Default:
+            None.
         headers: A mapping from the names of HTTP servers to functions, async or plain, that return further headers. A
             function is called when a connection is opened, and again after the status 401. It may take up to ten
             seconds; a plain function is called in a thread. Default: None, which adds no headers. The configuration
@@ -291,7 +292,7 @@ class McpHub(NotCopyable):
     async def _collect_definitions(
         self, servers: Sequence[ManagedServer], errors: dict[str, MCPError]
     ) -> dict[str, list[Any]]:
-        """Returns the definitions that each server sent, and adds the error of each server that cannot be started."""
+        """Returns the definitions that each server sent, and adds the errors of failed starts to `errors`."""
         definitions: dict[str, list[Any]] = {}
 
         async def collect(server: ManagedServer) -> None:

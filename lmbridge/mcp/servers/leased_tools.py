@@ -1,4 +1,4 @@
-"""`McpTools`: the tools of some servers, leased for a run. `lmbridge.agent.tool_names` gives them their names there.
+"""`McpTools`: the tools of some servers, leased for a run. In the run, `lmbridge.agent.tool_names` chooses their names.
 
 A tool that a run has been offered does not change during the run. Otherwise a server could replace a definition in the
 middle of a run, after a person or a program has reviewed it. New tools are added, because a server may reveal them as a
@@ -52,8 +52,8 @@ class McpTools(NotCopyable):
 
     Attributes:
         tools: The tools. The definition of a tool stays the same; tools that a server announces later are added.
-        errors: The errors of the servers that could not be started, so that their tools are missing. The keys are the
-            names of the servers.
+        errors: The errors of the servers that could not be started and whose tools are therefore missing. The keys are
+            the names of the servers.
         left_out: The tools that are not offered, because their definition is not valid or exceeds the budget.
     """
 
@@ -89,7 +89,7 @@ class McpTools(NotCopyable):
 
         An agent calls this method before each round. A server is asked only if it has announced other tools.
         """
-        # A copy, because the lease may be released meanwhile.
+        # The list is copied, because the lease may be released meanwhile.
         servers = list(self._servers)
         newer = await asyncio.gather(
             *(server.newer_definitions(self._definitions.get(server.spec.name)) for server in servers)

@@ -88,7 +88,7 @@ class ServerStatus:
     state: ServerState
     """The state of the server."""
     error: str | None = None
-    """The reason why the server last failed to start or was lost, or None if neither has happened."""
+    """Why the server could not be started or was lost, or None if neither has happened since it was last connected."""
     tools: int | None = None
     """How many tools the server has, or None if it is not running."""
     starts: int = 0
@@ -98,7 +98,8 @@ class ServerStatus:
     protocol: str | None = None
     """The protocol revision of the session, such as "2025-11-25", or None if the server is not running."""
     stderr_tail: str = attrs.field(default="", repr=False)
-    """The last lines that the server wrote to stderr, without secrets and control characters."""
+    """The last lines that the server wrote to stderr, without secrets and control characters; empty if it is not
+    running."""
 
 
 class ManagedServer:
@@ -275,7 +276,7 @@ class ManagedServer:
             tool: The name of the tool on the server.
             arguments: The arguments of the call.
             is_idempotent: Whether the server has declared that repeating a call has no further effect. Only then is
-                the call repeated if the server is lost while it runs.
+                the call repeated if the server is lost during the call.
             timeout: The time limit of the call in seconds, not counting a restart before it; None means no limit.
                 Reports of progress extend it.
 
@@ -357,7 +358,8 @@ class ManagedServer:
             raise self._connection_error("was closed while it was starting") from exc
 
     async def _open_and_track(self) -> SessionOwner:
-        # `_shut_down` cannot cancel this task before this line, because `_opening_task` is not set yet.
+        # `_shut_down` may have been called before this task ran. It could not cancel the task then, because
+        # `_opening_task` was not set yet.
         if self._state is ServerState.CLOSED:
             raise self._connection_error("was closed while it was starting")
         self._opening_task = asyncio.current_task()
@@ -487,7 +489,7 @@ class ManagedServer:
         end = session.ended.result()
         self._error = self.spec.redact(end.reason)
         # This session was still in use, so lmbridge has not closed it. Its end counts as requested only if its event
-        # loop is closing, and then the hub warns.
+        # loop is closing, and then the hub warns that it was not closed.
         if not end.was_requested:
             logger.warning(
                 "MCP server %r was lost: %s%s", self.spec.name, self._error, _describe_stderr(session.stderr_tail)

@@ -93,7 +93,7 @@ def package_runner_of(command: str, args: Sequence[str] = ()) -> str | None:
 
 
 def _program_of(words: Sequence[str]) -> str | None:
-    """Returns the name of the program that a command starts. Wrappers and their options before it are skipped."""
+    """Returns the name of the program that a command starts. Wrappers before it are skipped with their options."""
     rest = iter(words)
     for word in rest:
         if word in _OPTIONS_WITH_VALUE:
@@ -104,7 +104,7 @@ def _program_of(words: Sequence[str]) -> str | None:
 
 
 def _program_name(path: str) -> str:
-    """Returns the name of a program without its folders and a suffix such as `.cmd`."""
+    """Returns the name of a program, without its folders and without a suffix such as `.cmd`."""
     return PurePath(re.split(r"[/\\]", path)[-1]).stem.lower()
 
 
@@ -134,7 +134,7 @@ def start_patience(spec: ServerSpec, connect_timeout: float | None) -> StartPati
 
 
 def runner_environment(command: str, args: Sequence[str]) -> dict[str, str]:
-    """Returns variables that make a package runner write a line for each file that it downloads."""
+    """Returns the variables that make npx and npm write a line for each file that they download; none for others."""
     return {"npm_config_loglevel": "http"} if package_runner_of(command, args) in _NPM_PROGRAMS else {}
 
 
@@ -146,7 +146,7 @@ def is_download_line(line: bytes) -> bool:
 def npx_hint(spec: ServerSpec, stderr: str, *, timed_out: bool) -> str | None:
     """Returns what to do about a failed start with npx if the network or the npx cache is the reason, or else None.
 
-    The cache is damaged if npx was killed before, in the middle of a download.
+    The cache may be damaged because an earlier npx was killed in the middle of a download.
 
     Args:
         spec: The server.

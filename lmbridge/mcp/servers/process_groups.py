@@ -6,11 +6,11 @@ group, and the group is signalled and polled until it is empty, even if its lead
 descendants instead would miss those whose parent has ended. A control group would also catch a process that leaves its
 process group, but control groups exist only on Linux and need privileges.
 
-There are three ways in which a program may end, and each is covered:
+Servers have to be ended on three kinds of occasions, and each is covered:
 
-- `close()`, a cancellation and a failed start end the group from here (`end_group`).
+- After `close()`, a cancellation or a failed start, `end_group` ends the group.
 - SIGTERM ends the groups and then the program: a handler is installed at the first start, unless the program has one.
-- Anything else, SIGKILL included, is noticed by the guardian, a separate process; see `guardian`.
+- Any other end of the program, SIGKILL included, is noticed by the guardian, a separate process; see `guardian`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Removes from the texts of a server the characters that models read but people do not see.
 
 A description of a tool goes into the prompt, and a server's stderr into errors and terminals. Escape sequences,
-characters of zero width, and "tag" characters can hide instructions to the model, or change what a terminal shows.
+zero-width characters, and Unicode's "tag" characters can hide instructions to the model, or change what a terminal
+shows.
 Results of tools are not changed: they are data, and must arrive as they were sent.
 """
 

@@ -140,7 +140,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
             stdin.close()
         try:
             await end_group(transport.get_pid(), patience=patience)
-            # Otherwise asyncio would learn the exit status later, when the event loop may be closed.
+            # Without this wait, asyncio would learn the exit status later, when the event loop may be closed.
             with suppress(TimeoutError):
                 async with asyncio.timeout(KILL_WAIT_SECONDS):
                     await self._exited.wait()

@@ -373,12 +373,15 @@ class SessionOwner:
         self.tools = tools
 
     def _announces_changes(self, session: McpSession) -> bool:
-        """Returns whether announcements of changes reach us. In older revisions, servers on HTTP often lose them."""
+        """Returns whether announcements of changes reach us.
+
+        In older revisions of the protocol, servers on HTTP often lose them.
+        """
         is_heard = self._is_watched and session.protocol >= sdk.FIRST_STATELESS_PROTOCOL
         return session.declares_changes and (self._spec.transport != "http" or is_heard)
 
     async def _list_all_tools(self) -> tuple[list[Any], float | None]:
-        """Returns the tools of all pages, and the seconds for which the list is valid, or None without a `ttlMs`."""
+        """Returns the tools of all pages, and for how many seconds the list is valid; None if there is no `ttlMs`."""
         session = self._opened_session()
         tools: list[Any] = []
         ttl: float | None = None
@@ -412,7 +415,7 @@ class SessionOwner:
                 logger.debug("MCP server %r: watching its changes failed: %s", self._spec.name, sdk.describe_error(exc))
             failures = 0 if self._is_watched else failures + 1
             if self._is_watched:
-                # The list was to stay in use until the server announces another one, but now nobody would hear of that.
+                # The list counted as up to date because changes would be announced. Announcements no longer arrive.
                 self._mark_outdated()
             self._is_watched, self._has_missed_changes = False, True
             await asyncio.sleep(_LISTEN_AGAIN_SECONDS)

@@ -102,6 +102,7 @@ class StdioLink:
 
         Raises:
             OSError: The process cannot be started.
+            MCPError: The event loop cannot start processes, or the guardian cannot be started.
         """
         await self._process.start(self._spec.command, self._spec.args, self._spec.env, self._spec.cwd)
 
@@ -128,7 +129,7 @@ class StdioLink:
         """Sends a message, given as its JSON without a line break.
 
         Raises:
-            ConnectionError: The server no longer reads. `on_end` has been called with the reason before.
+            ConnectionError: The server no longer reads. `on_end` has already been called with the reason.
         """
         try:
             await self._process.write(message + b"\n")
@@ -166,7 +167,7 @@ class StdioLink:
                 self._end_link(str(exc))
 
     def _resume_reading(self) -> None:
-        # Bytes that are read now would overtake those that have not been parsed yet.
+        # While slices are still being parsed, reading stays paused. After the last slice, `_parse_slice` resumes it.
         if not self._unparsed:
             self._process.resume_reading()
 

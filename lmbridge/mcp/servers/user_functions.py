@@ -12,7 +12,7 @@ async def call_function(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function, async or plain, and returns its result.
 
     A plain function is called in a thread, because it may wait for a person, a file or a network. If the caller is
-    cancelled, the thread runs on, and the result of the function is dropped.
+    cancelled, the thread keeps running, and the result of the function is dropped.
     """
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
     result = function(*args) if is_async else await asyncio.to_thread(function, *args)

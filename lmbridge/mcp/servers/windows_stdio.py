@@ -31,7 +31,7 @@ class WindowsStdioLink:
 
     @property
     def pid(self) -> int | None:
-        """The id of the process, which is always None, because the SDK does not reveal it."""
+        """Always None, because the SDK does not reveal the id of the process."""
         return None
 
     @property
@@ -73,7 +73,7 @@ class WindowsStdioLink:
         """Sends a message, given as its JSON without a line break.
 
         Raises:
-            ConnectionError: The server no longer reads. `on_end` has been called with the reason before.
+            ConnectionError: The server no longer reads. `on_end` has already been called with the reason.
         """
         await self._link.send(message)
 
