@@ -5,6 +5,6 @@ and a coroutine that does the work. What they share: `options.py` (options of se
 (finding a server), `command_runner.py` (signals, errors, exit statuses), `terminal.py` (everything that is written).
 
 typer was chosen over argparse because it generates the completion for three shells and reads the arguments from type
-hints, rich for tables and live views, and prompt_toolkit for the line editor of `chat`: history, several lines, and
-pasted text that is not sent at its first line break, which `input()` does not have.
+hints. rich shows tables and live views. prompt_toolkit is the line editor of `chat`: unlike `input()`, it has a
+history, accepts several lines, and does not send pasted text at its first line break.
 """

@@ -42,8 +42,8 @@ def resume(
     """Resumes a run whose program was interrupted.
 
     The run keeps its model, its options and its MCP servers. Calls that had ended are not made again. The model learns
-    which calls may or may not have happened. If the run is finished already, its answer is printed. The run is shown as
-    by `lmbridge run`; with --json, each event is a line.
+    which calls may or may not have happened. If the run is finished already, its answer is printed. The output is like
+    that of `lmbridge run`; with --json, each event is a line of JSON.
     """
     options = ToolOptions(config=mcp_config, trust_project=trust_project, approval=approve)
     server = ServerOptions(api_base=api_base, local=local)

@@ -107,7 +107,7 @@ class MessageReader:
         self._check_size(len(self._buffer))
 
     def end(self) -> list[dict[str, Any]]:
-        """Returns the messages in a last line without a line break. A message that was cut off is dropped."""
+        """Returns the messages in the last line, which has no line break. A message that was cut off is dropped."""
         if len(self._buffer) > self._largest:
             return []
         try:
@@ -243,7 +243,7 @@ class MessageInbox:
                 self._on_skipped_line(self._reader.first_skipped_line)
 
     def end(self) -> None:
-        """Adds the messages of a last line without a line break, and closes the inbox."""
+        """Adds the messages in a last line that has no line break, and closes the inbox."""
         if not self.is_closed:
             self._messages += self._reader.end()
             self.close()

@@ -94,7 +94,7 @@ class Questions:
     # Questions that are requests of the server.
 
     def open(self, request_id: str | int, params: Any, in_flight: Iterable[SentRequest]) -> None:
-        """Asks the user a question, in a task.
+        """Asks the user a question in a separate task, or declines it if the user cannot be asked now.
 
         Args:
             request_id: The id of the request.

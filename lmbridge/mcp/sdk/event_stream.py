@@ -1,6 +1,6 @@
 """Server-sent events of MCP servers: bytes in, events with their ids and retry times out.
 
-The decoder of `lmbridge.transport` is not used, because it drops these two fields, which LLM servers do not need.
+The decoder of `lmbridge.transport` is not used, because it drops these two fields, which LLM servers do not use.
 """
 
 from __future__ import annotations

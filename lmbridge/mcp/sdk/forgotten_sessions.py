@@ -2,8 +2,8 @@
 
 Whether a server has forgotten a session is not guessed from the words of its answer. According to the protocol, the
 status 404 without a JSON-RPC error means that it has. After any other refusal that may have this reason, lmbridge sends
-a `ping` to find out. If the status reports success, the server has accepted the request. Then a ping is sent only if
-the error in the answer mentions an unknown session.
+a `ping` to find out. If the status reports success, the server has accepted the request. In that case, a ping is sent
+only if the error in the answer mentions an unknown session.
 """
 
 from __future__ import annotations

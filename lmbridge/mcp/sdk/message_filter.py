@@ -147,7 +147,7 @@ class MessageExchange:
             meta = {**meta, _CAPABILITIES_KEY: self._with_elicitation(meta[_CAPABILITIES_KEY] or {})}
             params = {**params, "_meta": meta}
         if request.meta:
-            # SDK 2.x may have created a span below ours and added its trace context. Then that context is kept.
+            # SDK 2.x may have created a span below ours and added its trace context, which is then kept.
             meta = {**request.meta, **meta}
             params = {**params, "_meta": meta}
         if "progressToken" in meta:

@@ -81,7 +81,7 @@ class ChangingHeaders:
 
     def _checked(self, headers: Any) -> dict[str, str]:
         if not isinstance(headers, Mapping):
-            raise self._error("must give an object of headers")
+            raise self._error("must give the headers as a JSON object or a dict")
         for name, value in headers.items():
             if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(value, str):
                 raise self._error("gives a header whose name is not valid, or whose value is not a string")

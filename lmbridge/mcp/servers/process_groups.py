@@ -2,7 +2,7 @@
 
 A server is often a chain of processes: `npx` starts a shell, which starts node. Ending only the process that was
 started is not enough, because a shell that gets SIGTERM leaves its children alive. So each server leads a new process
-group, and the group is signalled and polled until it is empty, even if its leader has already left. Searching for
+group, and the group is signalled and polled until it is empty, even if its leader has already ended. Searching for
 descendants instead would miss those whose parent has ended. A control group would also catch a process that leaves its
 process group, but control groups exist only on Linux and need privileges.
 

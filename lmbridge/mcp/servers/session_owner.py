@@ -333,7 +333,7 @@ class SessionOwner:
         except asyncio.CancelledError as exc:
             self._record_end(_CLOSED_ON_REQUEST, exc)
             raise
-        except BaseException as exc:  # noqa: BLE001 - the SDK raises groups of anything, also of base exceptions
+        except BaseException as exc:  # noqa: BLE001 - the SDK raises groups of anything, even of base exceptions
             self._record_end(SessionEnd(sdk.describe_error(exc)), exc)
         finally:
             self._mark_ended(_CLOSED_ON_REQUEST)

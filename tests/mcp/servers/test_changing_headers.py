@@ -111,9 +111,9 @@ async def test_the_headers_are_fetched_once_for_a_connection_that_is_refused_and
 @pytest.mark.parametrize(
     ("headers", "words"),
     [
-        (None, "must give an object"),
-        ({"A": 1}, "strings as their values"),
-        ({"A b": "1"}, "names of headers"),
+        (None, "must give the headers as a JSON object"),
+        ({"A": 1}, "whose value is not a string"),
+        ({"A b": "1"}, "whose name is not valid"),
         ({"A": "1\r\nB: 2"}, "not printable ASCII"),
         ({"Mcp-Session-Id": "1"}, "belongs to the protocol"),
     ],
@@ -219,7 +219,7 @@ async def test_a_command_gives_the_headers_and_knows_for_which_server(
     [
         ("echo secret-output; exit 3", "ended with status 3"),
         ("echo secret-output", "did not write a JSON object"),
-        ("echo '[\"secret-output\"]'", "must give an object"),
+        ("echo '[\"secret-output\"]'", "must give the headers as a JSON object"),
         ("no-such-program-of-ours", "ended with status 127"),
         ("head -c 100000 /dev/zero", "wrote more than 65,536 bytes"),
     ],

@@ -282,7 +282,7 @@ async def test_the_most_that_a_call_may_take_limits_the_user_as_well(make_hub: M
     person = Person()
     entry = asking(lmbridge={"callTimeout": 0.1, "maxCallTimeout": 0.3})
     lease = await make_hub({"a": entry}, on_elicitation=person).tools()
-    with pytest.raises(ToolError, match="waited for an answer of the user"):
+    with pytest.raises(ToolError, match="was still waiting for the user to answer"):
         await function_of(lease, "ask")()
     await person.left.wait()
 
@@ -444,6 +444,6 @@ async def test_the_most_that_a_call_may_take_limits_a_question_in_a_result(make_
     person = Person()
     entry = {"url": modern_url, "lmbridge": {"callTimeout": 0.1, "maxCallTimeout": 0.3}}
     lease = await make_hub({"a": entry}, on_elicitation=person).tools()
-    with pytest.raises(ToolError, match="waited for an answer of the user"):
+    with pytest.raises(ToolError, match="was still waiting for the user to answer"):
         await function_of(lease, "book")()
     assert person.left.is_set()
