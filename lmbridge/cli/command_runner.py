@@ -73,7 +73,7 @@ class Signals:
         self._interruptible: asyncio.Task[Any] | None = None
         self._interrupts = 0
         self.status: ExitStatus | None = None
-        """The exit status after a signal, or None if none has arrived."""
+        """The exit status after a signal that ends the command, or None if there was none."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:

@@ -223,10 +223,10 @@ class DynamicAutonomousAgent(NotCopyable):
             MCPConnectionError: The server could not be started; `.server` is its name.
             MCPError: No enabled server has that name, or the configuration file cannot be read. In both cases
                 nothing has been started.
-            RunIncompleteError: The run ended without a final answer. With `full`, only its subclass
-                `MaxRoundsExceededError` is raised; in all other cases the result is returned, and its `stop_reason`
-                says why there is no answer.
-            LLMValidationError: An argument is not valid.
+            RunIncompleteError: The run ended without a final answer. With `full`, it is raised only if the run has an
+                `output_type`, or as its subclass `MaxRoundsExceededError`; in all other cases the result is returned,
+                and its `stop_reason` says why there is no answer.
+            LLMValidationError: An argument is not valid, or the model did not give a valid output.
             LLMError: The run failed; `.partial` is the run so far.
         """
         check_server_name(mcp_name)
