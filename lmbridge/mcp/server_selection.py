@@ -66,8 +66,8 @@ class ServerSelection:
         """Checks the names before the run is created, because a new run may cancel others (`switch_policy="cancel"`).
 
         Raises:
-            MCPError: A name does not belong to an enabled server, no server is enabled, or the configuration file cannot
-                be read.
+            MCPError: A name does not belong to an enabled server, no server is enabled, or the configuration file
+                cannot be read.
         """
         config = await hub.reload()
         if unknown := [name for name in self.names or () if name not in config.names]:
