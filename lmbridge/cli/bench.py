@@ -28,7 +28,9 @@ def bench(
     concurrency: Annotated[
         str, typer.Option("--concurrency", "-n", metavar="N,N,...", help="How many concurrent requests to measure.")
     ] = "1,2,4,8",
-    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=2, help="The maximum tokens of an answer.")] = 64,
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", min=2, help="The maximum number of tokens of each answer.")
+    ] = 64,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", metavar="N", min=20, help="About how many tokens each prompt has.")
     ] = 256,

@@ -67,7 +67,7 @@ async def check_streaming(connection: ServerConnection) -> Finding:
             pieces += bool(splitter.feed(chunk))
         reply = stream.partial
     if pieces < 3:
-        fix = "look for a proxy between here and the server that collects the answer"
+        fix = "look for a proxy in front of the server that buffers the answer"
         return Finding("streaming", "warning", f"the answer arrived in {pieces} pieces", fix)
     if reply is None or not reply.get("usage"):
         return Finding("streaming", "ok", f"{pieces} pieces; the server does not count tokens in streams")
@@ -99,7 +99,7 @@ async def check_cancelling(connection: ServerConnection) -> Finding:
     rests = await asyncio.gather(*(leave_a_stream() for _ in range(slots)))
     measured = [rest for rest in rests if rest is not None]
     if len(measured) < slots:
-        fix = "try a model that writes longer answers, or look for a proxy that collects the answer"
+        fix = "try a model that writes longer answers, or look for a proxy that buffers the answer"
         return Finding("cancelling", "skipped", "an answer ended before its stream could be closed", fix)
     after = await seconds_of_short_answer()
     streams = "1 stream was" if slots == 1 else f"{slots} streams were"

@@ -35,7 +35,7 @@ def serve(
     parallel: Annotated[
         int | None, typer.Option("--parallel", metavar="N", help="How many requests generate at the same time.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", help="How many threads compute.")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="The number of threads.")] = None,
     chat_template: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A Jinja template in place of the model's own.")
     ] = None,
@@ -81,11 +81,11 @@ def gateway(
     ] = None,
     max_concurrency: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="How many generations each server gets at a time. Default: ask it."),
+        typer.Option(metavar="N", min=1, help="The generations that each server gets at a time. Default: its limit."),
     ] = None,
     max_loaded_models: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="How many models each server holds at a time. Default: ask it."),
+        typer.Option(metavar="N", min=1, help="The models that each server holds at a time. Default: its limit."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request to stderr.")] = False,
     debug: Debug = False,

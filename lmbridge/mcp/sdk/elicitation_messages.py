@@ -104,7 +104,7 @@ class Questions:
         params = params if isinstance(params, dict) else {}
         calls = tuple(request for request in in_flight if request.method == "tools/call")
         if request_id in self._open:
-            self._report("a request with the id of another one", request_id)
+            self._report("a request with the id of another open request", request_id)
         elif self._ask_user is not None and calls and len(self._open) < _MOST_OPEN_QUESTIONS:
             task = asyncio.get_running_loop().create_task(self._answer(request_id, params))
             self._open[request_id] = _OpenQuestion(task, calls, set(calls))
@@ -216,7 +216,7 @@ class Questions:
             return {"error": {"code": _INVALID_PARAMS, "message": str(exc)}}
         except Exception:
             # Whatever is wrong, the server must not wait for an answer that never comes.
-            logger.exception("a question of an MCP server to the user failed, and the server gets an error")
+            logger.exception("the user could not be asked a question of an MCP server, so the server gets an error")
             return {"error": {"code": INTERNAL_ERROR, "message": "the client failed to ask the user"}}
 
     def _decline(self, params: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -323,7 +323,7 @@ class McpHub(NotCopyable):
         self._check_not_closed()
         if self._loop_guard.enter():
             if self._servers:
-                message = "an McpHub was not closed before its event loop was"
+                message = "an McpHub was not closed before its event loop was closed"
                 warnings.warn(message, ResourceWarning, stacklevel=3)
             # Servers and locks belong to the event loop that is gone.
             self._servers, self._retired, self._reload_lock = {}, [], asyncio.Lock()
@@ -337,7 +337,7 @@ def _check_headers(headers: Any) -> dict[str, HeadersFunction]:
     if headers is None:
         return {}
     if not isinstance(headers, Mapping) or not all(isinstance(name, str) for name in headers):
-        raise wrong_type("headers", "a dict of functions by the names of servers", headers, _HEADERS_HINT)
+        raise wrong_type("headers", "a dict from the names of servers to functions", headers, _HEADERS_HINT)
     return {name: check_callable(f"headers[{name!r}]", function) for name, function in headers.items()}
 
 

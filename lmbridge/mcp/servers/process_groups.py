@@ -68,7 +68,8 @@ class ProcessGroups:
             self._write_to_guardian(b"+%d\n" % group)
         except OSError as exc:
             raise MCPError(
-                f"the process that ends MCP servers if this one is killed cannot be started: {exc.strerror or exc}",
+                "the process that would end the MCP servers if this program were killed cannot be started: "
+                f"{exc.strerror or exc}",
                 exc,
                 hint="this process may have reached its limit of open files or of processes; see `ulimit -a`",
             ) from exc
@@ -94,8 +95,8 @@ class ProcessGroups:
             if self._guardian_pipe < 0 and not self._has_warned:
                 self._has_warned = True
                 logger.warning(
-                    "MCP servers may be left running if this process is killed, because the path of the Python that "
-                    "would watch it is not known (sys.executable is empty)"
+                    "MCP servers may be left running if this process is killed: the process that would end them cannot "
+                    "be started, because the path of Python is not known (sys.executable is empty)"
                 )
             if self._groups and self._guardian_pipe >= 0:
                 self._unsent += b"".join(b"+%d\n" % group for group in self._groups)
