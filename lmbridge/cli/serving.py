@@ -81,11 +81,11 @@ def gateway(
     ] = None,
     max_concurrency: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="The generations that each server gets at a time. Default: its limit."),
+        typer.Option(metavar="N", min=1, help="How many generations each server gets at a time. Default: its limit."),
     ] = None,
     max_loaded_models: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="The models that each server holds at a time. Default: its limit."),
+        typer.Option(metavar="N", min=1, help="How many models each server holds at a time. Default: its limit."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request to stderr.")] = False,
     debug: Debug = False,
