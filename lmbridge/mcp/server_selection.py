@@ -37,7 +37,7 @@ class ServerSelection:
     """The MCP servers of one run."""
 
     names: Sequence[str] | None
-    """The names of the servers in the configuration file; None for all that are enabled."""
+    """The names of the servers in the configuration file; None means all enabled servers."""
     on_error: _OnServerError
     """What the run does if some of them cannot be started."""
 

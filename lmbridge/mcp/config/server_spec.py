@@ -318,7 +318,7 @@ def _resolve_command(reader: _EntryReader, folder: Path) -> str:
 def _is_command_line(command: str) -> bool:
     """Returns whether a command looks like a program with arguments, one of which contains the slash.
 
-    The arguments belong in `args`, but the command must not be turned into a path because of them.
+    Such a command is not made a path, so that the error of its start can say that the arguments belong in `args`.
     """
     program, *arguments = command.split()
     is_runner = program in ("npx", "uvx", "bunx", "docker", "node", "python", "python3", "deno")

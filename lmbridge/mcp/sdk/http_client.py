@@ -41,7 +41,7 @@ def make_http_client(spec: ServerSpec, fetch_headers: FetchHeaders | None = None
     return httpx.AsyncClient(
         headers={"accept-encoding": ", ".join(_ENCODINGS), **spec.headers},
         auth=make_auth(httpx, spec, fetch_headers),
-        # Reading has no timeout: each call has its own time limit, and an event stream may be silent for any time.
+        # Reading has no timeout: each call has its own time limit, and an event stream may be silent for hours.
         timeout=httpx.Timeout(_CONNECT_TIMEOUT, read=None, pool=None),
         limits=httpx.Limits(max_connections=None),
         follow_redirects=False,

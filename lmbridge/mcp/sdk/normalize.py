@@ -98,7 +98,7 @@ def _unreadable(problem: str, notes: set[str]) -> ServerAnswer:
 
 
 def normalize_error(error: Any, notes: set[str]) -> dict[str, Any]:
-    """Returns an error with an integer `code`, which is 0 by default, and a text as its `message`."""
+    """Returns an error with an integer `code`, which is 0 by default, and a string as its `message`."""
     if not isinstance(error, Mapping):
         notes.add("an error that is not an object")
         return {"code": 0, "message": _as_text(error)}
