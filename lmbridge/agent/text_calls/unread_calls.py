@@ -62,7 +62,7 @@ def describe_markup(text: str, tool_names: Collection[str]) -> str | None:
     """
     text = text[-_EXAMINED_CHARACTERS:]
     answer = without_template_tokens(text)
-    opening = find_unread_call(text, tool_names)
+    opening = _unread_call_in(answer, tool_names)
     if opening is not None:
         return f"the answer ends in a tool call that could not be read ({opening})"
     if len(answer) < len(text.rstrip()):
@@ -78,7 +78,11 @@ def find_unread_call(text: str, tool_names: Collection[str]) -> str | None:
         tool_names: The names of the tools. Some syntaxes, such as JSON, also occur in ordinary texts. They count as
             calls only if they name a tool.
     """
-    text = without_template_tokens(text[-_EXAMINED_CHARACTERS:])
+    return _unread_call_in(without_template_tokens(text[-_EXAMINED_CHARACTERS:]), tool_names)
+
+
+def _unread_call_in(text: str, tool_names: Collection[str]) -> str | None:
+    """Does what `find_unread_call` does, for a text without the tokens of a chat template at its end."""
     # Nearly every answer has none of the signs, and therefore none of the openings.
     for syntax in [each for each in _UNREAD_SYNTAXES if each.opening in text] if _SIGN.search(text) else ():
         for position in _last_mentions(text, syntax.opening):
