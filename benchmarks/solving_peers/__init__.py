@@ -29,8 +29,16 @@ LONG_TASK_SOLVERS: Final[Mapping[str, PeerInfo]] = {
 }
 """The same agents, and lmbridge with the other values of its option `compaction`."""
 
+REAL_TASK_SOLVERS: Final[Mapping[str, PeerInfo]] = {
+    "lmbridge": SOLVERS["lmbridge"],
+    "lmbridge-answer": PeerInfo('lmbridge, `on_limit="answer"`', "lmbridge_answer", "lmbridge"),
+    **{name: info for name, info in SOLVERS.items() if name != "lmbridge"},
+}
+"""The same agents, and lmbridge with the option that is recommended for small models."""
+
 
 def make_solver(name: str, base: str) -> Solver:
     """Makes an agent that uses the API at `base`."""
-    solver: Solver = importlib.import_module(f"benchmarks.solving_peers.{LONG_TASK_SOLVERS[name].module}").Solver(base)
+    module = {**LONG_TASK_SOLVERS, **REAL_TASK_SOLVERS}[name].module
+    solver: Solver = importlib.import_module(f"benchmarks.solving_peers.{module}").Solver(base)
     return solver

@@ -14,7 +14,7 @@ from benchmarks.schema_peers import ASKERS
 from benchmarks.solving.leaderboard import CATEGORIES
 from benchmarks.solving.real_models import REAL_MODELS, why_no_model
 from benchmarks.solving.real_tasks import GROUPS, PER_GROUP
-from benchmarks.solving_peers import SOLVERS
+from benchmarks.solving_peers import REAL_TASK_SOLVERS
 from benchmarks.specification import Row, Table, TableLines
 
 _Z: Final = 1.96
@@ -79,7 +79,7 @@ def _exceptions(figure: Mapping[str, Any] | None) -> str:
 SOLVING_REAL_TABLE: Final = Table(
     name="solving-real",
     about="tasks that agents solve with real small models",
-    peers=SOLVERS,
+    peers=REAL_TASK_SOLVERS,
     baseline="lmbridge",
     worker="benchmarks.workers.solving_real",
     uses_stub=False,
