@@ -21,6 +21,9 @@ and everything that is done about them is in this module:
 - *It decompresses without a limit*, or without noticing that the end is missing. So
   `lmbridge.transport.decompression` decompresses in its place.
 - *It limits connecting, but not the resolution of a name.* `_Resolver` does.
+- *It looks up a proxy in the environment even if its connector uses a SOCKS proxy*, which it then asks for a connection
+  to that other proxy. `_RequestThroughSocks` ignores what was found. Without `trust_env` nothing is looked up, but
+  neither is the `.netrc` file.
 - *It forgets the reader of a body with broken chunk framing.* Its compiled parser closes the connection, and stores the
   error in the protocol object, where only the reader of a *head* looks. The reader of the body would wait until a time
   limit of minutes runs out. The `ConnectionGuard` therefore informs `_AiohttpResponse` that the connection was lost.
@@ -117,7 +120,7 @@ class AiohttpSession:
             connections; see `EXTRA_CONNECTIONS`. None means that their number is not limited.
         ssl: The TLS context for https. By default aiohttp's default context is used.
         trust_env: Whether the proxies and the `.netrc` file of the environment are used.
-        proxy: The URL of an HTTP or SOCKS proxy.
+        proxy: The URL of an HTTP or SOCKS proxy. It takes precedence over the proxies of the environment.
         socket_path: The path of a Unix socket to connect to, whatever the host in the URL of a request.
     """
 
@@ -223,6 +226,7 @@ class AiohttpSession:
             # guards always report it, and the parser hides it in some places.
             max_line_size=_MOST_LINE_BYTES,
             max_field_size=_MOST_LINE_BYTES,
+            request_class=aiohttp.ClientRequest if self._socks_proxy is None else _RequestThroughSocks,
             response_class=_ResponseOnConnection,
         )
 
@@ -287,7 +291,8 @@ class AiohttpSession:
         return url.scheme == "http" or (isinstance(exc, _LOST_CONNECTION_ERRORS) and not was_sent)
 
     def _has_proxy(self, request: HttpRequest) -> bool:
-        if self._socket_path is not None:
+        """Returns whether aiohttp sends a request to an HTTP proxy."""
+        if self._socket_path is not None or self._socks_proxy is not None:
             return False
         return self._proxy is not None or (self._trust_env and environment_proxy(request.url) is not None)
 
@@ -419,6 +424,13 @@ class _AiohttpResponse:
         """Wakes a reader that aiohttp has forgotten; the docstring of the module explains this."""
         if not self._content.is_eof():
             self._response.close()
+
+
+class _RequestThroughSocks(aiohttp.ClientRequest):
+    """A request whose connector uses a SOCKS proxy, so that a proxy of the environment does not apply to it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "proxy": None, "proxy_auth": None})
 
 
 class _ResponseOnConnection(aiohttp.ClientResponse):

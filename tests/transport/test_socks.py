@@ -8,10 +8,12 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from blockbuster import BlockBuster
 
 from lmbridge import LLMClient, LLMConnectionError, LLMTimeoutError, LLMValidationError, Timeouts
 from lmbridge.testing import ScriptedServer, answer
@@ -118,6 +120,33 @@ async def test_a_proxy_with_a_user_and_a_password(proxy: SocksServer, scripted_s
         assert "socks5://user:password@host:port" in str(caught.value)
         assert "wr0ng" not in str(caught.value)
         assert "wr0ng" not in repr(client)
+
+
+@needs_package
+@pytest.mark.parametrize("is_passed", [True, False])
+async def test_a_socks_proxy_is_not_asked_for_a_proxy_of_the_environment(
+    proxy: SocksServer,
+    scripted_server: ScriptedServer,
+    is_passed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_blocking_calls: BlockBuster,
+) -> None:
+    # aiohttp 3.13 looks for a .netrc file in the event loop.
+    no_blocking_calls.deactivate()
+    (netrc := tmp_path / "netrc").write_text("machine lm.example login me password s3cret")
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://env-proxy.test:3128" if is_passed else proxy.url)
+    scripted_server.default = answer("Hello there")
+    base = f"http://lm.example:{port_of(scripted_server)}"
+    chosen = proxy.url if is_passed else None
+    async with LLMClient(base, proxy=chosen, trust_env=True, max_retries=0) as client:
+        assert await client.ask("?") == "Hello there"
+        assert await read_text(await client.chat_completion(MESSAGES, stream=True)) == "Hello there"
+    assert set(proxy.asked) == {"lm.example"}
+    # The rest of the environment applies all the same.
+    assert scripted_server.requests[0].headers["Authorization"].startswith("Basic ")
 
 
 @needs_package
