@@ -240,24 +240,32 @@ class Admission:
 
     def _expire(self, permit: Permit, limit: float) -> None:
         if not permit.is_abandoned:
-            _fail_wait(permit, self._queue_error(f"the request was not admitted within {limit:g} s"))
+            reason = f"the request was not admitted within {limit:g} s"
+            hint = "close streams that are no longer read, or raise Limits.max_concurrency or Limits.max_queue"
+            if self.scheduler.waits_for_runs(permit, self._loop.time()):
+                reason += " because its run may only begin when another one has ended or no longer counts"
+                hint = "raise Limits.max_begun_runs or set it to None, or raise Limits.max_queue"
+            _fail_wait(permit, self._queue_error(reason, hint))
             self.release(permit)
 
     def _deadlock_error(self) -> LLMTimeoutError:
-        return self._queue_error("the request would wait forever for streams that its own task holds open")
+        return self._queue_error(
+            "the request would wait forever for streams that its own task holds open",
+            "close streams that are no longer read, or raise Limits.max_concurrency",
+        )
 
-    def _queue_error(self, reason: str) -> LLMTimeoutError:
+    def _queue_error(self, reason: str, hint: str) -> LLMTimeoutError:
         now = self._loop.time()
-        limits = self.scheduler.limits
         holders = [
             f"{permit.model or 'unnamed model'} for {now - permit.admitted_at:.0f} s"
             f" (unread for {now - permit.last_read_at:.0f} s)"
             for permit in self.scheduler.in_flight
         ]
+        held = f"{len(holders)} of {self.scheduler.limits.max_concurrency} permits are held"
         return LLMTimeoutError(
-            f"{reason}; {len(holders)} of {limits.max_concurrency} permits are held by: {', '.join(holders)}",
+            f"{reason}; {held} by: {', '.join(holders)}" if holders else f"{reason}; {held}",
             phase="queue",
-            hint="close streams that are no longer read, or raise Limits.max_concurrency or Limits.max_queue",
+            hint=hint,
             context={"holders": holders},
         )
 

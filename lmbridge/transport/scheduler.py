@@ -309,6 +309,12 @@ class Scheduler:
         limit = self.limits.max_loaded_models
         return limit is not None and len(own_queues) >= limit
 
+    def waits_for_runs(self, permit: Permit, now: float) -> bool:
+        """Returns whether a permit is free for a waiting request, but its run may not begin yet."""
+        if not permit.is_newcomer or len(self.in_flight) >= self.limits.max_concurrency:
+            return False
+        return not self._newcomer_may_go(permit, now)
+
     def next_change(self, now: float) -> float:
         """Returns when `admit` has to be called because time has passed, or infinity if it need not be.
 
@@ -363,7 +369,7 @@ class Scheduler:
         """Returns the first request of two heaps that may go."""
         first, newcomer = self._first(ready, now), self._first(newcomers, now)
         # The first newcomer has the highest level of all newcomers. If its run may not begin, no other may.
-        if newcomer is None or not (self._has_overdue or self._may_begin(self._levels.capped_level(newcomer), now)):
+        if newcomer is None or not self._newcomer_may_go(newcomer, now):
             return first
         return newcomer if first is None or newcomer.rank < first.rank else first
 
@@ -394,6 +400,10 @@ class Scheduler:
         if self._runs.limit is None or permit.is_nested:
             return False
         return not self._runs.has_begun(permit.run)
+
+    def _newcomer_may_go(self, permit: Permit, now: float) -> bool:
+        """Returns whether a waiting request that begins a run, or belongs to no run, need not wait for other runs."""
+        return self._has_overdue or self._may_begin(self._levels.capped_level(permit), now)
 
     def _may_begin(self, level: float, now: float) -> bool:
         """Returns whether a request of this level may be the first one of a run, or one that belongs to no run."""

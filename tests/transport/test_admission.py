@@ -107,6 +107,27 @@ async def test_a_run_that_pauses_lets_the_next_one_begin(clock: Clock) -> None:
     assert (await waiting).run is second
 
 
+@pytest.mark.parametrize("is_held", [True, False], ids=["another request is in flight", "nothing is in flight"])
+async def test_the_error_of_a_request_that_waits_for_another_run_names_the_limit_on_runs(
+    clock: Clock, is_held: bool
+) -> None:
+    admission = Admission(Limits(max_concurrency=4, max_begun_runs=1, max_queue=0.2))
+    permit = await ask_in_run(admission, ScheduledRun())
+    clock.now += RUN_PATIENCE
+    admission.mark_loaded(permit)
+    if not is_held:
+        admission.release(permit)
+    waiting = ask_in_run(admission, ScheduledRun())
+    await turns()
+    clock.wait(0.2)
+    with pytest.raises(LLMTimeoutError, match="another one has ended or no longer counts; ") as caught:
+        await waiting
+    held = "1 of 4 permits are held by: m for 3 s" if is_held else "0 of 4 permits are held"
+    assert caught.value.message.partition("; ")[2].partition(" (")[0] == held
+    assert caught.value.hint == "raise Limits.max_begun_runs or set it to None, or raise Limits.max_queue"
+    assert caught.value.context["holders"] == (["m for 3 s (unread for 3 s)"] if is_held else [])
+
+
 async def test_the_priority_of_a_run_replaces_that_of_its_client() -> None:
     admission = an_admission(2)
     assert (await ask_in_run(admission, ScheduledRun(-5))).priority == -5
