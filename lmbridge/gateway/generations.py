@@ -282,7 +282,7 @@ class Generations:
         elif whole is not None and not incoming.has_begun:
             headers = [each for each in headers_for_client(response.headers) if each[0].lower() != "content-length"]
             if is_error:
-                headers, whole = await redacted_body(whole, headers, self._upstream.redact)
+                headers, whole = await redacted_body(response.status, headers, whole, self._upstream.redact)
             self._activity.note_part(entry, len(whole), 0)
             await incoming.respond(response.status, headers, whole)
         else:

@@ -67,6 +67,7 @@ class ModelCatalog:
 
         Raises:
             LLMError: No server answers.
+            Problem: The only server answers with an error that cannot be read.
         """
         if len(self._servers) == 1:
             headers, server = self._client_credentials(incoming), self._servers[0]
@@ -79,7 +80,7 @@ class ModelCatalog:
                     self._record(server, _entries_in(body))
                 kept = [each for each in headers_for_client(response.headers) if each[0].lower() != "content-length"]
                 if response.status >= 400:
-                    kept, body = await redacted_body(body, kept, server.redact)
+                    kept, body = await redacted_body(response.status, kept, body, server.redact)
                 await incoming.respond(response.status, kept, body)
             return
         await incoming.respond_json({"object": "list", "data": await self._list_models(incoming)})

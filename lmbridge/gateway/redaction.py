@@ -2,7 +2,8 @@
 
 Some servers quote the key that they refuse, and the clients of a gateway must not learn that key. Only errors are
 searched: any other answer is passed on byte for byte, because no server writes a key into it. In an error, only the
-secrets are replaced, so an error without a secret is passed on byte for byte as well.
+secrets are replaced, so an error without a secret is passed on byte for byte as well. An error that cannot be searched,
+because it cannot be decompressed, is replaced by an error of the gateway.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Final
 
 from lmbridge._tasks import run_in_slices
 from lmbridge.client.error_body import Redact
+from lmbridge.gateway.gateway_errors import Problem
 from lmbridge.transport.decompression import (
     BrokenCompression,
     DecompressedTooLarge,
@@ -27,7 +29,7 @@ _OVERLAP: Final = 64 * 1024
 """The number of characters at the end of a step that the next step searches again, because a secret may lie across the
 boundary. No secret is longer, even if it is escaped."""
 _LARGEST_DECOMPRESSED: Final = 16 * 1024**2
-"""The maximum size of a compressed error after decompression, in bytes. A larger error is passed on unchanged."""
+"""The maximum size of a compressed error after decompression, in bytes. A larger error is not passed on."""
 
 
 def redacted_bytes(text: bytes, redact: Redact) -> bytes:
@@ -36,22 +38,32 @@ def redacted_bytes(text: bytes, redact: Redact) -> bytes:
 
 
 async def redacted_body(
-    body: bytes, headers: list[tuple[str, str]], redact: Redact
+    status: int, headers: list[tuple[str, str]], body: bytes, redact: Redact
 ) -> tuple[list[tuple[str, str]], bytes]:
     """Returns the headers and the body of an error without secrets.
 
     A compressed body with a secret is returned without compression.
 
     Args:
-        body: The whole body as the server has sent it.
+        status: The HTTP status of the error.
         headers: The headers that are passed on. `Content-Length` must not be among them.
+        body: The whole body as the server has sent it.
         redact: Replaces the secrets.
+
+    Raises:
+        Problem: The body cannot be searched, because it cannot be decompressed or would be too large.
     """
     headers = [(name, redact(value)) for name, value in headers]
-    encoding = next((value for name, value in headers if name.lower() == "content-encoding"), None)
+    # Several of these headers mean the same as one that lists their values.
+    encoding = ", ".join(value for name, value in headers if name.lower() == "content-encoding")
     plain = await run_in_slices(_decompressed(body, encoding))
     if plain is None:
-        return headers, body
+        raise Problem(
+            status if status >= 400 else 502,
+            f"the server answered {status}: its body cannot be read",
+            code="upstream_error",
+            hint="send the header Accept-Encoding: identity",
+        )
     redacted = b"".join([part async for part in _redacted_parts(plain, redact)])
     if redacted == plain:
         return headers, body
@@ -69,7 +81,7 @@ async def _redacted_parts(plain: bytes, redact: Redact) -> AsyncIterator[bytes]:
     yield rest.encode("utf-8", "surrogateescape")
 
 
-def _decompressed(body: bytes, content_encoding: str | None) -> Generator[None, None, bytes | None]:
+def _decompressed(body: bytes, content_encoding: str) -> Generator[None, None, bytes | None]:
     """Returns a body after decompression, or None if it cannot be decompressed or would be too large."""
     try:
         decompressor = decompressor_for(content_encoding)

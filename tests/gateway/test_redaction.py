@@ -106,17 +106,43 @@ async def test_an_error_without_the_key_is_passed_on_byte_for_byte(
     for sent, headers in (
         (body, b""),
         (gzip.compress(body), b"Content-Encoding: gzip\r\n"),
-        (body, b"Content-Encoding: zstd\r\n"),
     ):
         scripted_server.script(whole(400, sent, headers))
         status, _, received = await fetch(http, keyed, CHAT, BODY)
         assert (status, received) == (400, sent)
 
 
+UNREADABLE = {
+    "too large": (gzip.compress(b" " * (16 * 1024**2) + LEAK), b"gzip"),
+    "another encoding": (LEAK, b"zstd"),
+    "two encodings": (gzip.compress(LEAK), b"identity\r\nContent-Encoding: gzip"),
+    "not compressed": (LEAK, b"gzip"),
+}
+
+
+@pytest.mark.parametrize(("body", "encoding"), UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.parametrize(
+    ("path", "sent"), [(CHAT, BODY), (CHAT, STREAM), ("/v1/messages", BODY), ("/v1/models", b"")]
+)
+async def test_an_error_that_cannot_be_read_is_not_passed_on(
+    scripted_server: ScriptedServer,
+    keyed: Gateway,
+    http: aiohttp.ClientSession,
+    path: str,
+    sent: bytes,
+    body: bytes,
+    encoding: bytes,
+) -> None:
+    scripted_server.on_path(path, whole(401, body, b"Content-Encoding: %b\r\n" % encoding))
+    status, headers, received = await fetch(http, keyed, path, sent, method="POST" if sent else "GET")
+    assert (status, headers.get("Content-Encoding")) == (401, None)
+    assert json.loads(received)["error"]["message"] == "the server answered 401: its body cannot be read"
+
+
 async def test_a_key_is_found_wherever_it_is_in_a_large_error() -> None:
     for before in (10, 512 * 1024 - 5, 512 * 1024 - 64 * 1024, 1_100_000):
         body = b"y" * before + SECRET.encode() + b"z" * 700_000
-        _, redacted = await redacted_body(body, [], lambda text: text.replace(SECRET, "[api_key]"))
+        _, redacted = await redacted_body(401, [], body, lambda text: text.replace(SECRET, "[api_key]"))
         assert redacted == b"y" * before + b"[api_key]" + b"z" * 700_000
 
 

@@ -195,10 +195,10 @@ MUTANTS = {
         "for each in list(self._newcomers.get(permit.run, ())):",
         "for each in []:",
     ),
-    "runs hold up a drain": ("not (self._has_overdue or self._may_begin", "not (self._may_begin"),
+    "runs hold up a drain": ("return self._has_overdue or self._may_begin", "return self._may_begin"),
     "runs hold up a request that has risen above them": (
-        "self._may_begin(self._levels.capped_level(newcomer), now)",
-        "self._may_begin(newcomer.priority, now)",
+        "self._may_begin(self._levels.capped_level(permit), now)",
+        "self._may_begin(permit.priority, now)",
     ),
     "no timer for a request that rises above runs": ("moments.append(rising.rises_at)", "pass"),
     "no timer for an idle run": ("moments += [self._runs.next_drop(), ", "moments += ["),
