@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from time import monotonic
@@ -175,11 +176,15 @@ class TimelineObserver:
 
     def _add_row(self, key: str | int, label: str) -> _OpenRow:
         self._rows[key] = row = _OpenRow(label)
-        if len(self._rows) > self._max_rows:
-            oldest = next((each for each, old in self._rows.items() if old.has_ended), None)
-            if oldest is not None:
-                del self._rows[oldest]
+        self._drop_old_rows()
         return row
+
+    def _drop_old_rows(self) -> None:
+        excess = len(self._rows) - self._max_rows
+        if excess > 0:
+            ended = (key for key, row in self._rows.items() if row.has_ended)
+            for key in list(islice(ended, excess)):
+                del self._rows[key]
 
     def _begin_request(self, event: RequestQueued) -> None:
         label = event.operation if event.model is None else f"{event.operation} {event.model}"
@@ -205,6 +210,7 @@ class TimelineObserver:
         if self._rows.get(event.request_id) is request.row:
             # The request has its own row.
             request.row.has_ended, request.row.has_failed = True, has_failed
+            self._drop_old_rows()
 
     def _note_step(self, event: RoundBegun | RoundEnded | ToolCallBegun | ToolCallEnded) -> None:
         row = self._rows.get(event.run_id)
@@ -234,6 +240,7 @@ class TimelineObserver:
         row.has_ended, row.has_failed = True, event.error is not None and event.stop_reason != "cancelled"
         if event.error is not None:
             row.bars.append(Bar(kind="error", start=event.at, end=event.at, label=event.error, text=event.stop_reason))
+        self._drop_old_rows()
 
 
 def _round_bar(begun: RoundBegun, end: float, text: str) -> Bar:

@@ -48,7 +48,12 @@ class TokenUsage:
 
 @attrs.define(eq=False)
 class Request:
-    """A request as the client layer describes it: what to send, and how to treat it."""
+    """A request as the client layer describes it: what to send, and how to treat it.
+
+    Create another one for each call of `Transport.request`, `stream` or `forward`. The transport changes it: it drops
+    the `body` of a stream that has begun, and `forward` sets `keeps_compression`. Copying each request instead would
+    take time.
+    """
 
     operation: str
     """What the request is for. Errors and log lines contain it, so it is plain English, such as "chat completion"."""

@@ -63,6 +63,7 @@ class EventStream:
         "deadline",
         "ended",
         "headers",
+        "owner",
         "status",
     )
 
@@ -77,6 +78,8 @@ class EventStream:
         """Whether the body has been read to its end."""
         self.deadline: float = math.inf
         """The deadline of the current read, by the clock of the event loop. It is infinity between two reads."""
+        self.owner: object = None
+        """The transport of the stream, so that it is not garbage-collected, which would close the connection."""
         self._response = response
         # Bytes of the body that the decoder has not been given yet.
         self._unread = first

@@ -55,14 +55,14 @@ class Delivery:
         self.tried: list[str] = []
         self._nodes = nodes
         self._failed: set[Node] = set()
-        # Whether any server may have the model, judged when the first server was chosen; None before that.
-        self._is_listed: bool | None = None
+        # The servers that may have the model, judged when the first server was chosen; None before that.
+        self._listing: list[Node] | None = None
         self._node = nodes[0]
 
     def candidates(self) -> list[Node]:
         """Returns the servers that may have the model, without those that have failed in this round of attempts.
 
-        If all of them have failed, it returns them again. If no server lists the model, it returns all servers: one of
+        If all of them have failed, it returns them again. If no server listed the model, it returns all servers: one of
         them may have the model nevertheless, and if none has it, the user gets the error of a server.
         """
         with_it = self._with_model()
@@ -70,10 +70,12 @@ class Delivery:
 
     def _with_model(self) -> list[Node]:
         with_it = with_model(self._nodes, self.request.model)
-        if self._is_listed is None:
-            self._is_listed = bool(with_it)
-        # If a server turns out not to have the model, those that do not list it are still not asked.
-        return with_it if self._is_listed and with_it else list(self._nodes)
+        if self._listing is None:
+            self._listing = with_it
+        if not self._listing:
+            return list(self._nodes)
+        # Even if all these servers turn out not to have the model, those that did not list it are not asked.
+        return with_it or self._listing
 
     def begin_at(self, node: Node) -> None:
         """Records that a server gets the request."""
@@ -164,7 +166,7 @@ class Delivery:
         """
         if call.deadline_timer.time() >= call.total_deadline:
             return False
-        if self._is_listed and not with_model(self._nodes, self.request.model):
+        if self._listing and not with_model(self._nodes, self.request.model):
             return False
         return any(
             not ((node.is_down and not may_be_down) or node in self._failed or node is self._node)

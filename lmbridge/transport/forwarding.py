@@ -71,6 +71,7 @@ class ForwardedResponse:
         "deadline",
         "error_event",
         "headers",
+        "owner",
         "status",
         "whole_body",
     )
@@ -92,6 +93,8 @@ class ForwardedResponse:
         that another server may get the request. It is always None if there is no other server."""
         self.deadline: float = math.inf
         """The deadline of the current read, by the clock of the event loop. It is infinity between two reads."""
+        self.owner: object = None
+        """The transport of the response, so that it is not garbage-collected, which would close the connection."""
         self._first = first
         self._source = source
         # The error that `abort` was called with.

@@ -247,12 +247,13 @@ class NodePool(NotCopyable):
             if closing.done():
                 raise _closed_error(request, self.api_base)
             node = self._choose(delivery)
+            if delivery.tried:
+                logger.info("%s: %s; trying %s", request.operation, delivery.tried[-1], node.transport.api_base)
             try:
                 return await self._send_to(node, delivery, send)
             except MovedToAnotherServer as moved:
                 wait = moved.wait
             self._moves[request.model] += 1
-            logger.info("%s: %s; trying another server", request.operation, delivery.tried[-1])
 
     async def _send_to(self, node: Node, delivery: Delivery, send: _Send[_Answer]) -> _Answer:
         request = attrs.evolve(delivery.request, failover=delivery)

@@ -106,8 +106,8 @@ class OpenState:
     def abandon(self) -> None:
         """Lets the session close what it can without waiting. Any thread may call it.
 
-        A stream of a client keeps its transport alive, so no such stream is in use when a transport is dropped. An
-        `EventStream` or a `ForwardedResponse` that is used without a client breaks off.
+        An `EventStream` or a `ForwardedResponse` keeps its transport alive, so none is in use when a transport is
+        dropped.
         """
         if self.loop.is_closed():
             self.session.abandon()

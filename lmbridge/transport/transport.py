@@ -315,7 +315,8 @@ class Transport(NotCopyable):
     def stream(self, request: Request) -> Coroutine[Any, Any, EventStream | Reply]:
         """Sends a request for an event stream, and returns the stream. It holds the permit until it is closed.
 
-        If the response is not an event stream, it is read to its end and returned as a `Reply`.
+        If the response is not an event stream, it is read to its end and returned as a `Reply`. The request cannot be
+        used again, because its body is dropped; see `Request`.
 
         On cancellation of the caller, the connection is closed and the permit is returned.
 
@@ -333,7 +334,7 @@ class Transport(NotCopyable):
         The request waits for a permit and is sent again under the same conditions as any other. The response is
         returned when the first part of its body has arrived, and its body is not decompressed;
         `lmbridge.transport.forwarding` has the details. The response holds the permit until its body has been read to
-        the end, or until it is closed.
+        the end, or until it is closed. The request cannot be used again, because its fields are changed; see `Request`.
 
         On cancellation of the caller, the connection is closed and the permit is returned.
 
@@ -398,6 +399,7 @@ class Transport(NotCopyable):
             _finish_with_reply(call, answer)
         else:
             state.adopt(answer)
+            answer.owner = self
         return answer
 
     def _admit_now(self, state: OpenState, call: Call, *, plain: bool) -> bool:

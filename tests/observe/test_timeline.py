@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lmbridge import Agent, Limits, LLMClient, LLMConnectionError, LLMValidationError, RunResult, ToolCall
-from lmbridge.observe import Bar, Row, Timeline, TimelineObserver
+from lmbridge.observe import Bar, Row, RunBegun, RunEnded, Timeline, TimelineObserver
 from lmbridge.testing import FakeChatClient, ScriptedServer, answer, reply, retry_without_waiting, sse, stall
 from tests.gateway.chromium import CHROMIUM, browser_page
 from tests.support import MESSAGES, opened, piece
@@ -247,6 +247,28 @@ async def test_only_so_many_rows_are_kept() -> None:
     assert [row.label for row in observer.timeline().rows] == ["run: Task 2", "run: Task 3", "run: Task 4"]
     with pytest.raises(LLMValidationError):
         TimelineObserver(max_rows=0)
+
+
+def test_rows_that_end_later_are_dropped_as_well() -> None:
+    observer = TimelineObserver(max_rows=2)
+    for number in range(6):
+        observer.on_event(run_begun(number))
+    assert len(observer.timeline().rows) == 6
+    for number in range(6):
+        observer.on_event(run_ended(number))
+    assert [row.label for row in observer.timeline().rows] == ["run: 4", "run: 5"]
+    for number in range(6, 9):
+        observer.on_event(run_begun(number))
+    assert [row.label for row in observer.timeline().rows] == ["run: 6", "run: 7", "run: 8"]
+
+
+def run_begun(number: int) -> RunBegun:
+    return RunBegun(at=0.0, run_id=f"run {number}", parent_run_id=None, model=None, task=str(number))
+
+
+def run_ended(number: int) -> RunEnded:
+    numbers = {"rounds": 1, "prompt_tokens": 1, "completion_tokens": 1}
+    return RunEnded(at=1.0, run_id=f"run {number}", stop_reason="answer", error=None, model=None, **numbers)
 
 
 def test_bars_that_overlap_are_on_different_lines() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar
@@ -16,8 +17,8 @@ from lmbridge.client.usage import usage_in_body
 from lmbridge.observe import FirstEventArrived, ObservedEvent
 from lmbridge.observe.observer import Observers
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, hang_up, raw, reply, reset, sse, stall
-from lmbridge.transport import ForwardedResponse, Interpreter, Request, Transport
-from tests.support import HALF, piece
+from lmbridge.transport import ForwardedResponse, Interpreter, Reply, Request, Transport
+from tests.support import HALF, piece, turns
 from tests.transport.test_attempts import LOADING
 
 SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 18\r\n\r\n"
@@ -313,6 +314,41 @@ async def test_a_response_that_was_dropped_is_closed(scripted_server: ScriptedSe
         references.clear()
     await scripted_server.wait_until(lambda: scripted_server.aborts)
     assert transport.in_flight == 0
+
+
+@pytest.mark.parametrize("is_forwarded", [True, False], ids=["forwarded", "stream"])
+async def test_a_response_keeps_its_transport_alive(scripted_server: ScriptedServer, is_forwarded: bool) -> None:
+    go_on = asyncio.Event()
+
+    async def behave(exchange: Exchange) -> None:
+        await exchange.start()
+        await exchange.send(b'data: {"choices": [{"delta": {"content": "1"}}]}\n\n')
+        await go_on.wait()
+        await exchange.send(b"data: [DONE]\n\n")
+        await exchange.client_left()
+
+    scripted_server.script(behave)
+    transport = Transport(scripted_server.api_base)
+    response = await (transport.forward(request()) if is_forwarded else transport.stream(request()))
+    assert not isinstance(response, Reply)
+    assert "choices" in str(await response.read())
+    del transport
+    gc.collect()
+    # What is called when a transport is dropped has run after one turn of the event loop.
+    await turns()
+    go_on.set()
+    assert "[DONE]" in str(await response.read())
+    response.abort()
+    references = [response]
+    del response
+    # There is no reference cycle, so the transport goes with its last response.
+    gc.disable()
+    try:
+        with pytest.warns(ResourceWarning, match="unclosed <Transport"):
+            references.clear()
+    finally:
+        gc.enable()
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
 async def test_closing_the_transport_ends_a_response(scripted_server: ScriptedServer, transport: Transport) -> None:

@@ -31,6 +31,8 @@ from lmbridge.client import failures
 from lmbridge.client.error_body import reports_error
 from lmbridge.testing import Exchange, MockResponse, ScriptedServer, answer, hang_up, reply, sse, stall
 from lmbridge.transport import Interpreter, Request, Verdict
+from lmbridge.transport.failover import Delivery
+from lmbridge.transport.prefix import SentConversation
 from tests.support import MESSAGES, cancel_at_each_step, piece, read_text, turns
 from tests.transport.fake_servers import FakeServer, client_of, pool_of
 from tests.transport.support import ask
@@ -449,6 +451,33 @@ async def test_a_model_of_one_server_is_not_asked_for_at_another_when_that_fails
     with pytest.raises(LLMConnectionError):
         await client.ask("Hi", model="b")
     assert counts(one)[0] == 1
+
+
+async def test_a_server_that_did_not_list_the_model_is_not_asked_when_the_others_refuse_it() -> None:
+    one, two = FakeServer("one", ["a"]), FakeServer("two", ["b"])
+    client = client_of(one, two)
+    await client.ask("Hi", model="a")
+    # A client of several servers has a `NodePool`.
+    nodes = client._server.transport._nodes  # type: ignore[attr-defined]
+    interpreter = Interpreter(classify=failures.classify)
+    request = Request("test", "POST", "/chat/completions", interpreter, Timeouts(), 1, model="a")
+    delivery = Delivery(nodes, request, SentConversation())
+    assert delivery.candidates() == [nodes[0]]
+    nodes[0].refuse("a")
+    assert delivery.candidates() == [nodes[0]]
+
+
+@pytest.mark.usefixtures("no_checks")
+async def test_the_log_names_the_server_that_is_tried_next(
+    no_waits: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = FakeServer("one"), FakeServer("two")
+    one.down = two.down = ConnectionRefusedError()
+    with caplog.at_level(logging.INFO, "lmbridge.transport"), pytest.raises(LLMConnectionError) as caught:
+        await client_of(one, two, max_retries=2).ask("Hi")
+    logged = [message.partition("; trying ")[2] for message in caplog.messages if "; trying " in message]
+    assert len(logged) > 2
+    assert logged == [each.partition(": ")[0] for each in caught.value.context["tried"][1:]]
 
 
 @pytest.mark.usefixtures("no_checks")
