@@ -10,7 +10,7 @@ from typing import Final
 
 import attrs
 
-from lmbridge.gateway.fair_order import FairPlace
+from lmbridge.gateway.fair_order import FairPosition
 
 _FINISHED: Final = 100
 """The number of finished requests that are remembered."""
@@ -43,7 +43,7 @@ class Entry:
     """The name of the client."""
     streaming: bool
     """Whether the client has asked for an event stream."""
-    place: FairPlace
+    position: FairPosition
     """The position of the request in the order of all requests."""
     needs_model: bool = True
     """Whether the server has to load the model for the request. It need not for a token count."""
@@ -194,7 +194,7 @@ class Activity:
     def waiting(self) -> list[Entry]:
         """Returns the requests that wait for their admission, roughly in the order of their admission."""
         waiting = [entry for entry in self.entries.values() if entry.admitted_at is None]
-        return sorted(waiting, key=lambda entry: (-entry.priority, entry.place.number, entry.id))
+        return sorted(waiting, key=lambda entry: (-entry.priority, entry.position.number, entry.id))
 
     def _name_for_counting(self, entry: Entry) -> str:
         model = entry.model or ""

@@ -46,8 +46,8 @@ class _Group:
     """The rounds of the waiting requests of each client, in ascending order."""
 
 
-class FairPlace(ScheduledRun):
-    """The place of a request in the order of all requests. Its `number` is the round of the request.
+class FairPosition(ScheduledRun):
+    """The position of a request in the order of all requests. Its `number` is the round of the request.
 
     Args:
         number: The round.
@@ -68,7 +68,7 @@ class FairPlace(ScheduledRun):
 
 
 class FairOrder:
-    """Gives each request a place in the order of all requests."""
+    """Gives each request a position in the order of all requests."""
 
     def __init__(self) -> None:
         # The latest round of all groups.
@@ -76,8 +76,8 @@ class FairOrder:
         # The groups that have waiting requests.
         self._groups: dict[tuple[int, str | None], _Group] = {}
 
-    def enter(self, client: str, priority: int, model: str | None = None) -> FairPlace:
-        """Returns the place of a request that arrives now.
+    def enter(self, client: str, priority: int, model: str | None = None) -> FairPosition:
+        """Returns the position of a request that arrives now.
 
         When the request is over, the caller must call `ScheduledRun.end` and `leave`, whether it was admitted or not.
 
@@ -92,25 +92,25 @@ class FairOrder:
         rounds = group.waiting.setdefault(client, {})
         number = max(group.round, next(reversed(rounds), 0)) + 1
         rounds[number] = None
-        return FairPlace(number, client, key)
+        return FairPosition(number, client, key)
 
-    def admitted(self, place: FairPlace) -> None:
+    def admitted(self, position: FairPosition) -> None:
         """Records that a request was admitted."""
-        self._round = max(self._round, place.number)
-        if (group := self._groups.get(place.group)) is not None:
-            group.round = max(group.round, place.number)
-        self.leave(place)
+        self._round = max(self._round, position.number)
+        if (group := self._groups.get(position.group)) is not None:
+            group.round = max(group.round, position.number)
+        self.leave(position)
 
-    def leave(self, place: FairPlace) -> None:
+    def leave(self, position: FairPosition) -> None:
         """Records that a request no longer waits. Calling it again does nothing."""
-        if not place.is_waiting:
+        if not position.is_waiting:
             # A later request of the client may have the same round, because its group was forgotten in between.
             return
-        place.is_waiting = False
-        group = self._groups[place.group]
-        rounds = group.waiting[place.client]
-        del rounds[place.number]
+        position.is_waiting = False
+        group = self._groups[position.group]
+        rounds = group.waiting[position.client]
+        del rounds[position.number]
         if not rounds:
-            del group.waiting[place.client]
+            del group.waiting[position.client]
         if not group.waiting:
-            del self._groups[place.group]
+            del self._groups[position.group]

@@ -34,7 +34,7 @@ from lmbridge.gateway.passing_body import (
 )
 from lmbridge.gateway.redaction import redacted_body
 from lmbridge.gateway.request_fields import read_fields
-from lmbridge.gateway.waiting_comments import Patience
+from lmbridge.gateway.waiting_comments import WaitingComments
 from lmbridge.transport import Call, ForwardedResponse, Interpreter, Request
 from lmbridge.transport.base_transport import BaseTransport
 from lmbridge.transport.decompression import decompressed_beginning
@@ -146,7 +146,7 @@ class Generations:
             priority_name=name,
             client=client,
             streaming=streams,
-            place=self._order.enter(client, priority, fields.model if self._waits_by_model else None),
+            position=self._order.enter(client, priority, fields.model if self._waits_by_model else None),
             arrived_at=time.monotonic(),
         )
         # A retry must not make the server store a second response. `LLMClient.create_response` has the same rule.
@@ -167,8 +167,8 @@ class Generations:
 
     @contextmanager
     def _recorded(self, entry: Entry) -> Iterator[None]:
-        """Records a request, and keeps its place in the order, until it has been answered."""
-        token = current_run.set(entry.place)
+        """Records a request, and keeps its position in the order, until it has been answered."""
+        token = current_run.set(entry.position)
         self._activity.enter(entry)
         try:
             yield
@@ -187,8 +187,8 @@ class Generations:
             raise
         finally:
             current_run.reset(token)
-            entry.place.end()
-            self._order.leave(entry.place)
+            entry.position.end()
+            self._order.leave(entry.position)
             self._activity.leave(entry)
 
     def _request(
@@ -198,7 +198,7 @@ class Generations:
             entry.server = server_of(call)
             if entry.admitted_at is None:
                 entry.admitted_at = time.monotonic()
-                self._order.admitted(entry.place)
+                self._order.admitted(entry.position)
 
         return Request(
             operation=f"gateway request {entry.id}",
@@ -220,7 +220,7 @@ class Generations:
         """Lets a request pass without a permit."""
         entry.admitted_at = entry.arrived_at
         entry.needs_model = False
-        self._order.leave(entry.place)
+        self._order.leave(entry.position)
         request.queued = False
         request.below_root = not entry.endpoint.startswith("/v1/")
         # Loading a model could unload the model of a running generation, so llama.cpp's router must not load one for a
@@ -245,22 +245,22 @@ class Generations:
         return headers | {"Accept-Encoding": ", ".join(readable) or "identity"}
 
     async def _forward(self, incoming: IncomingRequest, entry: Entry, request: Request) -> None:
-        patience = Patience(incoming, self._options.comment_seconds) if entry.streaming else None
+        comments = WaitingComments(incoming, self._options.comment_seconds) if entry.streaming else None
         try:
             response = await self._upstream.forward(request)
         except LLMError as error:
-            if patience is not None:
-                await patience.stop()
+            if comments is not None:
+                await comments.stop()
             await _report_problem(incoming, entry, problem_of(error))
             return
         except BaseException:
             # The comments have to stop, even after a cancellation.
-            if patience is not None:
-                await patience.give_up()
+            if comments is not None:
+                await comments.give_up()
             raise
         async with response:
-            if patience is not None:
-                await patience.stop()
+            if comments is not None:
+                await comments.stop()
             entry.server = server_of(response.call)
             await self._pass_on(incoming, entry, response)
 

@@ -23,7 +23,7 @@ _HEADERS: Final = (
 )
 
 
-class Patience:
+class WaitingComments:
     """Sends comments to a waiting client, until it is stopped.
 
     Args:

@@ -82,13 +82,13 @@ class Attempts:
         if prompt_logger.level and call.request.body is not None and prompt_logger.isEnabledFor(logging.DEBUG):
             self._log_prompt(call, call.request.body)
         while True:
-            if state.closed.done():
+            if state.closing.done():
                 raise closed_error(call)
             error: LLMError | None = None
             try:
                 answer = await self._attempt(state, call, receive)
             except ConnectionFailed as failure:
-                if state.closed.done():
+                if state.closing.done():
                     error, wait = self._with_arrived(closed_error(call), call), None
                 else:
                     self._note_failure(state, call, failure)
@@ -105,7 +105,7 @@ class Attempts:
                 # Raised outside the `except` clause, so that the failure does not become its `__context__`.
                 raise error
             # This is a sleep that ends early if the transport is closed.
-            await asyncio.wait((state.closed,), timeout=wait)
+            await asyncio.wait((state.closing,), timeout=wait)
 
     async def _attempt(self, state: OpenState, call: Call, receive: Receive[_T]) -> _T | Reply:
         """Sends the request once, and reads as much of the response as `receive` does.
@@ -121,7 +121,7 @@ class Attempts:
                 try:
                     response = await state.session.send(request)
                 except StaleConnection:
-                    if state.closed.done():
+                    if state.closing.done():
                         raise
                 if response is None:
                     # A kept connection was dead before any byte of a response had arrived. That is normal: llama.cpp,

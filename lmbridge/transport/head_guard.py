@@ -15,7 +15,7 @@ import asyncio
 import weakref
 from typing import Any, Final, Protocol
 
-HEAD_BYTES: Final = 64 * 1024
+MAX_BYTES_WITHOUT_BODY: Final = 64 * 1024
 """The most bytes that may arrive until the head of a response is complete, interim responses (1xx) included.
 
 It is also the most bytes of chunk sizes, chunk extensions and trailers that may arrive without a part of the body.
@@ -99,12 +99,12 @@ class ConnectionGuard(asyncio.Protocol):
             error: The class of the exception for a server that exceeds the limit. aiohttp's protocol gets it as the
                 reason why the connection was lost.
         """
-        self._room, self._error, self._body, self._watcher = HEAD_BYTES, error, None, None
+        self._room, self._error, self._body, self._watcher = MAX_BYTES_WITHOUT_BODY, error, None, None
 
     @property
     def has_received(self) -> bool:
         """Whether a part of the head has arrived."""
-        return self._room is not None and self._room < HEAD_BYTES
+        return self._room is not None and self._room < MAX_BYTES_WITHOUT_BODY
 
     def end_head(self) -> None:
         """Ends the limit on the head, which is complete or will never be, and passes on what was held back."""
@@ -121,7 +121,7 @@ class ConnectionGuard(asyncio.Protocol):
             body: The body, which arrives in chunks.
             error: The class of the exception for a server that exceeds the limit.
         """
-        self._room, self._error, self._body, self._body_size = HEAD_BYTES, error, body, body.total_bytes
+        self._room, self._error, self._body, self._body_size = MAX_BYTES_WITHOUT_BODY, error, body, body.total_bytes
 
     def watch(self, watcher: Watcher) -> None:
         """Makes the guard call a watcher when the connection is lost, unless the next head begins before that."""
@@ -162,7 +162,7 @@ class ConnectionGuard(asyncio.Protocol):
         self.protocol.data_received(data)
         size = body.total_bytes
         if size != self._body_size:
-            self._body_size, self._room = size, HEAD_BYTES
+            self._body_size, self._room = size, MAX_BYTES_WITHOUT_BODY
             return
         self._room = room - len(data)
         if self._room < 0:

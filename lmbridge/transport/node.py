@@ -89,7 +89,7 @@ class Node:
 
     models: ModelDirectory | None = None
     """What the server has reported about its models, or None if it has not been asked, or does not list them."""
-    asked_at: float = -math.inf
+    listed_at: float = -math.inf
     """The time at which the server last answered the question about its models, or minus infinity if it has to be asked
     again."""
     look_up: asyncio.Task[None] | None = None
@@ -137,7 +137,7 @@ class Node:
     def set_models(self, models: ModelDirectory | None, now: float) -> None:
         """Records what the server has reported about its models; None stands for a server that does not list them."""
         self.models = models
-        self.asked_at = now
+        self.listed_at = now
         self._expected.clear()
         self._refused.clear()
 
@@ -151,7 +151,7 @@ class Node:
         if model is not None:
             self._refused.add(model)
             self._expected.discard(model)
-        self.asked_at = -math.inf
+        self.listed_at = -math.inf
 
     def state_of(self, model: str | None) -> ModelState:
         """Returns what is known about a model on this server."""

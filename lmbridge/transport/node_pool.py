@@ -324,7 +324,7 @@ class NodePool(NotCopyable):
                 if now >= node.check_at:
                     self._start_look_up(node, request.interpreter.find_models, now)
                 continue
-            age = now - node.asked_at
+            age = now - node.listed_at
             if needs_models and (is_missing or age > MODELS_AGE) and now - node.look_up_at >= LOOK_UP_PAUSE:
                 self._start_look_up(node, request.interpreter.find_models, now)
             if node.look_up is not None and (is_missing or node.models is None):

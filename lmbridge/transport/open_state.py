@@ -51,7 +51,7 @@ class OpenState:
     """The event loop in which the transport was opened."""
     loop_guard: LoopGuard = attrs.field(init=False, factory=_create_loop_guard)
     """Raises an error if the transport is used in another event loop."""
-    closed: asyncio.Future[None] = attrs.field(init=False, factory=_create_future)
+    closing: asyncio.Future[None] = attrs.field(init=False, factory=_create_future)
     """A future that is done as soon as the transport begins to close."""
     streams: weakref.WeakSet[EventStream | ForwardedResponse] = attrs.field(init=False, factory=weakref.WeakSet)
     """The open streams and forwarded responses. The references are weak, so that one that was dropped is
@@ -82,7 +82,7 @@ class OpenState:
         Raises:
             TaskCancelledError: The transport was closed while the stream was opened.
         """
-        if self.closed.done():
+        if self.closing.done():
             error = closed_error(stream.call)
             stream.abort(error)
             raise error
@@ -119,7 +119,7 @@ class OpenState:
 
         On cancellation of the caller, the remaining steps are still taken.
         """
-        self.closed.set_result(None)
+        self.closing.set_result(None)
         for stream in list(self.streams):
             stream.abort(closed_error(stream.call))
         self.admission.fail_waiters(lambda: TaskCancelledError("the client was closed while the request was queued"))

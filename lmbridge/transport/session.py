@@ -469,15 +469,15 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class _HeadTooLarge(aiohttp.ClientError):
-    """The head of a response has more than `HEAD_BYTES`."""
+    """The head of a response has more than `MAX_BYTES_WITHOUT_BODY`."""
 
 
 class _TunnelHeadTooLarge(_HeadTooLarge):
-    """The head of a proxy's answer to `CONNECT` has more than `HEAD_BYTES`."""
+    """The head of a proxy's answer to `CONNECT` has more than `MAX_BYTES_WITHOUT_BODY`."""
 
 
 class _TooMuchFraming(aiohttp.ClientError):
-    """More than `HEAD_BYTES` arrived without a part of the body."""
+    """More than `MAX_BYTES_WITHOUT_BODY` arrived without a part of the body."""
 
 
 class _NameTimeoutError(TimeoutError):

@@ -286,7 +286,7 @@ class Transport(NotCopyable):
     @property
     def closing(self) -> asyncio.Future[None] | None:
         """A future that is done once the open transport begins to close; None if the transport is not open."""
-        return None if self._open_state is None else self._open_state.closed
+        return None if self._open_state is None else self._open_state.closing
 
     def redact(self, text: str, headers: Mapping[str, str] | None = None) -> str:
         """Returns the text with "[api_key]" in place of the key, which some servers quote in their errors.
@@ -450,7 +450,7 @@ class Transport(NotCopyable):
         try:
             limits = await finder.find(self)
         except LLMError as error:
-            if not state.closed.done():
+            if not state.closing.done():
                 level = logging.DEBUG if finder.only_when_needed else logging.WARNING
                 logger.log(level, "the server did not report its limits; %s stays in force: %s", self.limits, error)
             # A server that refuses the question will refuse it the next time as well.

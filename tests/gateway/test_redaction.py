@@ -121,9 +121,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize(("body", "encoding"), UNREADABLE.values(), ids=UNREADABLE)
-@pytest.mark.parametrize(
-    ("path", "sent"), [(CHAT, BODY), (CHAT, STREAM), ("/v1/messages", BODY), ("/v1/models", b"")]
-)
+@pytest.mark.parametrize(("path", "sent"), [(CHAT, BODY), (CHAT, STREAM), ("/v1/messages", BODY), ("/v1/models", b"")])
 async def test_an_error_that_cannot_be_read_is_not_passed_on(
     scripted_server: ScriptedServer,
     keyed: Gateway,

@@ -165,8 +165,10 @@ def test_waiting_requests_are_listed_in_the_order_of_the_queue() -> None:
 
     def enter(client: str, priority: int) -> None:
         fields: dict[str, Any] = {"model": None, "endpoint": CHAT, "priority_name": "", "streaming": False}
-        place = order.enter(client, priority)
-        entry = Entry(id=activity.next_id(), client=client, priority=priority, place=place, arrived_at=0.0, **fields)
+        position = order.enter(client, priority)
+        entry = Entry(
+            id=activity.next_id(), client=client, priority=priority, position=position, arrived_at=0.0, **fields
+        )
         activity.enter(entry)
 
     for client, priority in (("a", 0), ("a", 0), ("b", 0), ("c", -1), ("d", 1)):

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge.transport.head_guard import HEAD_BYTES, ConnectionGuard, guard_of
+from lmbridge.transport.head_guard import MAX_BYTES_WITHOUT_BODY, ConnectionGuard, guard_of
 from tests.support import turns
 
 
@@ -64,7 +64,7 @@ def guarded() -> tuple[FakeTransport, Protocol, ConnectionGuard]:
     return transport, protocol, guard
 
 
-@given(st.lists(st.integers(0, HEAD_BYTES), max_size=6), st.integers(0, 5))
+@given(st.lists(st.integers(0, MAX_BYTES_WITHOUT_BODY), max_size=6), st.integers(0, 5))
 def test_everything_arrives_once_and_in_order(sizes: list[int], end_after: int) -> None:
     async def run() -> None:
         transport, protocol, guard = guarded()
@@ -85,38 +85,38 @@ def test_everything_arrives_once_and_in_order(sizes: list[int], end_after: int) 
 
 async def test_the_connection_is_closed_if_the_head_goes_on_beyond_the_limit() -> None:
     transport, protocol, guard = guarded()
-    guard.data_received(b"x" * HEAD_BYTES)
+    guard.data_received(b"x" * MAX_BYTES_WITHOUT_BODY)
     await turns()
     assert not transport.is_aborted
     guard.data_received(b"y")
     await turns()
     assert transport.is_aborted
     assert isinstance(guard.failure, Exceeded)
-    guard.data_received(b"z" * HEAD_BYTES)
+    guard.data_received(b"z" * MAX_BYTES_WITHOUT_BODY)
     guard.end_head()
-    assert protocol.received == b"x" * HEAD_BYTES
+    assert protocol.received == b"x" * MAX_BYTES_WITHOUT_BODY
 
 
 async def test_a_head_that_ends_in_time_costs_the_next_one_nothing() -> None:
     transport, protocol, guard = guarded()
-    guard.data_received(b"x" * (HEAD_BYTES + 1))
+    guard.data_received(b"x" * (MAX_BYTES_WITHOUT_BODY + 1))
     guard.end_head()
     guard.limit_head(Exceeded)
     assert not guard.has_received
-    guard.data_received(b"y" * HEAD_BYTES)
+    guard.data_received(b"y" * MAX_BYTES_WITHOUT_BODY)
     assert guard.has_received
     await turns()
     assert not transport.is_aborted
-    assert len(protocol.received) == 2 * HEAD_BYTES + 1
+    assert len(protocol.received) == 2 * MAX_BYTES_WITHOUT_BODY + 1
 
 
 async def test_what_is_held_back_counts_for_the_framing_of_the_body() -> None:
     transport, protocol, guard = guarded()
-    guard.data_received(b"x" * (2 * HEAD_BYTES))
+    guard.data_received(b"x" * (2 * MAX_BYTES_WITHOUT_BODY))
     body = Body()
     guard.limit_framing(body, TooLong)
     guard.end_head()
-    assert len(protocol.received) == 2 * HEAD_BYTES
+    assert len(protocol.received) == 2 * MAX_BYTES_WITHOUT_BODY
     assert not transport.is_aborted
     guard.data_received(b"y")
     assert isinstance(guard.failure, TooLong)
@@ -156,11 +156,11 @@ async def test_a_transport_of_another_event_loop_is_closed_as_well() -> None:
     transport: Any = OtherTransport()
     guard = guard_of(transport)
     guard.limit_head(Exceeded)
-    guard.data_received(b"x" * (HEAD_BYTES + 1))
+    guard.data_received(b"x" * (MAX_BYTES_WITHOUT_BODY + 1))
     await turns()
     assert transport.is_aborted
     assert isinstance(guard.failure, Exceeded)
-    guard.data_received(b"y" * HEAD_BYTES)
+    guard.data_received(b"y" * MAX_BYTES_WITHOUT_BODY)
     assert len(guard._held_back) == 1
 
 
@@ -192,12 +192,12 @@ def with_limited_framing() -> tuple[FakeTransport, Protocol, ConnectionGuard, Bo
 async def test_bytes_without_a_body_close_the_connection_beyond_the_limit() -> None:
     transport, protocol, guard, body = with_limited_framing()
     for _ in range(3):
-        guard.data_received(b"x" * HEAD_BYTES)
+        guard.data_received(b"x" * MAX_BYTES_WITHOUT_BODY)
         assert not transport.is_aborted
         # A part of the body has arrived.
         body.total_bytes += 1
         guard.data_received(b"y")
-    guard.data_received(b"x" * HEAD_BYTES)
+    guard.data_received(b"x" * MAX_BYTES_WITHOUT_BODY)
     guard.data_received(b"z")
     assert transport.is_aborted
     assert isinstance(guard.failure, TooLong)
@@ -226,10 +226,10 @@ async def test_what_follows_a_body_is_not_limited() -> None:
     watcher = Watcher()
     guard.watch(watcher)
     guard.unwatch(watcher)
-    guard.data_received(b"x" * (2 * HEAD_BYTES))
+    guard.data_received(b"x" * (2 * MAX_BYTES_WITHOUT_BODY))
     await turns()
     assert not transport.is_aborted
-    assert len(protocol.received) == 2 * HEAD_BYTES
+    assert len(protocol.received) == 2 * MAX_BYTES_WITHOUT_BODY
     protocol.error = ValueError("not a head")
     guard.connection_lost(None)
     assert guard.failure is None
@@ -242,7 +242,7 @@ async def test_the_reader_of_one_body_does_not_lift_the_limit_on_the_next_head()
     guard.watch(late)
     guard.limit_head(Exceeded)
     guard.unwatch(late)
-    guard.data_received(b"x" * (HEAD_BYTES + 1))
+    guard.data_received(b"x" * (MAX_BYTES_WITHOUT_BODY + 1))
     await turns()
     assert transport.is_aborted
     guard.watch(next_reader)

@@ -20,7 +20,7 @@ from lmbridge.testing import Behaviour, Exchange, MockTransport, ScriptedServer,
 from lmbridge.testing.mock_transport import MockResponse
 from lmbridge.transport import Transport
 from lmbridge.transport.faults import HEAD_TOO_LARGE, TOO_MANY_HEADERS, TOO_MUCH_FRAMING
-from lmbridge.transport.head_guard import HEAD_BYTES
+from lmbridge.transport.head_guard import MAX_BYTES_WITHOUT_BODY
 from lmbridge.transport.sse import SSEDecoder
 from tests.support import MESSAGES, piece
 from tests.transport.support import ask
@@ -143,7 +143,7 @@ async def test_many_small_chunks_with_extensions_are_read(scripted_server: Scrip
             assert (await client.chat_completion(MESSAGES))["choices"][0]["message"].get("content") == "Hi"
 
 
-@pytest.mark.parametrize("size", [9_000, HEAD_BYTES - 1000])
+@pytest.mark.parametrize("size", [9_000, MAX_BYTES_WITHOUT_BODY - 1000])
 async def test_a_head_within_the_limit_is_read(scripted_server: ScriptedServer, size: int) -> None:
     body = b'{"choices": [{"message": {"content": "Hi"}}]}'
     head = OK + b"X-A: %b\r\nContent-Length: %d\r\n\r\n" % (b"x" * size, len(body))
