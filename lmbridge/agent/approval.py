@@ -28,6 +28,7 @@ _HINT: Final = (
     "approve must return True or False, a text that tells the model why not, or the ToolCall to make instead;"
     " the call was not made"
 )
+_EXCEPTION_HINT: Final = "the call was not made; to refuse a call, return False or a text that tells the model why not"
 _SHOWN_OF_DECISION: Final = 100
 """How many characters of a wrong decision an error quotes."""
 
@@ -53,7 +54,7 @@ class Approval:
 
         Raises:
             LLMError: `approve` raised an exception, or returned a call that cannot be made, or something other than
-                a decision.
+                a decision. An `LLMError` of `approve` or of the gate keeps its class.
         """
         approve = self._approve
         if approve is None:
@@ -74,13 +75,20 @@ class Approval:
         try:
             answer = approve(call)
             return await answer if inspect.isawaitable(answer) else answer
+        except LLMError as error:
+            # A program handles a decision model that does not answer like any other model that does not answer.
+            error.completed(
+                f"{_option_name(approve)} raised this error for a call of {call.name!r}: {error.message}",
+                hint=_EXCEPTION_HINT,
+                context={"operation": "agent run", "model": self._record.model},
+            )
+            raise
         # `approve` is a function of the program, so it may raise anything.
         except Exception as exc:
-            option = getattr(approve, "option_name", "approve")
             raise LLMError(
-                f"{option} raised {type(exc).__name__} for a call of {call.name!r}: {exc}",
+                f"{_option_name(approve)} raised {type(exc).__name__} for a call of {call.name!r}: {exc}",
                 exc,
-                hint=_HINT,
+                hint=_EXCEPTION_HINT,
                 context={"operation": "agent run", "model": self._record.model},
             ) from exc
 
@@ -117,3 +125,8 @@ class Approval:
             hint=_HINT,
             context={"operation": "agent run", "model": self._record.model},
         )
+
+
+def _option_name(approve: Approve) -> str:
+    """Returns the name of the agent's option that an error about a decision mentions."""
+    return approve.option_name if isinstance(approve, GatedApproval) else "approve"

@@ -46,8 +46,9 @@ from lmbridge.errors import ContextLengthExceededError, LLMResponseError
 
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
-_BROKEN_FINISH_REASONS: Final = ("abort", "error", "content_filter")
-"""Finish reasons of aborted answers: "abort" of vLLM and SGLang, "error" of OpenRouter, "content_filter" of OpenAI."""
+_CONTENT_FILTER: Final = "content_filter"
+"""The finish reason with which OpenAI ends an answer that its filter has cut off. A `ChatAccumulator`, through which
+every reply goes, raises an error itself for the finish reasons that say that the server has aborted the answer."""
 _LARGE_TEXT: Final = 20_000
 """The number of characters beyond which a reply is searched for calls in a thread."""
 
@@ -214,7 +215,7 @@ class GenerationRunner:
         Raises:
             LLMResponseError: The finish reason says that the answer was aborted.
         """
-        if reply.finish_reason in _BROKEN_FINISH_REASONS:
+        if reply.finish_reason == _CONTENT_FILTER:
             raise LLMResponseError(
                 f"the server aborted the answer, with the finish reason {reply.finish_reason!r}",
                 hint="check the server's log; what had arrived is in .partial",

@@ -16,6 +16,7 @@ from lmbridge import (
     ChunkStream,
     LLMClient,
     LLMClientPool,
+    LLMResponseError,
     MaxRoundsExceededError,
 )
 from lmbridge.agent.chat_client import ReportsServerInfo
@@ -34,8 +35,9 @@ class ScriptedClient:
 
     model = "own-model"
 
-    def __init__(self, *deltas: Mapping[str, Any]) -> None:
+    def __init__(self, *deltas: Mapping[str, Any], finish_reason: str = "stop") -> None:
         self.deltas = list(deltas)
+        self.finish_reason = finish_reason
         self.params: list[dict[str, Any]] = []
         self.closed = 0
 
@@ -49,7 +51,7 @@ class ScriptedClient:
     async def _chunks(self, delta: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         try:
             yield {"model": "own-model", "choices": [{"index": 0, "delta": dict(delta), "finish_reason": None}]}
-            yield {"model": "own-model", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+            yield {"model": "own-model", "choices": [{"index": 0, "delta": {}, "finish_reason": self.finish_reason}]}
         finally:
             self.closed += 1
 
@@ -88,3 +90,11 @@ async def test_an_error_of_such_a_client_has_the_run_so_far() -> None:
     with pytest.raises(MaxRoundsExceededError) as caught:
         await Agent(client, tools=[add]).run("Go.", max_rounds=1)
     assert caught.value.result.rounds == 1
+
+
+@pytest.mark.parametrize("reason", ["aborted", "Abort", "cancelled", "FAILED", "content_filter"])
+async def test_a_reply_that_was_broken_off_is_not_an_answer(reason: str) -> None:
+    client = ScriptedClient({"content": "Half of"}, finish_reason=reason)
+    with pytest.raises(LLMResponseError, match=f"finish reason '{reason}'") as caught:
+        await Agent(client).run("Go.")
+    assert caught.value.partial.text == "Half of"

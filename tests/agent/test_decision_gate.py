@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from lmbridge import Agent, Gate, LLMClient, LLMClientPool, LLMError, LLMValidationError, Tool, TrueFalse, pick_tools
+from lmbridge import (
+    Agent,
+    Gate,
+    LLMClient,
+    LLMClientPool,
+    LLMConnectionError,
+    LLMError,
+    LLMResponseError,
+    LLMValidationError,
+    Tool,
+    TrueFalse,
+    pick_tools,
+)
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply
 from tests.agent.support import add, asks, calls, sent, tool_texts
 
@@ -76,9 +88,21 @@ async def test_approve_is_asked_after_the_gate(scripted_server: ScriptedServer, 
 
 async def test_no_call_is_made_without_a_decision(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.on_path(SYSTEM_ONE, reply(400, {"error": {"message": "bad question"}}))
-    with pytest.raises(LLMError, match="gate raised LLMResponseError for a call of 'add'") as caught:
+    with pytest.raises(LLMResponseError, match="gate raised this error for a call of 'add': .*bad question") as caught:
         await Agent(client, tools=[add], gate=QUESTION).run("Go.")
+    assert caught.value.status == 400
     assert tool_texts(caught.value.partial.messages) == ["Not called: the run ended first."]
+
+
+async def test_an_error_of_the_decision_model_keeps_its_class(client: LLMClient) -> None:
+    async def approve(_: Any) -> bool:
+        raise LLMConnectionError("nobody answers", context={"model": "decider"})
+
+    with pytest.raises(LLMConnectionError, match="approve raised this error for a call of 'add'") as caught:
+        await Agent(client, tools=[add], approve=approve).run("Go.")
+    assert caught.value.context["model"] == "decider"
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("the call was not made")
 
 
 async def test_an_error_of_approve_behind_a_gate_does_not_blame_the_gate_alone(

@@ -768,6 +768,8 @@ async def test_an_exception_of_approve_ends_the_run(scripted_server: ScriptedSer
     with pytest.raises(LLMError, match="approve raised KeyError") as caught:
         await Agent(client, tools=[add], approve=approve).run("Go.")
     assert isinstance(caught.value.__cause__, KeyError)
+    assert caught.value.hint is not None
+    assert "the call was not made; to refuse a call, return" in caught.value.hint
     assert tool_texts(caught.value.partial.messages) == ["Not called: the run ended first."]
     check_valid(caught.value.partial.messages)
 
