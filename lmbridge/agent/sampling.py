@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any, Final, Literal, TypedDict
 
 from lmbridge._checks import check_bool, invalid_argument, is_integer, is_number
@@ -54,8 +55,7 @@ def check_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_option(name: str, value: Any) -> None:
     if name in ("temperature", "top_p"):
-        if not is_number(value) or not value >= 0:
-            raise invalid_argument(name, "a number of at least 0", value)
+        _check_number(name, value)
     elif name == "seed":
         if not is_integer(value):
             raise invalid_argument(name, "an integer", value)
@@ -72,6 +72,12 @@ def _check_option(name: str, value: Any) -> None:
         raise invalid_argument(name, "a dict of JSON fields", value)
     elif own := [field for field in _OWN_FIELDS if field in value]:
         raise LLMValidationError(f"extra_body has {' and '.join(own)}, which the run sets itself", hint="leave it out")
+
+
+def _check_number(name: str, value: object) -> None:
+    is_share = name == "top_p"
+    if not is_number(value) or not 0 <= value < inf or (is_share and value > 1):
+        raise invalid_argument(name, "a number from 0 to 1" if is_share else "a number of at least 0", value)
 
 
 def request_fields(options: Mapping[str, Any]) -> dict[str, Any]:

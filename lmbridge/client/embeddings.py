@@ -13,6 +13,7 @@ from lmbridge._checks import check_integer, is_integer
 from lmbridge.client.api_requests import ServerApi
 from lmbridge.client.completion_shape import read_index
 from lmbridge.client.input_checks import Text, check_texts
+from lmbridge.client.served_model import are_different_models
 from lmbridge.errors import LLMError, LLMResponseError, ModelChangedDuringExecutionError
 from lmbridge.transport import Reply
 from lmbridge.types import Embeddings
@@ -35,7 +36,7 @@ async def _embed_in_batches(server: ServerApi, body: dict[str, Any], texts: list
         batch = texts[start : start + size]
         try:
             batches.append(await _embed_batch(server, {**body, "input": batch}, start, len(batch)))
-            _check_same_model(server, batches[0].get("model"), batches[-1].get("model"))
+            _check_comparable(server, batches[0].get("model"), batches[-1].get("model"))
         except LLMError as error:
             error.completed(context={"inputs": f"{start} to {start + len(batch) - 1}"})
             raise
@@ -112,13 +113,20 @@ def _invalid_embedding(server: ServerApi, reply: Reply, number: int) -> LLMRespo
     )
 
 
-def _check_same_model(server: ServerApi, old: str | None, new: str | None) -> None:
+def _check_comparable(server: ServerApi, old: object, new: object) -> None:
     """Checks that the same model embedded two batches, because the vectors of two models cannot be compared.
 
+    Args:
+        server: The server, with the client's `model_mismatch`.
+        old: The model that the reply to the first batch names.
+        new: The model that the reply to a later batch names.
+
     Raises:
-        ModelChangedDuringExecutionError: The models differ.
+        ModelChangedDuringExecutionError: The models differ, and `model_mismatch` is not "ignore".
     """
-    if old and new and old != new:
+    if server.mismatch_policy.ignores_names or not (isinstance(old, str) and isinstance(new, str) and old and new):
+        return
+    if are_different_models(old, new):
         raise ModelChangedDuringExecutionError(
             f"the first batch was embedded by model {old!r}, but a later one by {new!r}",
             old,

@@ -115,8 +115,8 @@ def combined_info(infos: Sequence[ServerInfo]) -> ServerInfo:
     """Returns what several servers have in common, and the models of all of them.
 
     A model that several servers have is listed once, with the smallest context length, so that a request which fits
-    into it fits at every server. The model counts as loaded if any of the servers has loaded it; if one of them does
-    not report this, it is unknown.
+    into it fits at every server. The model counts as loaded if any of the servers has loaded it. It can see images or
+    call tools if it can do so at each of them.
     """
     if len(infos) == 1:
         return infos[0]
@@ -138,14 +138,24 @@ def combined_info(infos: Sequence[ServerInfo]) -> ServerInfo:
 def _combined_model(one: ModelInfo, other: ModelInfo) -> ModelInfo:
     return attrs.evolve(
         one,
-        loaded=one.loaded or other.loaded if None not in (one.loaded, other.loaded) else None,
+        loaded=_any_of(one.loaded, other.loaded),
         context_length=smallest(one.context_length, other.context_length),
         slots=smallest(one.slots, other.slots),
         embeds=one.embeds and other.embeds,
-        vision=one.vision and other.vision if None not in (one.vision, other.vision) else None,
-        tools=one.tools and other.tools if None not in (one.tools, other.tools) else None,
+        vision=_all_of(one.vision, other.vision),
+        tools=_all_of(one.tools, other.tools),
         size_bytes=smallest(one.size_bytes, other.size_bytes),
     )
+
+
+def _any_of(*flags: bool | None) -> bool | None:
+    """Returns whether any of the flags is True, or None if that depends on one which is not known."""
+    return True if True in flags else None if None in flags else False
+
+
+def _all_of(*flags: bool | None) -> bool | None:
+    """Returns whether all of the flags are True, or None if that depends on one which is not known."""
+    return False if False in flags else None if None in flags else True
 
 
 def smallest(*values: int | None) -> int | None:

@@ -88,7 +88,7 @@ async def test_approve_is_asked_after_the_gate(scripted_server: ScriptedServer, 
 
 async def test_no_call_is_made_without_a_decision(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.on_path(SYSTEM_ONE, reply(400, {"error": {"message": "bad question"}}))
-    with pytest.raises(LLMResponseError, match="gate raised this error for a call of 'add': .*bad question") as caught:
+    with pytest.raises(LLMResponseError, match=r"gate raised this error for a call of 'add': .*bad question") as caught:
         await Agent(client, tools=[add], gate=QUESTION).run("Go.")
     assert caught.value.status == 400
     assert tool_texts(caught.value.partial.messages) == ["Not called: the run ended first."]

@@ -206,7 +206,9 @@ async def test_a_limit_in_extra_body_is_the_one_that_replies_are_judged_by() -> 
     ("options", "message"),
     [
         ({"temperature": "hot"}, "temperature must be a number of at least 0, not 'hot'"),
-        ({"top_p": -1}, "top_p must be a number of at least 0, not -1"),
+        ({"temperature": float("inf")}, "temperature must be a number of at least 0, not inf"),
+        ({"top_p": -1}, "top_p must be a number from 0 to 1, not -1"),
+        ({"top_p": 5}, "top_p must be a number from 0 to 1, not 5"),
         ({"seed": 1.5}, "seed must be an integer, not 1.5"),
         ({"stop": [1]}, "stop must be a string or a list of strings"),
         ({"tool_choice": 1}, "tool_choice must be 'none', 'auto', 'required' or a dict that names a tool"),

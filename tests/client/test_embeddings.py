@@ -253,10 +253,22 @@ async def test_a_failing_batch_fails_the_whole_and_the_error_says_which_it_was(
 
 async def test_batches_of_two_models_are_never_merged(scripted_server: ScriptedServer) -> None:
     scripted_server.script(reply(200, body([1.0])), reply(200, body([1.0], model="other")))
-    async with LLMClient(scripted_server.api_base, model_mismatch="ignore") as client:
+    async with LLMClient(scripted_server.api_base) as client:
         with pytest.raises(ModelChangedDuringExecutionError, match="embeddings at http") as caught:
             await client.embeddings(["a", "b", "c"], batch_size=1)
     assert (caught.value.old_model, caught.value.new_model) == ("test-model", "other")
+
+
+@pytest.mark.parametrize(
+    ("mode", "second"), [("warn", "test-model:2"), ("warn", "test-model@q4_k_m"), ("raise", ""), ("ignore", "other")]
+)
+async def test_batches_are_merged_if_their_models_are_the_same_or_do_not_matter(
+    scripted_server: ScriptedServer, mode: Any, second: str
+) -> None:
+    scripted_server.script(reply(200, body([1.0])), reply(200, body([2.0], model=second)))
+    async with LLMClient(scripted_server.api_base, model_mismatch=mode) as client:
+        merged = await client.embeddings(["a", "b"], batch_size=1)
+    assert [each["embedding"] for each in merged["data"]] == [[1.0], [2.0]]
 
 
 async def test_other_requests_get_a_turn_between_two_batches(scripted_server: ScriptedServer) -> None:

@@ -122,6 +122,28 @@ def test_what_servers_have_in_common_is_safe_for_each_of_them() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "any_of", "all_of"),
+    [
+        ((True, False), True, False),
+        ((True, None), True, None),
+        ((False, None), None, False),
+        ((None, None), None, None),
+        ((False, False), False, False),
+    ],
+)
+def test_what_one_server_does_not_report_is_unknown_only_if_it_matters(
+    flags: tuple[bool | None, bool | None], any_of: bool | None, all_of: bool | None
+) -> None:
+    for given in (flags, flags[::-1]):
+        infos = [
+            ServerInfo(kind="ollama", models=(ModelInfo(id="m", loaded=each, vision=each, tools=each),))
+            for each in given
+        ]
+        (model,) = combined_info(infos).models
+        assert (model.loaded, model.vision, model.tools) == (any_of, all_of, all_of)
+
+
 async def test_statistics_have_an_entry_for_each_server() -> None:
     one, two = FakeServer("one"), FakeServer("two")
     client = client_of(one, two)
