@@ -35,13 +35,18 @@ class RequestOptions(TypedDict, total=False):
     """Query parameters of this request."""
 
 
-class CallOptions(RequestOptions, total=False):
+class ManagementOptions(RequestOptions, total=False):
+    """Options of a call that has a body, and that does not queue behind generations."""
+
+    extra_body: Mapping[str, Any] | None
+    """Fields that are put into the JSON body last, so they replace others of the same name."""
+
+
+class CallOptions(ManagementOptions, total=False):
     """Options of a call that has a body."""
 
     priority: Priority
     """How urgent this call is, in place of the client's `priority`. It is not sent to the server."""
-    extra_body: Mapping[str, Any] | None
-    """Fields that are put into the JSON body last, so they replace others of the same name."""
 
 
 @attrs.frozen(kw_only=True)
@@ -118,6 +123,20 @@ def take_options(params: dict[str, Any]) -> CallSettings | None:
         body=_check_extra_body(given.get("extra_body")),
         priority=check_priority(given["priority"]) if "priority" in given else None,
     )
+
+
+def take_management_options(params: dict[str, Any]) -> CallSettings | None:
+    """Removes the options of a call that loads, unloads or downloads a model, and returns them, as `take_options` does.
+
+    Raises:
+        LLMValidationError: An option is not valid, or has no effect on such a call.
+    """
+    settings = take_options(params)
+    if settings is not None and settings.priority is not None:
+        raise LLMValidationError(
+            "priority has no effect on the models of a server", hint="leave it out: such a call does not queue"
+        )
+    return settings
 
 
 def limit_load(options: dict[str, Any]) -> None:

@@ -11,7 +11,13 @@ from lmbridge._checks import check_callable, check_text
 from lmbridge._copying import NotCopyable
 from lmbridge._pending_call import explains_missing_await
 from lmbridge.client.api_requests import ServerApi
-from lmbridge.client.call_options import CallOptions, RequestOptions, limit_load, take_options, take_request_options
+from lmbridge.client.call_options import (
+    ManagementOptions,
+    RequestOptions,
+    limit_load,
+    take_management_options,
+    take_request_options,
+)
 from lmbridge.client.model_backends import Capability, DownloadProgress, LoadProgress, loading_events, manager_of
 from lmbridge.client.server_info import ModelInfo, describe, entries_named
 from lmbridge.client.server_progress import ModelLoading
@@ -111,7 +117,7 @@ class Models(NotCopyable):
         return next(iter(entries_named(models, name)), ModelInfo(id=name, loaded=True))
 
     @explains_missing_await
-    async def unload(self, model: str, **options: Unpack[CallOptions]) -> None:
+    async def unload(self, model: str, **options: Unpack[ManagementOptions]) -> None:
         """Unloads a model, even if it is generating. On LM Studio, all instances of the model are unloaded.
 
         For a model that is not loaded, nothing happens.
@@ -175,7 +181,7 @@ class Models(NotCopyable):
 
     def _for_call(self, options: dict[str, Any]) -> tuple[ServerApi, dict[str, Any]]:
         """Returns the server with the options of a call, and the fields of its body."""
-        settings = take_options(options)
+        settings = take_management_options(options)
         if settings is None:
             return self._server, dict(options)
         return self._server.for_call(settings), {**options, **(settings.body or {})}

@@ -20,7 +20,13 @@ from lmbridge._copying import NotCopyable
 from lmbridge._pending_call import explains_missing_await
 from lmbridge._text import excerpt
 from lmbridge.client.api_requests import ServerApi, is_damaged
-from lmbridge.client.call_options import CallOptions, RequestOptions, limit_load, take_options, take_request_options
+from lmbridge.client.call_options import (
+    ManagementOptions,
+    RequestOptions,
+    limit_load,
+    take_management_options,
+    take_request_options,
+)
 from lmbridge.client.error_body import parse_error_body
 from lmbridge.client.failures import UNKNOWN_PATH_OF_LM_STUDIO
 from lmbridge.client.model_lists import add_available_models, entries_of
@@ -93,7 +99,7 @@ class LMStudio(NotCopyable):
         num_experts: int = ...,
         offload_kv_cache_to_gpu: bool = ...,
         echo_load_config: bool = ...,
-        **options: Unpack[CallOptions],
+        **options: Unpack[ManagementOptions],
     ) -> LMStudioLoad: ...
 
     @overload
@@ -142,7 +148,7 @@ class LMStudio(NotCopyable):
         return cast("LMStudioLoad", value)
 
     @explains_missing_await
-    async def unload(self, instance_id: str, **options: Unpack[CallOptions]) -> LMStudioUnload:
+    async def unload(self, instance_id: str, **options: Unpack[ManagementOptions]) -> LMStudioUnload:
         """Unloads an instance of a model at once, even if it is generating (`POST /api/v1/models/unload`).
 
         Args:
@@ -195,7 +201,7 @@ class LMStudio(NotCopyable):
             body: The fields that the method itself has as arguments.
             given: The other arguments of the call, from which the options of lmbridge are removed.
         """
-        settings = take_options(given)
+        settings = take_management_options(given)
         body = {**body, **given}
         if settings is None:
             return self, body

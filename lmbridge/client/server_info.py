@@ -89,8 +89,11 @@ class ServerInfo:
 
     @property
     def is_router(self) -> bool:
-        """Whether the server is llama.cpp's router, which loads and unloads models."""
-        return any(each.status is not None for each in self.models)
+        """Whether the server is llama.cpp's router, which loads and unloads models.
+
+        A llama.cpp server without any model is one, because every other one has the model that it was started with.
+        """
+        return any(each.status is not None for each in self.models) or (self.kind == "llama.cpp" and not self.models)
 
     @property
     def loaded_models(self) -> tuple[str, ...] | None:
@@ -138,7 +141,7 @@ async def describe_if_local(server: ServerApi) -> ServerInfo | None:
     elif isinstance(owner, str) and owner in _PROBES:
         return None
     else:
-        info = await _probe_lmstudio(server, entries)
+        info = await _probe_lmstudio(server, entries) or await _probe_empty_router(server, entries)
     return None if info is None else _summarized(info, None)
 
 
@@ -211,6 +214,10 @@ async def _probe_llama_cpp(server: ServerApi, entries: Sequence[_Entry]) -> Serv
         models = await _routed_models(server, entries)
     else:
         models = [_llama_cpp_model(entry, props) for entry in entries]
+    return _llama_cpp_info(props, models)
+
+
+def _llama_cpp_info(props: _Entry, models: Sequence[ModelInfo]) -> ServerInfo:
     version = props.get("build_info")
     return ServerInfo(
         kind="llama.cpp",
@@ -218,6 +225,13 @@ async def _probe_llama_cpp(server: ServerApi, entries: Sequence[_Entry]) -> Serv
         models=tuple(models),
         max_loaded_models=_as_count(props.get("max_instances")),
     )
+
+
+async def _probe_empty_router(server: ServerApi, entries: Sequence[_Entry]) -> ServerInfo | None:
+    """Recognizes a router of llama.cpp that has no models yet, so that none of them names its owner."""
+    props = {} if entries else await _ask(server, "/props")
+    is_router = props.get("role") == "router" or is_integer(props.get("max_instances"))
+    return _llama_cpp_info(props, ()) if is_router else None
 
 
 async def _routed_models(server: ServerApi, entries: Sequence[_Entry]) -> list[ModelInfo]:
@@ -316,7 +330,7 @@ _PROBES: Final[Mapping[str, Sequence[_Probe]]] = {
     "library": (_probe_ollama, _probe_lmstudio),
 }
 """The functions to try, in this order, by the owner of the first model."""
-_OTHER_PROBES: Final[Sequence[_Probe]] = (_probe_lmstudio, _probe_ollama)
+_OTHER_PROBES: Final[Sequence[_Probe]] = (_probe_lmstudio, _probe_ollama, _probe_empty_router)
 
 _NUM_CTX: Final = re.compile(r"^num_ctx\s+(\d{1,9})\s*$", re.MULTILINE)
 """The line of Ollama's `parameters` with the context length: `num_ctx    8192`."""

@@ -133,9 +133,10 @@ def estimate_tokens(body: Mapping[str, Any]) -> int:
 def size_of(message: Mapping[str, Any]) -> int:
     """Returns about how many bytes a message takes as JSON. An image counts as 3,000 bytes, whatever its size."""
     content = message.get("content")
-    if isinstance(content, list):
-        return sum(IMAGE_BYTES if _is_image(part) else len(_encode(part)) for part in content)
-    return len(_encode(message))
+    if not isinstance(content, list):
+        return len(_encode(message))
+    parts = sum(IMAGE_BYTES if _is_image(part) else len(_encode(part)) for part in content)
+    return parts + len(_encode({**message, "content": None}))
 
 
 def _is_image(part: object) -> bool:

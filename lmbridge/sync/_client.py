@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from typing import Literal, Unpack
 
-    from lmbridge.client.call_options import CallOptions, RequestOptions
+    from lmbridge.client.call_options import CallOptions, ManagementOptions, RequestOptions
     from lmbridge.client.chat_methods import _T
     from lmbridge.client.decisions import Decisions
     from lmbridge.client.input_checks import Texts
@@ -258,7 +258,7 @@ class LMStudio(Wrapper):
         num_experts: int = ...,
         offload_kv_cache_to_gpu: bool = ...,
         echo_load_config: bool = ...,
-        **options: Unpack[CallOptions],
+        **options: Unpack[ManagementOptions],
     ) -> LMStudioLoad: ...
 
     @overload
@@ -289,7 +289,7 @@ class LMStudio(Wrapper):
         result: LMStudioLoad = self._await(lambda: self.wrapped.load(model, **config))
         return result
 
-    def unload(self, instance_id: str, **options: Unpack[CallOptions]) -> LMStudioUnload:
+    def unload(self, instance_id: str, **options: Unpack[ManagementOptions]) -> LMStudioUnload:
         """Unloads an instance of a model at once, even if it is generating (`POST /api/v1/models/unload`).
 
         Args:
@@ -386,7 +386,7 @@ class Models(Wrapper):
         result: ModelInfo = self._await(lambda: self.wrapped.load(model, progress=progress, **options))
         return result
 
-    def unload(self, model: str, **options: Unpack[CallOptions]) -> None:
+    def unload(self, model: str, **options: Unpack[ManagementOptions]) -> None:
         """Unloads a model, even if it is generating. On LM Studio, all instances of the model are unloaded.
 
         For a model that is not loaded, nothing happens.

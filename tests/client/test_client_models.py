@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import pytest_asyncio
@@ -23,7 +23,7 @@ from lmbridge import (
     Timeouts,
 )
 from lmbridge.client import model_backends
-from lmbridge.testing import Exchange, ScriptedServer, reply, sse, stall
+from lmbridge.testing import Exchange, MockRequest, MockTransport, ScriptedServer, reply, sse, stall
 from tests.support import cancel_at_each_step
 
 SUCCESS = {"success": True}
@@ -244,10 +244,16 @@ async def test_a_model_that_is_never_unloaded_is_not_waited_for_without_end(rout
     assert caught.value.phase == "first_byte"
 
 
-async def test_a_request_that_times_out_during_an_unload_keeps_its_own_error(router: Router, client: LLMClient) -> None:
-    router.server.on_path("/models", stall())
+async def test_a_request_that_times_out_during_an_unload_keeps_its_own_error() -> None:
+    def handler(request: MockRequest) -> Any:
+        if request.path == "/models":
+            raise LLMTimeoutError("the server did not answer", phase="first_byte")
+        listed = {"data": [{"id": "small", "owned_by": "llamacpp", "status": {"value": "loaded"}}]}
+        return listed if request.path == "/v1/models" else SUCCESS
+
+    client = LLMClient(transport=MockTransport(handler), max_retries=0)
     with pytest.raises(LLMTimeoutError, match=r"model list at .*: the server did not answer"):
-        await client.with_options(max_retries=0).models.unload("small", timeout=0.05)
+        await client.models.unload("small", timeout=600)
 
 
 async def test_an_unknown_model_is_named_with_those_that_exist(router: Router, client: LLMClient) -> None:
@@ -274,6 +280,15 @@ async def test_a_download_by_the_router_has_progress(router: Router, client: LLM
         DownloadProgress(status="completed"),
     ]
     assert [each async for each in client.models.download("small")] == [DownloadProgress(status="completed")]
+
+
+async def test_an_empty_router_is_recognized_and_downloads_its_first_model(router: Router, client: LLMClient) -> None:
+    router.statuses = {}
+    info = await client.server_info()
+    assert (info.kind, info.is_router, info.models, info.max_loaded_models) == ("llama.cpp", True, (), 1)
+    assert await client.models.capabilities() == {"list", "load", "unload", "download", "load progress"}
+    router.next = [{"value": "downloading"}, {"value": "unloaded"}]
+    assert [each.status async for each in client.models.download("user/new:Q4")] == ["downloading", "completed"]
 
 
 async def test_a_download_that_vanishes_has_failed(router: Router, client: LLMClient) -> None:
@@ -389,6 +404,13 @@ async def test_arguments_are_checked_before_anything_is_sent(
         await client.models.load("m", progress=3)  # type: ignore[arg-type]  # the wrong value is the case
     with pytest.raises(LLMValidationError):
         client.models.download("")
+    for method in (
+        *(client.models.load, client.models.unload, client.models.download),
+        *(client.lmstudio.load, client.lmstudio.unload, client.lmstudio.download),
+    ):
+        with pytest.raises(LLMValidationError, match="priority has no effect on the models of a server"):
+            # A download is an iteration, and raises the error when it is called.
+            await cast("Any", method)("m", priority="batch")
     assert not scripted_server.requests
 
 

@@ -84,6 +84,18 @@ async def test_an_exact_count_decides_where_the_server_can_count(scripted_server
     assert paths.count("/v1/models") == 1, "the context length is remembered"
 
 
+async def test_the_exact_count_is_that_of_the_template_that_the_call_asks_for(scripted_server: ScriptedServer) -> None:
+    models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 4096}]}
+    scripted_server.on_path("/v1/models", reply(200, models))
+    scripted_server.on_path(COUNTS, reply(200, {"input_tokens": 3001}))
+    scripted_server.default = counted_answer(3001)
+    template = {"chat_template_kwargs": {"enable_thinking": False}}
+    async with LLMClient(scripted_server.api_base, "test-model", context_overflow="raise") as client:
+        await client.chat_completion(LONG, temperature=0, **template)
+    (counted,) = [request.json for request in scripted_server.requests if request.path == COUNTS]
+    assert counted == {"messages": LONG, "model": "test-model", **template}
+
+
 async def test_a_warning_names_the_numbers_and_the_request_is_sent(
     scripted_server: ScriptedServer, caplog: pytest.LogCaptureFixture
 ) -> None:

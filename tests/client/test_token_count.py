@@ -92,6 +92,13 @@ async def test_content_that_is_a_list_of_strings_is_estimated_by_its_strings(cli
     assert 1000 <= count.tokens < 1050
 
 
+async def test_an_estimate_includes_the_calls_and_the_reasoning_of_a_message_in_parts(client: LLMClient) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "x" * 1500}}
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "x" * 1500}]}
+    count = await client.count_tokens([{**parts, "tool_calls": [call], "reasoning_content": "x" * 1500}])
+    assert 1500 <= count.tokens < 1600
+
+
 async def test_a_model_that_the_router_has_not_loaded_is_estimated_and_asked_about_again(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
