@@ -89,7 +89,7 @@ async def test_the_exact_count_is_that_of_the_template_that_the_call_asks_for(sc
     scripted_server.on_path("/v1/models", reply(200, models))
     scripted_server.on_path(COUNTS, reply(200, {"input_tokens": 3001}))
     scripted_server.default = counted_answer(3001)
-    template = {"chat_template_kwargs": {"enable_thinking": False}}
+    template: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False}}
     async with LLMClient(scripted_server.api_base, "test-model", context_overflow="raise") as client:
         await client.chat_completion(LONG, temperature=0, **template)
     (counted,) = [request.json for request in scripted_server.requests if request.path == COUNTS]
