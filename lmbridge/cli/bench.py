@@ -142,7 +142,7 @@ def _row(measurement: Measurement) -> tuple[str, ...]:
 
 
 def _values(measurements: Sequence[Measurement]) -> list[tuple[str, float]]:
-    return [(str(each.concurrency), each.throughput) for each in measurements]
+    return [(str(each.concurrency), each.throughput) for each in measurements if not math.isnan(each.throughput)]
 
 
 def _as_json(measurements: Sequence[Measurement], connection: ServerConnection, best: int) -> dict[str, Any]:

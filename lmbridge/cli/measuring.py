@@ -84,17 +84,20 @@ class Measurement:
 
     @property
     def throughput(self) -> float:
-        """The tokens per second of all answers together."""
-        return sum(each.answer_tokens for each in self.samples) / self.seconds
+        """The tokens per second of all answers together; NaN if it cannot be measured."""
+        return sum(each.answer_tokens for each in self.samples) / self.seconds if self.seconds > 0 else math.nan
 
     @property
     def prompt_speed(self) -> float:
         """How many prompt tokens the server processes per second, for all requests in flight together.
 
-        The time until the first token of an answer is taken as the time that its prompt needed.
+        The time until the first token of an answer is taken as the time that its prompt needed. It is NaN if that
+        cannot be measured.
         """
-        speeds = [each.prompt_tokens / each.first_token_seconds for each in self.samples]
-        return statistics.median(speeds) * self.concurrency
+        # The clock may be too coarse for a fast answer.
+        timed = [each for each in self.samples if each.first_token_seconds > 0]
+        speeds = [each.prompt_tokens / each.first_token_seconds for each in timed]
+        return statistics.median(speeds) * self.concurrency if speeds else math.nan
 
     def as_json(self) -> dict[str, Any]:
         """Returns the numbers for `--json`; what could not be measured is None."""
@@ -167,5 +170,7 @@ def make_prompts(tokens: int, seed: int = 0) -> Iterator[str]:
 
 def recommended_concurrency(measurements: Sequence[Measurement]) -> int:
     """Returns the lowest concurrency that has nearly the highest throughput. A higher one only makes answers slower."""
-    best = max(each.throughput for each in measurements)
-    return min(each.concurrency for each in measurements if each.throughput >= best * _GOOD_ENOUGH)
+    measured = [each for each in measurements if not math.isnan(each.throughput)]
+    best = max((each.throughput for each in measured), default=0.0)
+    good = [each for each in measured if each.throughput >= best * _GOOD_ENOUGH] or measurements
+    return min(each.concurrency for each in good)

@@ -46,6 +46,9 @@ def _question(text: str) -> list[dict[str, Any]]:
 async def check_model(connection: ServerConnection) -> Finding:
     """Checks whether there is a model, and whether it is loaded."""
     info = connection.info
+    if info.kind == "unknown" and not info.models:
+        fix = "if the server needs the name of a model, give it with --model"
+        return Finding("model", "warning", "the server does not list its models", fix)
     if all(only_embeds(each) for each in info.models):
         return Finding("model", "broken", "the server has no model that can chat", "load or download a model")
     loaded = info.loaded_models

@@ -74,9 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", metavar="PATH", help="a GGUF file (default: a small model that is downloaded once)")
     parser.add_argument("--port", type=int, metavar="N", help="the port to listen on (default: any free one)")
-    parser.add_argument("--n-ctx", type=int, metavar="N", help="the tokens of context, which all requests share")
+    parser.add_argument(
+        "--n-ctx", type=int, metavar="N", help="the length of the context in tokens, which all requests share"
+    )
     parser.add_argument("--n-parallel", type=int, metavar="N", help="how many requests generate at the same time")
-    parser.add_argument("--threads", type=int, metavar="N", help="how many threads compute")
+    parser.add_argument("--threads", type=int, metavar="N", help="how many threads the model runs on")
     parser.add_argument("--chat-template", metavar="PATH", help="a Jinja template that replaces the one of the model")
     parser.add_argument("--embeddings", action="store_true", help="also serve /v1/embeddings")
     parser.add_argument("--debug", action="store_true", help="log everything, and show tracebacks of errors")

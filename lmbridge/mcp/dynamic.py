@@ -522,7 +522,7 @@ def _answer_text(result: RunResult) -> str:
     Raises:
         RunIncompleteError: The run ended without an answer.
     """
-    if result.stop_reason == "stop":
+    if result.has_answer:
         return result.text
     meaning, hint = ENDINGS[result.stop_reason]
     raise RunIncompleteError(

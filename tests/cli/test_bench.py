@@ -39,6 +39,15 @@ def test_the_numbers_of_a_measurement() -> None:
     assert measured.as_json()["total_tokens_per_second"] == 15.5
 
 
+def test_a_speed_is_not_known_if_no_time_was_measured() -> None:
+    instant = measurement(2, sample(0, 0, 10), seconds=0.0)
+    numbers = instant.as_json()
+    assert (numbers["prompt_tokens_per_second"], numbers["total_tokens_per_second"]) == (None, None)
+    assert measurement(2, sample(0, 1, 10), sample(0.5, 1, 10)).prompt_speed == 2 * 100 / 0.5
+    assert recommended_concurrency([instant]) == 2
+    assert recommended_concurrency([instant, with_throughput(4, 10)]) == 4
+
+
 def test_the_speed_of_an_answer_in_one_piece_is_not_known() -> None:
     assert measurement(1, sample(1, 1, 1)).as_json()["answer_tokens_per_second"] is None
 

@@ -68,6 +68,12 @@ async def test_the_model(connection: ServerConnection, models: list[ModelInfo], 
     assert bool(finding.fix) == (state != "ok")
 
 
+async def test_a_server_that_does_not_list_its_models_may_still_chat(connection: ServerConnection) -> None:
+    unlisted = ServerConnection(client=connection.client, info=ServerInfo(kind="unknown"), model=None)
+    finding = await check_model(unlisted)
+    assert (finding.state, finding.text) == ("warning", "the server does not list its models")
+
+
 async def test_streaming_works(scripted_server: ScriptedServer, connection: ServerConnection) -> None:
     scripted_server.default = LONG_ANSWER
     assert (await check_streaming(connection)).state == "ok"

@@ -179,6 +179,15 @@ async def test_a_run_without_an_answer_raises_an_error_with_the_result(
     assert (await start_run(agent, method, full=True)).stop_reason == reason
 
 
+@pytest.mark.parametrize("method", METHODS)
+async def test_an_answer_at_a_limit_is_returned(
+    scripted_server: ScriptedServer, make_agent: MakeAgent, method: str
+) -> None:
+    agent = make_agent({"a": ONLY_ECHO}, on_limit="answer", max_rounds=1)
+    scripted_server.script(calls(asks("echo", text="x")), answer("As far as I know."))
+    assert await start_run(agent, method) == "As far as I know."
+
+
 @pytest.mark.parametrize("full", [False, True])
 async def test_too_many_rounds_are_an_error_even_with_full(
     scripted_server: ScriptedServer, make_agent: MakeAgent, full: bool

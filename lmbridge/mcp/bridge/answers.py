@@ -81,7 +81,7 @@ def from_names(key: str, names: Sequence[str], if_empty: str) -> HostAnswer:
 
 def from_run(result: RunResult) -> HostAnswer:
     """Returns the answer for an agent's run. A run without a final answer is an error."""
-    if result.stop_reason != "stop":
+    if not result.has_answer:
         meaning, hint = ENDINGS[result.stop_reason]
         text = f"The run ended without an answer: {meaning}; {hint}"
         return HostAnswer([text, *_partial_texts(result)], is_error=True)

@@ -20,7 +20,7 @@ import attrs
 
 from lmbridge.errors import MCPError
 from lmbridge.mcp.config.jsonc import parse_jsonc
-from lmbridge.mcp.config.server_spec import ServerSpec, expand_home, read_spec
+from lmbridge.mcp.config.server_spec import ServerSpec, expand_home, read_spec, show_value
 
 __all__ = ["McpConfig", "ServerSpec", "load_config"]
 
@@ -211,8 +211,7 @@ def _find_entries(document: Any, path: Path) -> tuple[str, Mapping[str, Any]]:
     (key,) = keys
     entries = document[key]
     if not isinstance(entries, dict):
-        kind = "null" if entries is None else f"a {type(entries).__name__}"
-        raise MCPError(f"{path}: {key} is {kind}", hint="make it an object with one key for each server")
+        raise MCPError(f"{path}: {key} is {show_value(entries)}", hint="make it an object with one key for each server")
     return key, entries
 
 

@@ -9,6 +9,7 @@ cause at most a warning.
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import math
 import re
@@ -337,7 +338,7 @@ class _EntryReader:
     def __init__(self, entry: Any, location: str, environ: Mapping[str, str]) -> None:
         self._location, self._environ = location, environ
         if not isinstance(entry, dict):
-            raise MCPError(f"{location} is {_show_value(entry)}", hint='make it an object, like {"command": "npx"}')
+            raise MCPError(f"{location} is {show_value(entry)}", hint='make it an object, like {"command": "npx"}')
         self._entry = entry
 
     def error(self, key: str, problem: str, hint: str) -> MCPError:
@@ -349,7 +350,7 @@ class _EntryReader:
     def _flag(self, key: str, *, default: bool) -> bool:
         value = self._entry.get(key, default)
         if not isinstance(value, bool):
-            raise self.error(key, f"is {_show_value(value)}", "write true or false")
+            raise self.error(key, f"is {show_value(value)}", "write true or false")
         return value
 
     def transport(self) -> TransportKind:
@@ -366,7 +367,7 @@ class _EntryReader:
         kind = _TRANSPORT_NAMES.get(given.lower()) if isinstance(given, str) else None
         if kind is None or (kind == "stdio") != is_program:
             hint = f"with '{present[0]}' it must be " + ("stdio" if is_program else "http or sse")
-            raise self.error("type" if "type" in self._entry else "transport", f"is {_show_value(given)}", hint)
+            raise self.error("type" if "type" in self._entry else "transport", f"is {show_value(given)}", hint)
         return kind
 
     def nested(self, key: str, known: Sequence[str]) -> _EntryReader:
@@ -404,13 +405,13 @@ class _EntryReader:
         """Returns the command for the headers, or an empty string. The shell expands its variables."""
         command = self._entry.get("headersHelper", "")
         if not isinstance(command, str) or ("headersHelper" in self._entry and not command.strip()) or "\0" in command:
-            raise self.error("headersHelper", f"is {_show_value(command)}", "give a command for the shell")
+            raise self.error("headersHelper", f"is {show_value(command)}", "give a command for the shell")
         return command
 
     def strings(self, key: str) -> tuple[str, ...]:
         values = self._entry.get(key, [])
         if not isinstance(values, list):
-            raise self.error(key, f"is {_show_value(values)}", "make it a list of strings")
+            raise self.error(key, f"is {show_value(values)}", "make it a list of strings")
         return tuple(self._fill_in(f"{key}[{index}]", value) for index, value in enumerate(values))
 
     def optional_strings(self, key: str) -> tuple[str, ...] | None:
@@ -419,7 +420,7 @@ class _EntryReader:
     def mapping(self, key: str) -> dict[str, str]:
         values = self._entry.get(key, {})
         if not isinstance(values, dict):
-            raise self.error(key, f"is {_show_value(values)}", "make it an object whose values are strings")
+            raise self.error(key, f"is {show_value(values)}", "make it an object whose values are strings")
         if wrong := [name for name in values if not name or "=" in name or "\0" in name]:
             raise self.error(f"{key}.{wrong[0]}", "is not a valid name", "rename it")
         return {name: self._fill_in(f"{key}.{name}", value) for name, value in values.items()}
@@ -452,7 +453,7 @@ class _EntryReader:
     def seconds_by_name(self, key: str) -> dict[str, float]:
         values = self._entry.get(key) or {}
         if not isinstance(values, dict):
-            raise self.error(key, f"is {_show_value(values)}", 'make it an object, like {"build_*": 600}')
+            raise self.error(key, f"is {show_value(values)}", 'make it an object, like {"build_*": 600}')
         return {name: self._check_seconds(f"{key}.{name}", value) for name, value in values.items()}
 
     def seconds(self, key: str) -> float | None:
@@ -461,13 +462,13 @@ class _EntryReader:
 
     def _check_seconds(self, key: str, value: Any) -> float:
         if not is_number(value) or not 0 < value < math.inf:
-            raise self.error(key, f"is {_show_value(value)}", "give a positive number of seconds")
+            raise self.error(key, f"is {show_value(value)}", "give a positive number of seconds")
         return float(value)
 
     def _fill_in(self, key: str, value: Any) -> str:
         """Returns a string with its variables expanded. A variable in the value of another variable is not expanded."""
         if not isinstance(value, str):
-            raise self.error(key, f"is {_show_value(value)}", "make it a string")
+            raise self.error(key, f"is {show_value(value)}", "make it a string")
         filled = _PLACEHOLDER.sub(self._variable_lookup(key), value)
         if "\0" in filled:
             raise self.error(key, "contains a null character", "remove it")
@@ -490,8 +491,10 @@ class _EntryReader:
         return look_up
 
 
-def _show_value(value: Any) -> str:
-    """Describes a value that is not valid, without repeating what may be a secret."""
+def show_value(value: Any) -> str:
+    """Describes a JSON value that is not valid, without repeating what may be a secret."""
     if isinstance(value, str):
         return "a string" if len(value) > _LONGEST_SHOWN_STRING else repr(value)
-    return "null" if value is None else f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
+    return json.dumps(value, default=repr)

@@ -25,7 +25,7 @@ from lmbridge.mcp.sdk.session_errors import RefusedError, SessionLostError, desc
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
-_MOST_FAILED_POLLS: Final = 3
+_MOST_FAILED_OPENINGS: Final = 3
 """How many attempts to open a stream again may fail in succession."""
 _UNNAMED_STREAM_SECONDS: Final = 5.0
 """How long a stream that is opened again without an event id may take to deliver the answer, in seconds."""
@@ -82,7 +82,7 @@ class EventStreams:
         """
         position = StreamPosition()
         failures = empty_streams = 0
-        while failures < _MOST_FAILED_POLLS:
+        while failures < _MOST_FAILED_OPENINGS:
             empty_streams += 1
             try:
                 async with self._open(position.last_id) as response:
@@ -116,7 +116,7 @@ class EventStreams:
         """
         broken: tuple[type[Exception], ...] = (RefusedError, SessionLostError, *self._connection_errors)
         failures = 0
-        while failures < _MOST_FAILED_POLLS and not is_answered() and position.is_given:
+        while failures < _MOST_FAILED_OPENINGS and not is_answered() and position.is_given:
             await pause_before_retry(position.retry)
             # Without an id, the server may open a different stream, and that stream may stay open for ever.
             is_unnamed = position.last_id is None

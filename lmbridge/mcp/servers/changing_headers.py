@@ -24,7 +24,7 @@ from lmbridge.mcp.sdk import RequestRejectedError
 from lmbridge.mcp.servers.process_groups import end_group, process_groups
 from lmbridge.mcp.servers.user_functions import call_function
 
-_MOST_SECONDS: Final = 10.0
+_HEADERS_TIMEOUT: Final = 10.0
 """How long a function or a command may take, in seconds."""
 _LARGEST_OUTPUT: Final = 2**16
 """The maximum size of the output of a command, in bytes."""
@@ -64,10 +64,10 @@ class ChangingHeaders:
         """
         function = self._spec.headers_function
         try:
-            async with asyncio.timeout(_MOST_SECONDS):
+            async with asyncio.timeout(_HEADERS_TIMEOUT):
                 headers = await (self._run_helper() if function is None else call_function(function))
         except TimeoutError as exc:
-            raise self._error(f"did not end within {_MOST_SECONDS:g} seconds") from exc
+            raise self._error(f"did not end within {_HEADERS_TIMEOUT:g} seconds") from exc
         except RequestRejectedError:
             raise
         # A function of the program may raise anything, and the text of its exception may contain a secret.

@@ -202,9 +202,10 @@ class McpHub(NotCopyable):
         Raises:
             MCPError: The hub is in use in another event loop.
         """
+        # If this raises, the hub stays open in its own event loop.
+        self._loop_guard.check()
         self._is_closed = True
         if self._loop_guard.loop is not None and not self._loop_guard.loop.is_closed():
-            self._loop_guard.check()
             servers = [*self._servers.values(), *self._retired]
             for server in servers:
                 # The processes have to end even if the caller is cancelled before the tasks below have started.

@@ -98,8 +98,8 @@ class ServerStatus:
     protocol: str | None = None
     """The protocol revision of the session, such as "2025-11-25", or None if the server is not running."""
     stderr_tail: str = attrs.field(default="", repr=False)
-    """The last lines that the server wrote to stderr, without secrets and control characters; empty if it is not
-    running."""
+    """The last lines that the server wrote to stderr, without secrets and control characters. They are kept when it is
+    lost, until it is started again."""
 
 
 class ManagedServer:
@@ -131,6 +131,8 @@ class ManagedServer:
         self._state = ServerState.IDLE
         self._error: str | None = None
         self._session: SessionOwner | None = None
+        # The last lines of the stderr of a session that was lost.
+        self._lost_stderr = ""
         self._opening = SingleFlight[SessionOwner]("the MCP server was closed while it was starting")
         self._opening_task: asyncio.Task[Any] | None = None
         self._use_count = 0
@@ -153,7 +155,7 @@ class ManagedServer:
             starts=self._starts,
             pid=None if session is None or session.ended.done() else session.pid,
             protocol=None if session is None else session.protocol,
-            stderr_tail="" if session is None else session.stderr_tail,
+            stderr_tail=self._lost_stderr if session is None else session.stderr_tail,
         )
 
     @property
@@ -396,7 +398,7 @@ class ManagedServer:
             raise self._record_start_failure(session, error)
         self._starts += 1
         self._session = session
-        self._error = None
+        self._error, self._lost_stderr = None, ""
         self._change_state(ServerState.READY)
         session.ended.add_done_callback(lambda _: self._on_session_ended(session))
         return session
@@ -476,7 +478,7 @@ class ManagedServer:
         """
         if self._session is not session:
             return
-        self._session = None
+        self._session, self._lost_stderr = None, session.stderr_tail
         if not session.ended.done():
             self._error = self.spec.redact(reason)
             logger.info("MCP server %r was lost: %s", self.spec.name, self._error)
@@ -492,7 +494,7 @@ class ManagedServer:
         # loop is closing, and then the hub warns that it was not closed.
         if not end.was_requested:
             logger.warning(
-                "MCP server %r was lost: %s%s", self.spec.name, self._error, _describe_stderr(session.stderr_tail)
+                "MCP server %r was lost: %s%s", self.spec.name, self._error, _describe_stderr(session.stderr_excerpt)
             )
         self._change_state(ServerState.LOST)
 
@@ -519,6 +521,6 @@ def _describe_stderr(stderr: str) -> str:
     if not stderr:
         return ""
     if "\n" not in stderr:
-        return f"; the last lines of its stderr: {stderr}"
+        return f"; its stderr: {stderr}"
     quoted = "".join(f"\n  {line}" for line in stderr.split("\n"))
     return f"; the first and last lines of its stderr:{quoted}"

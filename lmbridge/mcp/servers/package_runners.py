@@ -115,7 +115,7 @@ def _split_script(script: str) -> list[list[str]]:
     except ValueError:
         words = script.split()
     is_end = [not word.strip(";&|(){}") for word in words]
-    ends = [-1, *(number for number, ends in enumerate(is_end) if ends), len(words)]
+    ends = [-1, *(number for number, ends_command in enumerate(is_end) if ends_command), len(words)]
     return [words[begin + 1 : end] for begin, end in pairwise(ends)]
 
 

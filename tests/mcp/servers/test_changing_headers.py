@@ -139,7 +139,7 @@ async def test_an_exception_of_the_function_names_only_its_class(make_hub: MakeH
 async def test_a_function_that_takes_too_long_is_an_error(
     make_hub: MakeHub, server: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.servers.changing_headers._MOST_SECONDS", 0.05)
+    monkeypatch.setattr("lmbridge.mcp.servers.changing_headers._HEADERS_TIMEOUT", 0.05)
     left = asyncio.Event()
 
     async def hang() -> Mapping[str, str]:
@@ -236,7 +236,7 @@ async def test_a_command_that_fails_is_an_error_without_its_output(
 async def test_a_command_that_hangs_is_ended_with_all_its_processes(
     make_hub: MakeHub, server: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.servers.changing_headers._MOST_SECONDS", 0.5)
+    monkeypatch.setattr("lmbridge.mcp.servers.changing_headers._HEADERS_TIMEOUT", 0.5)
     with pytest.raises(MultiMCPError, match=r"its headersHelper did not end within 0\.5 seconds"):
         await make_hub(helper(server, "sleep 600 & echo $! > pid; wait")).tools()
     pid = (tmp_path / "pid").read_text().strip()

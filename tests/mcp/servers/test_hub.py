@@ -81,7 +81,7 @@ async def test_the_error_names_all_servers_that_failed_and_the_others_stay_usabl
     assert set(caught.value.errors) == {"missing", "dies"}
     text = str(caught.value)
     assert "MCP server 'missing' could not be started: '/nowhere/server' was not found" in text
-    assert "it ended with status 3; the last lines of its stderr: missing API_KEY" in text
+    assert "it ended with status 3; its stderr: missing API_KEY" in text
     dies = caught.value.errors["dies"]
     assert isinstance(dies, MCPConnectionError)
     assert (dies.server, dies.context["stderr"]) == ("dies", "missing API_KEY")
@@ -343,6 +343,14 @@ async def test_a_hub_can_be_used_in_one_event_loop_at_a_time(make_hub: MakeHub, 
     await hub.names()
     with pytest.raises(MCPError, match="in use in another event loop"):
         await asyncio.to_thread(other)
+
+
+async def test_a_close_in_another_event_loop_leaves_the_hub_open(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {"tools": ["echo"]}})
+    await hub.names()
+    with pytest.raises(MCPError, match="in use in another event loop"):
+        await asyncio.to_thread(lambda: asyncio.run(hub.close()))
+    assert names((await hub.tools()).tools) == ["echo"]
 
 
 def test_a_hub_that_was_not_closed_starts_anew_in_the_next_event_loop(config: Callable[[Any], Path]) -> None:

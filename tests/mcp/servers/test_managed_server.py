@@ -201,6 +201,15 @@ async def test_a_flood_on_stderr_blocks_nothing_and_its_last_lines_are_kept(make
     assert 0 < len(hub.status()["a"].stderr_tail) <= 10 * 501
 
 
+async def test_the_stderr_of_a_server_that_was_lost_is_kept(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {"flood": 5000}})
+    lease = await hub.tools()
+    with pytest.raises(ToolError, match="it was killed by SIGKILL"):
+        await function_of(lease, "die")()
+    status = hub.status()["a"]
+    assert (status.state, bool(status.stderr_tail)) == (ServerState.LOST, True)
+
+
 async def test_a_server_that_hangs_in_one_call_can_be_called_again(make_hub: MakeHub, notes: Path) -> None:
     hub = make_hub({"a": {"notes": str(notes), "lmbridge": {"callTimeout": 0.1}}})
     lease = await hub.tools()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lmbridge import MultiMCPError
+from lmbridge import MultiMCPError, ToolError
 from lmbridge.mcp import McpEvent, ServerStarting
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.sdk import load_sdk
@@ -131,6 +131,17 @@ async def test_the_time_of_a_server_begins_when_the_sdk_has_been_imported(
     session = hub._servers["a"]._session
     assert session is not None
     assert session.opened_at >= imported_at[0]
+
+
+async def test_the_log_quotes_the_first_lines_of_stderr_of_a_server_that_was_lost(
+    make_hub: MakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    noisy = f'for each in $(seq 60); do echo "line $each" >&2; done\n{then_serve(tools=["die"])}'
+    lease = await make_hub({"a": runner(tmp_path, noisy)}).tools()
+    with pytest.raises(ToolError, match="it was killed by SIGKILL"):
+        await function_of(lease, "die")()
+    (logged,) = [each for each in caplog.messages if "was lost" in each]
+    assert "; the first and last lines of its stderr:\n  line 1\n" in logged
 
 
 async def test_output_on_stderr_gives_a_package_runner_more_time(make_hub: MakeHub, tmp_path: Path) -> None:
