@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from lmbridge._printable import one_line
 from lmbridge.cli.command_runner import CommandError, UsageError
 from lmbridge.cli.conversation import Conversation
+from lmbridge.cli.tool_access import ALL_SERVERS
 from lmbridge.client.images import image_part
 from lmbridge.client.server_info import entries_named
 
@@ -117,6 +118,8 @@ async def _tools(conversation: Conversation, argument: str) -> None:
         conversation.tools.names = []
     elif argument:
         names = argument.replace(",", " ").split()
+        if ALL_SERVERS in names:
+            names = available
         if unknown := [name for name in names if name not in available]:
             raise UsageError(f"the configuration has no MCP server {unknown[0]!r}", "/tools lists the servers")
         conversation.tools.names = names

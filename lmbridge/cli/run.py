@@ -41,8 +41,6 @@ MCP_SERVERS: Final = "mcp_servers"
 """The field of `JournalEntry.extra` with the names of the servers of a run."""
 LOCAL_MODEL: Final = "local_model"
 """The field of `JournalEntry.extra` with the path of the model of a run with `--local`; None for the default model."""
-_ALL: Final = "all"
-"""The name that stands for all enabled servers of the configuration."""
 
 
 @attrs.frozen(kw_only=True)
@@ -113,7 +111,10 @@ def run_agent(
         async with AsyncExitStack() as stack:
             connection = await stack.enter_async_context(connect_to_server(server, terminal, observers=[queue]))
             access = await stack.enter_async_context(open_tools(tools, view))
-            await choose_tools(access, terminal)
+            if not access.names and terminal.shows_notices:
+                terminal.notice(
+                    "the model has no tools; give it those of a server with --mcp NAME, or all with --mcp all"
+                )
             agent = make_agent(connection, access, {name: each for name, each in settings.items() if each is not None})
             async with agent.stream(text, journal=_entry(journal, access, local_model)) as events:
                 return await show_run(events, view, queue)
@@ -133,18 +134,6 @@ def _entry(journal: Path | None, access: ToolAccess, local_model: str | None) ->
 def open_tools(options: ToolOptions, view: RunOutput) -> ToolAccess:
     """Returns the tools of a run. With `--json`, nobody is asked for approval, because the output is for a program."""
     return ToolAccess(options, None if view.as_json else view.terminal.ask)
-
-
-async def choose_tools(access: ToolAccess, terminal: Terminal) -> None:
-    """Replaces "all" with the names of all enabled servers. If no server was named, it shows how to name one.
-
-    Raises:
-        MCPError: The configuration cannot be read.
-    """
-    if _ALL in access.names:
-        access.names = await access.available()
-    elif not access.names and terminal.shows_notices:
-        terminal.notice("the model has no tools; give it those of a server with --mcp NAME, or all with --mcp all")
 
 
 def make_agent(connection: ServerConnection, access: ToolAccess, settings: Mapping[str, Any]) -> Agent:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from lmbridge._printable import one_line
 from lmbridge.cli.terminal import json_text
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Ask = Callable[[str], Awaitable[str]]
 """Asks the person a question, and returns the answer."""
+
+ALL_SERVERS: Final = "all"
+"""The name that stands for all enabled servers of the configuration."""
 
 
 class ToolAccess:
@@ -42,6 +45,8 @@ class ToolAccess:
         self._always: set[tuple[str | None, str]] = set()
 
     async def __aenter__(self) -> Self:
+        if ALL_SERVERS in self.names:
+            self.names = await self.available()
         return self
 
     async def __aexit__(

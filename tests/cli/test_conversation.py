@@ -295,6 +295,18 @@ async def test_the_tools_of_the_configuration_are_listed(
     assert "error: the configuration has no MCP server 'nothing'" in notices
 
 
+async def test_all_stands_for_every_server_of_the_configuration_in_a_chat(
+    scripted_server: ScriptedServer, keyboard: PipeInput, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "mcp.json"
+    config.write_text(json.dumps({"mcpServers": {"files": {"command": "true"}, "time": {"command": "true"}}}))
+    tools = ToolOptions(names=["all"], config=config)
+    await converse(scripted_server, keyboard, "/tools", "/tools off", "/tools all", tools=tools)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows.count(["*", "files"]) == rows.count(["*", "time"]) == 2
+    assert rows.count(["files"]) == 1
+
+
 async def test_the_status_line_of_a_turn_with_tools_has_its_speed_and_the_context(
     scripted_server: ScriptedServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
