@@ -9,6 +9,7 @@ cause at most a warning.
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import logging
 import math
@@ -62,6 +63,7 @@ _ENTRY_KEYS: Final = (
     "command",
     "cwd",
     "disabled",
+    "disabledTools",
     "enabled",
     "env",
     "headers",
@@ -78,7 +80,6 @@ _MINIMUM_SIMILARITY: Final = 0.8
 """How similar an unknown key must be to a known one to be taken for a misspelling of it, from 0 to 1."""
 _UNSUPPORTED_KEYS: Final = (
     "auth",
-    "disabledTools",
     "envFile",
     "oauth",
     "sandbox",
@@ -243,7 +244,8 @@ def read_spec(name: str, entry: Any, location: str, folder: Path, environ: Mappi
         name=name,
         transport=transport,
         allow=options.optional_strings("allow"),
-        deny=options.optional_strings("deny") or (),
+        # `deny` has patterns. `disabledTools` comes from other programs, and has the names of tools.
+        deny=(*options.strings("deny"), *map(glob.escape, reader.strings("disabledTools"))),
         connect_timeout=options.seconds("connectTimeout"),
         call_timeout=options.seconds("callTimeout"),
         tool_timeouts=options.seconds_by_name("toolTimeouts"),

@@ -132,8 +132,15 @@ def test_a_key_of_another_program_is_no_misspelling(tmp_path: Path, caplog: pyte
 
 
 def test_keys_that_are_not_supported_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    spec(tmp_path, {"command": "x", "envFile": ".env", "alwaysLoad": True, "disabledTools": ["rm"]})
-    assert "MCP server 'a': these keys are not supported and are ignored: disabledTools, envFile" in caplog.text
+    spec(tmp_path, {"command": "x", "envFile": ".env", "alwaysLoad": True, "sandbox": {}})
+    assert "MCP server 'a': these keys are not supported and are ignored: envFile, sandbox" in caplog.text
+
+
+def test_tools_that_another_program_disables_are_denied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = spec(tmp_path, {"command": "x", "disabledTools": ["rm", "r*"], "lmbridge": {"deny": ["write_*"]}})
+    names = ("rm", "r*", "write_file", "read")
+    assert [name for name in names if found.offers(name)] == ["read"]
+    assert not caplog.text
 
 
 def test_headers_that_are_sent_without_encryption_over_a_network_cause_a_warning(
