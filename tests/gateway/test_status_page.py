@@ -257,7 +257,7 @@ class TestInABrowser:
         assert await page.evaluate("window.row === document.querySelector('#flight tbody tr')")
         served.status = status(draining=True)
         await page.wait_for("document.querySelector('#state').textContent === 'draining'")
-        assert "new requests are refused" in await page.text("#notice")
+        assert "refuses new ones" in await page.text("#notice")
 
     async def test_empty_parts_say_what_to_do(self, page: Page, served: StatusServer) -> None:
         await show(page, served)

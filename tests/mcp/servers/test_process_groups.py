@@ -20,8 +20,11 @@ from lmbridge.mcp.servers.server_process import ServerProcess
 from tests.mcp.support import SERVER, wait_until_gone
 
 HOST = """
-import asyncio, os, sys, time
+import asyncio, os, signal, sys, time
 from lmbridge.mcp import McpHub
+
+# Under nohup, the tests and their children ignore this signal.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 async def main():
     hub = McpHub(sys.argv[1])
