@@ -24,6 +24,7 @@ from lmbridge._checks import (
     check_seconds,
     hint_for,
     invalid_argument,
+    is_integer,
     is_number,
 )
 from lmbridge.errors import LLMValidationError
@@ -186,7 +187,7 @@ def check_priority(value: Priority) -> int:
     """
     if isinstance(value, str) and value in _PRIORITIES:
         return _PRIORITIES[value]
-    if isinstance(value, int) and not isinstance(value, bool):
+    if is_integer(value):
         return value
     raise invalid_argument(
         "priority",

@@ -78,8 +78,6 @@ class InvalidCall:
     """The name that the model used for the tool."""
     text: str
     """The text for the model, which says what is wrong and what would be right."""
-    bad_arguments: bool
-    """Whether the arguments are not a JSON object. Then they must not be sent again: llama.cpp answers 500 to them."""
     tool: str | None = None
     """The tool whose arguments are wrong, by its name in requests; None if something else is wrong."""
 
@@ -263,10 +261,10 @@ class Toolset:
             StepLimitError: The check takes more than these steps, and more of them are allowed in a thread.
         """
         call_id, asked = str(call.get("id") or ""), asked_name(call)
-        sent, problem, inexact = decode_arguments(arguments_of(call))
+        decoded, problem, inexact = decode_arguments(arguments_of(call))
         if name is None:
-            return InvalidCall(call_id, asked, self._describe_unknown(asked), bad_arguments=_are_bad(sent))
-        tool, decoded = self._tools[name], sent
+            return InvalidCall(call_id, asked, self._describe_unknown(asked))
+        tool = self._tools[name]
         if decoded is None and problem is None:
             decoded, problem = check_missing_arguments(tool)
         if problem is None:
@@ -286,7 +284,7 @@ class Toolset:
                 problem = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
         problem = shorten(problem, LONGEST_PROBLEM)
         text = f"the arguments for {name!r} are wrong: {problem}; {describe_parameters(tool)}"
-        return InvalidCall(call_id, asked, text, bad_arguments=_are_bad(sent), tool=name)
+        return InvalidCall(call_id, asked, text, tool=name)
 
     def find_text_calls(
         self,
@@ -423,11 +421,6 @@ async def _call_provider(provider: ToolProvider, method: Callable[[], Awaitable[
             hint=f"its {name}() has to return a list of Tools",
             context={"operation": "agent run"},
         ) from exc
-
-
-def _are_bad(arguments: object) -> bool:
-    """Returns whether the decoded arguments of a call are not an object, or are nested too deeply."""
-    return not isinstance(arguments, dict) or is_nested_deeper(arguments, _MOST_LEVELS)
 
 
 def _build_validators(tools: Sequence[Tool]) -> None:

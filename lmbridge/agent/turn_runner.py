@@ -163,7 +163,7 @@ class TurnRunner:
             repairs, may_be_cut = self._settings.repair_calls, reply.may_have_cut_call
             return await self._toolset.read_all(reply.calls, repairs=repairs, may_be_cut=may_be_cut)
         return await list_in_slices(
-            InvalidCall(each["id"], each["function"]["name"], _FORBIDDEN, bad_arguments=False) for each in reply.calls
+            InvalidCall(each["id"], each["function"]["name"], _FORBIDDEN) for each in reply.calls
         )
 
     async def _begin_turn(self, reply: ModelReply, calls: Iterable[WireCall]) -> Turn:

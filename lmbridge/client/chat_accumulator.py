@@ -116,11 +116,7 @@ class ChatAccumulator:
     @property
     def has_answer(self) -> bool:
         """Whether any chunk held a piece of an answer that is more than reasoning."""
-        # An agent asks this for each chunk of a reply until it is true. A loop is faster here than `any`.
-        for choice in self._choices.values():  # noqa: SIM110
-            if choice.has_answer:
-                return True
-        return False
+        return any(choice.has_answer for choice in self._choices.values())
 
     @property
     def is_finished(self) -> bool:

@@ -37,9 +37,9 @@ logger: logging.Logger = logging.getLogger("lmbridge.client")
 ContextOverflow: TypeAlias = Literal["raise", "warn"]
 """What happens if a prompt does not fit into the model's context."""
 
-_PROMPT_FIELDS: Final = (
-    *("messages", "tools", "model", "tool_choice", "response_format", "reasoning_effort"),
-    *("chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
+_PROMPT_FIELDS: Final = frozenset(
+    {"messages", "tools", "model", "tool_choice", "response_format", "reasoning_effort"}
+    | {"chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
 )
 """The fields of a chat completion from which llama.cpp or vLLM makes the prompt, or finds the template for it."""
 _CLEARLY_TOO_LONG: Final = 1.5
@@ -197,7 +197,7 @@ async def check_prompt(
     estimate = estimate_tokens(body)
     size = _estimated_size(server, model, estimate, context_length)
     if size.tokens > _MAY_BE_TOO_LONG * context_length:
-        count = await count_tokens(server, {name: body[name] for name in _PROMPT_FIELDS if name in body})
+        count = await count_tokens(server, {name: value for name, value in body.items() if name in _PROMPT_FIELDS})
         if count.exact:
             size = attrs.evolve(size, tokens=count.tokens, exact=True)
     if size.is_too_long:
