@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import ceil
 from operator import itemgetter
 from typing import Any, Final, cast
 
@@ -402,18 +403,22 @@ class History:
             How many results were shortened.
         """
         group = self._groups_after_task[-1] if self._groups_after_task else []
-        lengths = {
-            place: length for place, _ in _results_of_calls(group) if (length := len(group[place]["content"])) > kept
+        excess = self.size - goal
+        if excess <= 0:
+            return 0
+        # How many characters of each result can be omitted. The note about them takes some bytes as well.
+        omissible = {
+            place: characters
+            for place, _ in _results_of_calls(group)
+            if (characters := len(group[place]["content"]) - kept - _OMISSION_BYTES) > 0
         }
-        excess, total, count = self.size - goal, sum(lengths.values()), 0
-        for place, length in lengths.items():
-            # Each character takes at least a byte. The note about the omitted ones takes some as well.
-            left = max(kept, length - excess * length // total - _OMISSION_BYTES)
-            if excess > 0 and length > left + _OMISSION_BYTES:
-                self._kept_of_last_results[group[place]["tool_call_id"]] = left
-                self._replace_result(group, place, left)
-                count += 1
-        return count
+        total = sum(omissible.values())
+        for place, characters in omissible.items():
+            # Each character takes at least a byte, and every result gives the same part of what it can, rounded up.
+            left = kept + characters - ceil(min(excess, total) * characters / total)
+            self._kept_of_last_results[group[place]["tool_call_id"]] = left
+            self._replace_result(group, place, left)
+        return len(omissible)
 
     def count_oldest(self, goal: int) -> tuple[int, int]:
         """Returns how many of the oldest groups have to be left out to reach a size. The last turn always stays.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lmbridge import (
@@ -393,7 +393,19 @@ def test_results_of_an_earlier_conversation_are_shortened_although_its_calls_hav
     assert history.shorten_results(0, longer_than=1_200, kept=600) == 3
 
 
+def test_results_that_cannot_be_shortened_leave_their_part_to_the_others() -> None:
+    history = History("Go.")
+    add_turn(history, "turn", [*[640] * 50, 8_000])
+    goal = history.size - 400
+    assert history.shorten_last_results(goal, kept=600) == 1
+    assert history.size <= goal
+    *short, long = tool_texts(history.to_send())
+    assert set(map(len, short)) == {640}
+    assert 7_500 < len(long) < 8_000
+
+
 @pytest.mark.parametrize("mode", get_args(CompactionMode))
+@example(before=0, turns=[[0, 602, 7965]], context=4001, summary="")
 @given(
     before=st.integers(0, 4),
     turns=st.lists(st.lists(st.integers(0, 8_000), min_size=1, max_size=3), min_size=1, max_size=12),
