@@ -629,12 +629,16 @@ async def test_a_dropped_client_warns_and_the_next_waiter_gets_its_slot() -> Non
 
 async def test_the_slot_of_a_client_in_a_reference_cycle_is_freed_by_the_garbage_collector() -> None:
     pool = unconnected_pool()
-    cycle: list[Any] = [await pool.get_client("lost")]
-    cycle.append(cycle)
-    with pytest.warns(ResourceWarning, match=DROPPED):
-        # From here on, the garbage collector may run at any moment.
+    holders = [await pool.get_client("lost")]
+
+    def lose_the_client_in_a_cycle() -> None:
+        cycle: list[Any] = [holders.pop()]
+        cycle.append(cycle)
         del cycle
         gc.collect()
+
+    with pytest.warns(ResourceWarning, match=DROPPED):
+        lose_the_client_in_a_cycle()
     async with asyncio.timeout(5):
         await (await pool.get_client()).close()
 
