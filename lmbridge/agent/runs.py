@@ -88,7 +88,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         self._settings = settings
         self._tool_sources = tool_sources
         self._record = RunRecord(history)
-        self._task_text = task
+        self._user_task = task
         if settings.observers is not None:
             self._record.watch = RunWatch(settings.observers, self.id)
         self._channel: Channel[RunEvent] = Channel(is_muted=is_muted)
@@ -244,7 +244,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
 
     async def _run_observed(self, watch: RunWatch) -> RunResult:
         """Does the work of the run, and notifies the observers of its beginning and of its end, however it ends."""
-        watch.begun(model=self.permit.requested_model, task=_task_text(self._task_text))
+        watch.begun(model=self.permit.requested_model, task=_task_text(self._user_task))
         error: BaseException | None = None
         try:
             return await self._run()

@@ -73,11 +73,11 @@ def default_limits(max_concurrency: int | None = None) -> LimitFinder:
 
     async def find(transport: Transport) -> Limits:
         # Imported here because most programs never need it.
-        from lmbridge.client.server_info import describe_if_local  # noqa: PLC0415
+        from lmbridge.client.server_info import describe_lmstudio_or_llama_cpp  # noqa: PLC0415
 
         if not is_near(transport.api_base):
             return plain
-        info = await describe_if_local(_server_of(transport, dict([QUESTION_HEADER])))
+        info = await describe_lmstudio_or_llama_cpp(_server_of(transport, dict([QUESTION_HEADER])))
         if info is None or (limits := limits_of(info)) == Limits():
             return plain
         return _at_most(limits, math.inf if max_concurrency is None else max_concurrency)

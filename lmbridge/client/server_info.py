@@ -125,7 +125,7 @@ async def describe(server: ServerApi, model: str | None) -> ServerInfo:
     return _summarized(info, model)
 
 
-async def describe_if_local(server: ServerApi) -> ServerInfo | None:
+async def describe_lmstudio_or_llama_cpp(server: ServerApi) -> ServerInfo | None:
     """Asks a server about itself, with as few requests as possible, if it is LM Studio or llama.cpp.
 
     Returns:
