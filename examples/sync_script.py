@@ -29,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--api-base", help="the server's address")
-    parser.add_argument("--model", help="the model to ask; default: the server's choice")
+    parser.add_argument("--model", help="the model to ask; default: LMBRIDGE_MODEL, or the server's choice")
     options = parser.parse_args()
     try:
         # The client's own limits decide how many requests are sent at a time, whatever the number of threads.
