@@ -62,7 +62,11 @@ class TaskNames:
         self._times: Counter[str] = Counter()
 
     def name(self, task: Task) -> str:
-        """Returns the id for the run of the next task."""
+        """Returns the id for the run of the next task.
+
+        Raises:
+            LLMValidationError: The task is not valid.
+        """
         digest = hashlib.sha256(encode_body({"task": check_task(task)})).hexdigest()[:32]
         self._times[digest] += 1
         times = self._times[digest]

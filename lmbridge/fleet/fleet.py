@@ -60,7 +60,8 @@ def map_runs(
             More runs than the server has slots are only useful if tools take long. A run fails if one of its requests
             waits longer than the `max_queue` of its client (600 seconds by default).
         retries: How many times a task that fails is tried again. With a checkpoint, its run continues where it stopped.
-            Ray also repeats a task up to this many times if its process dies. Default: 2.
+            A task is not tried again if it is invalid, if its run ended at one of its limits, or if the journal cannot
+            be used. Ray also repeats a task up to this many times if its process dies. Default: 2.
         checkpoint: A journal that keeps each step of all runs, as for `Agent.run`. A second call with the same tasks
             takes the results of finished tasks from the journal, and continues the others. Default: none.
         on_progress: A function that is called with a `FleetProgress` after each outcome, such as a `ProgressBar`, which

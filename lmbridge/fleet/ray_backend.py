@@ -102,7 +102,10 @@ class _RemoteEntry(JournalEntry):
 
 @attrs.frozen
 class _Checkpoint:
-    """The path of the checkpoint, and the name of its actor. A handle of the actor would not survive a restart."""
+    """The path of the checkpoint, and the name of the actor that has it open.
+
+    A worker finds the actor by its name. A handle of the actor would not survive a restart of the worker.
+    """
 
     path: str
     keeper: str

@@ -63,7 +63,7 @@ class Entry:
     tokens: int | None = None
     """The number of tokens that the server has generated, if it has reported that."""
     status: int | str | None = None
-    """The HTTP status of the response, or why the request had no response; None before either is known."""
+    """The HTTP status of the response, or why the request had no complete response; None before either is known."""
     ended_at: float = 0.0
     """The time at which the request ended, by the monotonic clock; 0 before that."""
 

@@ -81,8 +81,8 @@ class Gateway(NotCopyable):
         upstream_api_key: The key that is sent to the servers. By default it is the environment variable `LM_API_TOKEN`.
         timeout: The time limits of each request to a server, as `Timeouts` or as a number of seconds. The default is
             `Timeouts()`.
-        max_retries: How often a request may be sent again, as long as no byte of its response has arrived. The default
-            is 2.
+        max_retries: How often a request may be sent again, as long as no part of its response has been passed on. The
+            default is 2.
         allowed_hosts: Names by which the gateway may be addressed, in addition to its own address and the names of the
             loopback interface. Add the name of the machine if clients use it.
         max_body_bytes: The maximum size of the body of a request, in bytes. The default is 64 MiB.

@@ -130,6 +130,7 @@ class Generations:
 
         Raises:
             Problem: The request is not passed on, or was not answered by the server.
+            ConnectionError: The client has left.
         """
         body = await incoming.read_body(self._options.max_body_bytes)
         encoding = incoming.headers.get("Content-Encoding")
@@ -308,7 +309,7 @@ class Generations:
 
 
 def _accepts_encoding(header: str, encoding: str) -> bool:
-    """Returns whether an `Accept-Encoding` names an encoding, unless it refuses the encoding with the weight 0."""
+    """Returns whether an `Accept-Encoding` names an encoding, and does not refuse it with the weight 0."""
     for entry in header.lower().split(","):
         name, _, weight = entry.partition(";")
         if name.strip() == encoding:

@@ -32,7 +32,7 @@ The page in status.html reads this object. All times are in seconds, and `at` sa
       "swaps": [{"at": float, "server": str, "from": str | null, "to": str | null}],
       "finished": [{                    # the last 100, the latest last
         "id": int, "model": str | null, "endpoint": str,
-        "status": int | str,            # the HTTP status, or the reason why there was none
+        "status": int | str,            # the HTTP status, or the reason why there was no complete response
         "seconds": float, "queued_seconds": float, "tokens": int | null, "at": float
       }]
     }

@@ -74,9 +74,9 @@ def openai_client(client: LLMClient) -> openai.AsyncOpenAI:
             completion = await openai_client(client).chat.completions.create(model="qwen3-4b", messages=messages)
 
     Model scheduling, retries, timeouts, `model_mismatch` and observers are those of the `LLMClient`. A `timeout=` of a
-    call limits each of its waits. Errors are those of openai-python; `__cause__` is the `LLMError`, with its `partial`.
-    Any request other than a chat completion raises an `LLMValidationError`. The returned client need not be closed;
-    close the `LLMClient`.
+    call is passed to `LLMClient.chat_completion`, so it limits each wait and not the whole call. Errors are those of
+    openai-python; `__cause__` is the `LLMError`, with its `partial`. Any request other than a chat completion raises an
+    `LLMValidationError`. The returned client need not be closed; close the `LLMClient`.
 
     Args:
         client: The client that makes the requests.

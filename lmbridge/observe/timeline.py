@@ -50,7 +50,8 @@ class Bar:
     label: str
     """A few words about it, such as the name of a tool."""
     text: str = ""
-    """What is shown when the bar is clicked, such as the result of a tool. The default is the label."""
+    """What is shown below the kind, the label and the duration when the bar is clicked, such as the result of a tool.
+    By default, nothing is shown below them."""
 
 
 @attrs.frozen(kw_only=True)
@@ -60,7 +61,7 @@ class Row:
     label: str
     """The name of the row."""
     bars: Sequence[Bar]
-    """The bars and marks of the row."""
+    """The bars of the row, in any order."""
     has_failed: bool = False
     """True if it ended with an error."""
 

@@ -90,6 +90,7 @@ class Admission:
         Raises:
             LLMTimeoutError: With phase "queue", if `Limits.max_queue` has run out, or if the request could be admitted
                 only after the calling task has returned permits that it holds itself.
+            LLMError: The wait was ended by `fail_waiters`; it is the error that `make_error` returned.
         """
         loop, task = self._loop, asyncio.current_task(self._loop)
         permit = self._new_permit(model, plain=plain, priority=priority)

@@ -1,8 +1,8 @@
 """`Attempts`: sends a request, and sends it again as long as a further attempt may succeed.
 
-An attempt ends in one of four ways: with a response that is passed on, with a reply that reports an error, with a
-connection that failed, or with a timeout. What follows depends on the request as well: one that must not be repeated is
-sent again only if the server cannot have started to work on it.
+An attempt ends in one of five ways: with a response that is passed on, with a reply that reports an error, with a reply
+that is too large, with a connection that failed, or with a timeout. What follows depends on the request as well: one
+that must not be repeated is sent again only if the server cannot have started to work on it.
 
 `Transport` holds the permit of the request during all attempts.
 """
@@ -52,7 +52,7 @@ class Attempts:
     Args:
         credentials: The headers of every request.
         retries: The number of retries so far, by model. Each retry is added to it.
-        api_base: The URL of the server, with `/v1`.
+        api_base: The URL of the server, as it is in `Transport.api_base`.
         socket_path: The path of the server's Unix socket; None if it has none.
     """
 
@@ -77,7 +77,9 @@ class Attempts:
         Raises:
             LLMConnectionError: The server could not be reached, or the connection broke.
             LLMTimeoutError: A time limit has run out.
+            LLMResponseError: The reply is too large, or is compressed in a way that is not supported.
             TaskCancelledError: The transport was closed.
+            MovedToAnotherServer: Another server gets the request.
         """
         if prompt_logger.level and call.request.body is not None and prompt_logger.isEnabledFor(logging.DEBUG):
             self._log_prompt(call, call.request.body)
@@ -113,6 +115,7 @@ class Attempts:
         Raises:
             ConnectionFailed: No response arrived, or only a part of it.
             LLMTimeoutError: With phase "first_byte" or "total".
+            LLMResponseError: The reply is too large.
         """
         request = self._http_request(call)
         response: HttpResponse | None = None

@@ -142,7 +142,7 @@ class EventStream:
 
         Raises:
             LLMTimeoutError: With phase "first_byte", "idle" or "total".
-            LLMStreamError: The connection broke, or an event is too large.
+            LLMStreamError: The connection broke, an event is too large, or the stream was closed before its end.
             LLMError: The stream was aborted; it is the error that `abort` was called with.
             RuntimeError: Another task is reading the stream.
         """

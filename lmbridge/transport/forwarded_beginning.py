@@ -32,7 +32,8 @@ class StreamBeginning:
 
     def __init__(self, content_encoding: str | None, *, whole_event: bool) -> None:
         self.is_found: bool = False
-        """Whether the answer has begun, and nothing more has to be read to find that out."""
+        """Whether enough of the stream has been read: the answer has begun and, if `whole_event` is True, its first
+        event is complete or too large to wait for."""
         self.has_begun: bool = False
         """Whether any line of the answer has arrived."""
         self.first_event: Event | None = None

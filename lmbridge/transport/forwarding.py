@@ -151,7 +151,9 @@ class ForwardedResponse:
         raise self._error or self._broken("the response was closed before its end")
 
     def abort(self, error: LLMError | None = None) -> None:
-        """Closes the connection and returns the permit at once. Does nothing if the body has been read to its end.
+        """Closes the connection and returns the permit at once.
+
+        Does nothing if the body has been read to its end, or if the response is closed already.
 
         Args:
             error: The error that the current and all later reads raise. By default it is an `LLMStreamError`.

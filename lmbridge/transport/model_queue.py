@@ -108,7 +108,10 @@ class ActiveModels:
         return self.queues.get(model) or self.queues.setdefault(model, ModelQueue(model))
 
     def take_over(self, permit: Permit) -> None:
-        """Adds a request that was in flight before the limits changed. Its model becomes active, or surplus."""
+        """Adds a request that was in flight before the limits changed.
+
+        Its model becomes active. If there is no room for it, it is also surplus.
+        """
         permit.queue = queue = self.queue_for(permit.model)
         queue.in_flight += 1
         queue.is_active = True

@@ -1,7 +1,6 @@
 """Reads the responses to requests: as a stream of events, or as a whole reply.
 
-`EventStream` in `lmbridge.transport.events` reads such a stream on, with the limit on pings, and to its end after
-`[DONE]`.
+Of a stream, only the beginning is read here. `EventStream` in `lmbridge.transport.events` reads the rest.
 """
 
 from __future__ import annotations

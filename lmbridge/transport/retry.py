@@ -20,7 +20,7 @@ MAX_RETRIES: Final = 5
 REFUSED_BEFORE_WORK: Final = (429, 503)
 """The statuses with which a server refuses a request before it starts to work on it."""
 MAX_BACKOFF: Final = 15.0
-"""The longest wait before a retry, in seconds, unless the server asks for a longer one."""
+"""The longest wait before a retry, in seconds, to which the seconds of a `Retry-After` are added."""
 MAX_RETRY_AFTER: Final = 60.0
 """The longest `Retry-After`, in seconds, that is respected. If it is longer, the error is raised at once."""
 _FIRST_BACKOFF: Final = 0.5

@@ -78,7 +78,7 @@ def socks_errors() -> tuple[type[Exception], ...]:
 
 
 def failure_of(exc: Exception, connect_timeout: float | None) -> ConnectionFailed:
-    """Returns the failure that one of the exceptions in `socks_errors` stands for."""
+    """Returns the failure that an exception of one of the classes from `socks_errors` stands for."""
     refused, unreachable, _ = socks_errors()
     if isinstance(exc, refused):
         return faults.connection_failed(_refusal_fault(exc), str(exc), exc)

@@ -10,8 +10,8 @@ servers make necessary:
 - A line, or the data of an event, may have at most `max_size` bytes. The events before one that is larger are still
   returned.
 
-Data stay bytes. `lmbridge.client.reply_stream` decodes them, replaces bytes that are not UTF-8, and
-`lmbridge.client.responses` makes a `MessageEvent` of an event with a name.
+Data stay bytes. `lmbridge.client.reply_stream` decodes them, and replaces bytes that are not UTF-8.
+`lmbridge.client.responses` makes a `MessageEvent` of each event of a streamed response.
 """
 
 from __future__ import annotations

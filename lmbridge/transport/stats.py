@@ -87,7 +87,8 @@ def combined_stats(
     Args:
         parts: The statistics of each server.
         unavailable: The URLs of the servers that get no requests at the moment.
-        moves: How often a request for each model was passed on to another server, which counts as a retry.
+        moves: How often a request for each model was passed on to another server. The statistics count each time as a
+            retry, even if it did not use up any of the request's `max_retries`.
     """
     sums: dict[str, Counter[str | None]] = {name: Counter() for name in _NUMBERS}
     models: dict[str | None, None] = dict.fromkeys(moves)

@@ -1,7 +1,8 @@
 """The errors for time limits that have run out, and the names of the limits.
 
 What each limit measures is decided where the waiting is: `Call.begin_attempt` applies `first_byte` and `total`,
-`EventStream` applies `first_byte`, `idle` and `total`, `RetryWaits` applies `load`, and the session applies `connect`.
+`EventStream` applies `first_byte`, `idle` and `total`, `ForwardedResponse` applies `idle` and `total`, `RetryWaits`
+applies `load`, and the session applies `connect`.
 """
 
 from __future__ import annotations

@@ -127,12 +127,14 @@ class Transport(NotCopyable):
     ) -> None:
         url, url_auth = split_credentials(default_api_base() if api_base is None else api_base)
         self.api_base: Final = normalize_api_base(url)
+        """The URL of the server, such as `http://127.0.0.1:1234/v1`."""
         self._socket_path = socket_path_of(self.api_base)
         self._api_root, self._server_root = api_roots(self.api_base)
         auth = choose_auth(check_auth(auth), url_auth, api_key)
         if api_key is None and auth is None:
             api_key = self.default_key()
         self.api_key: Final = check_api_key(api_key)
+        """The key that is sent as a bearer token, or None."""
         self._limit_finder = as_finder(limits)
         given: Any = limits if self._limit_finder is None else self._limit_finder.until_known
         self._limits = Limits() if given is None else check_instance("limits", given, Limits)
@@ -243,8 +245,9 @@ class Transport(NotCopyable):
     def limits(self) -> Limits:
         """The limits that are in force.
 
-        If the server has to be asked, they are the defaults until it has answered. If it has killed a generation to
-        load another model, `max_loaded_models` is at most the number of models that it held at that time.
+        If the server has to be asked, they are the defaults, or `LimitFinder.until_known`, until it has answered. If it
+        has killed a generation to load another model, `max_loaded_models` is at most the number of models that it held
+        at that time.
         """
         return self._evictions.lowered(self._limits)
 
@@ -307,6 +310,8 @@ class Transport(NotCopyable):
         Raises:
             LLMConnectionError: The server cannot be reached, or the connection broke.
             LLMTimeoutError: A time limit has run out.
+            LLMResponseError: The reply has more bytes than `max_reply_bytes`, or is compressed in a way that is not
+                supported.
             TaskCancelledError: The transport was closed before the reply was complete.
         """
         # This is not a coroutine function, because each layer of coroutines costs time whenever the request waits.
@@ -323,6 +328,8 @@ class Transport(NotCopyable):
         Raises:
             LLMConnectionError: The server cannot be reached, or the connection broke.
             LLMTimeoutError: A time limit has run out.
+            LLMResponseError: The response is not an event stream and has more bytes than `max_reply_bytes`, or it is
+                compressed in a way that is not supported.
             TaskCancelledError: The transport was closed before the response had begun.
         """
         receive = receive_stream if request.failover is None else receive_begun_stream
