@@ -28,6 +28,9 @@ class Backend(Protocol):
         Args:
             slot: The number of the slot, beginning with 0. A slot has one run at a time.
             task: The task.
+
+        Raises:
+            Exception: The agent factory raised it. It ends the fleet.
         """
         ...
 

@@ -34,7 +34,8 @@ class HttpRequest:
     headers: Mapping[str, str] = attrs.field(repr=False)
     """All headers that lmbridge sets, including the key. The session adds those that HTTP requires, such as `Host`."""
     body: bytes | None = attrs.field(default=None, repr=False)
-    """The body, which is JSON, or None if the request has no body."""
+    """The body, or None if the request has no body. It is JSON, which is compressed if a client of the gateway has sent
+    it so."""
     connect_timeout: float | None = None
     """The most seconds that connecting may take, or None for no limit. The transport enforces all other time limits."""
     fresh_connection: bool = False

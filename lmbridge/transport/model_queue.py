@@ -28,7 +28,7 @@ class ModelQueue:
     """The number of requests for the model that are in flight."""
     first_request: Permit | None = None
     """The request that was sent alone because the model was not known to be loaded; None once its first event has
-    arrived."""
+    arrived or it has ended."""
     waiting: OrderedDict[Permit, None] = attrs.field(factory=OrderedDict)
     """The waiting requests in the order of their arrival. In an OrderedDict, any of them can be removed quickly."""
     ready: PermitHeap = attrs.field(init=False)

@@ -30,8 +30,8 @@ def choose_proxy(proxy: str | None, api_base: str, *, trust_env: bool, is_socket
         raise LLMValidationError("a Unix socket cannot be reached through a proxy", hint="leave out proxy=")
     uses_environment = trust_env and not is_socket and not is_loopback(api_base)
     if uses_environment and chosen is None:
-        # aiohttp looks the proxy up again for each request. But it treats every URL as that of an HTTP proxy, and
-        # ignores a proxy whose URL begins with https://.
+        # A proxy whose URL begins with http:// is left to aiohttp, which looks it up again for each request. Any other
+        # one is checked here, because aiohttp would take a SOCKS proxy for an HTTP proxy, and ignore an https:// URL.
         found = environment_proxy(api_base)
         chosen = None if (found or "").startswith("http://") else check_any_proxy(found, _ENVIRONMENT_PROXY)
     return chosen, uses_environment
