@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _OutputT = TypeVar("_OutputT")
 
 AnyJournal: TypeAlias = "JournalEntry | Journal | str | os.PathLike[str]"
-"""What `journal=` accepts: the path of a journal, a `Journal`, or a `JournalEntry`, which names one of its runs."""
+"""What `journal=` accepts: the path of a journal, a `Journal`, or a `JournalEntry`, which names a run in a journal."""
 FindTools: TypeAlias = Callable[[Mapping[str, Any]], OpenTools]
 """A function that returns the `open_tools` of a resumed run, given the `JournalEntry.extra` with which it began."""
 
@@ -135,8 +135,9 @@ class Agent(NotCopyable):
             invalid call. A server that has refused a constrained request gets no further ones. Default: True.
         tool_search: What happens to tools whose definitions do not fit into `max_definition_tokens`. With "auto", the
             model gets a tool `find_tools` with which it can find them. A tool that it finds, or that it calls by its
-            name, is offered for the rest of the run. With "never", all tools are offered; only those of MCP servers are
-            left out if they do not fit. Default: "auto".
+            name, is offered for the rest of the run if there is room for its definition, and can be called in any case.
+            With "never", all tools are offered; only those of MCP servers are left out if they do not fit. Default:
+            "auto".
         max_definition_tokens: About how many tokens the definitions of tools may take in each request. "auto" means
             half of the model's context, or no limit if the length of the context is unknown; None means no limit.
             Default: "auto".

@@ -51,8 +51,8 @@ def build_validator(
 
     The arguments are checked against the original schema, because the simplified version accepts more. Nothing is ever
     fetched: a reference that cannot be resolved within the schema accepts any value, as does a pattern that is not
-    supported. If the schema is invalid by the rules of the draft that it names, refers to itself without end, or makes
-    jsonschema fail, the arguments are checked against the simplified version, and a warning is logged.
+    supported. If the schema is too large, is invalid by the rules of the draft that it names, refers to itself without
+    end, or makes jsonschema fail, the arguments are checked against the simplified version, and a warning is logged.
 
     Args:
         schema: A JSON schema of any draft. A schema without `$schema` is taken for one of draft 2020-12.

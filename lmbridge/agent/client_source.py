@@ -53,8 +53,8 @@ class ClientSource:
             which the reasoning is sent.
         embeddings: The embeddings of the definitions of tools, by the embedding model and the text.
         models_without_schemas: The models whose server refuses to constrain a reply to the schema of a tool.
-        image_places: Where images are sent, for each model that cannot see them, and for each model whose server has
-            refused them in a user message.
+        image_places: The `ImagePlace` for each model that cannot see images, and for each model whose server has
+            refused images in a user message.
         server_kinds: For each model, the kind of its server, if the server has been asked.
         text_callers: The models that have written calls as text, which their server did not recognize.
         unloaded_models: The models that were not loaded when their server was asked.
@@ -183,6 +183,6 @@ class ClientSource:
 
 
 def _is_blind(info: ServerInfo, model: str | None) -> bool:
-    """Returns whether the server says that the model cannot see images; without a name, that no model can."""
+    """Returns whether the server says that a model, or each of its models if none is named, cannot see images."""
     named = [each for each in info.models if model is None or is_same_model(model, each.id)]
     return bool(named) and all(each.vision is False for each in named)

@@ -5,7 +5,7 @@ asks for a text. Coercion follows the schema, and never the value alone, because
 arguments that the model did not mean. A value that the schema accepts is not changed.
 
 The schema is the tool's own, and not the simplified version that servers receive. The simplified version leaves out
-what some servers do not understand. For example, it writes out a type that contains itself to only two levels.
+what some servers do not understand. For example, a type that contains itself has only two levels in it.
 """
 
 from __future__ import annotations

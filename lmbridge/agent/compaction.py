@@ -40,8 +40,8 @@ Summarize: TypeAlias = Callable[[list[Message], int], Awaitable[str]]
 """Returns the model's summary of a conversation, within a limit on its tokens, or an empty text if it gave none."""
 
 _SHARE_AFTER_SHORTENING: Final = 0.7
-"""Results are shortened until the other messages take only this share of the room that the system message and the task
-leave. These two are always sent whole."""
+"""The system message and the task are always sent whole. Results are shortened until the other messages take only this
+share of the room that is left."""
 _SHARE_AFTER_LEAVING_OUT: Final = 0.5
 """Messages are left out until the rest takes only this share of the same room. It is smaller, so that fewer summaries
 are needed, each of which costs a generation."""
@@ -74,7 +74,7 @@ _ASK_FOR_SUMMARY: Final = (
 
 
 class Compactor:
-    """Keeps the messages to send of one run within the context.
+    """Keeps the messages that one run sends within the model's context.
 
     Args:
         history: The conversation.

@@ -55,7 +55,10 @@ class ReasoningDelta:
 
 @attrs.frozen
 class ModelNudged:
-    """The reply was neither an answer nor a call, and the model is asked again. The text so far is not its answer."""
+    """The reply has a flaw, such as being neither an answer nor a call, and the model is asked again.
+
+    The text so far is not its answer, unless the kind of the nudge is "no_call" and no call follows.
+    """
 
     nudge: Nudge
     """What was wrong with the reply, and what the model reads about it, as in `Round.nudges`."""

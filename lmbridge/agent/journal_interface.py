@@ -39,7 +39,7 @@ class RecordedReply:
     image_place: ImagePlace
     """Where the images of results were in the request."""
     is_dropped: bool = False
-    """Whether the run failed because of this reply, so that the model is asked again. Its tokens still count."""
+    """Whether this reply may be why the run failed, so that the model is asked again. Its tokens still count."""
 
 
 @attrs.frozen(kw_only=True)

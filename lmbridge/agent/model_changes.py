@@ -30,6 +30,6 @@ def check_served_model(record: RunRecord, name: str | None, *, begins_reply: boo
             f"the run began with model {first!r} and went on with {name!r}",
             first,
             name,
-            hint="the server swapped models between two rounds; pass a model name; see Limits.max_loaded_models",
+            hint="the server swapped models during the run; pass a model name; see Limits.max_loaded_models",
             context={"operation": "agent run", "model": record.model},
         )

@@ -56,7 +56,9 @@ class RepeatPart(NamedTuple):
 
     part: Part
     least: int
+    """The lowest number of times."""
     most: int | None
+    """The highest number of times; None means no limit."""
 
 
 class BoundaryPart(NamedTuple):
@@ -182,7 +184,11 @@ class _Parser:
         return CharPart(self._with_flags(lambda char: char == what) if isinstance(what, str) else what)
 
     def _with_flags(self, test: CharTest) -> CharTest:
-        """Returns a test that ignores the case if the pattern does. Negate this result, and never its argument."""
+        """Returns a test that ignores the case if the pattern does.
+
+        To negate a test, negate the result of this method. If its argument were negated, `[^a]` would match "a",
+        because "A" is not "a".
+        """
         if "i" not in self._flags:
             return test
         return lambda char: any(test(each) for each in {char, char.lower(), char.upper()} if len(each) == 1)

@@ -76,14 +76,15 @@ calls as text.
 
 @attrs.frozen(kw_only=True)
 class Nudge:
-    """A short message to the model about a reply that was neither an answer nor a call."""
+    """A short message to the model about a flawed reply, such as one that was neither an answer nor a call."""
 
     kind: NudgeKind
     """The flaw of the reply."""
     message: str
     """The message to the model. It does not remain in the conversation."""
     reply: str
-    """The text of the flawed reply, which does not remain in the conversation either."""
+    """The text of the flawed reply. It does not remain in the conversation either, unless the kind is "no_call" and the
+    reply is used as the answer after all."""
     without_thinking: bool = False
     """Whether the next request asked for a reply without thinking, because the flawed one had only reasoning."""
     without_tools: bool = False

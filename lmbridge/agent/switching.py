@@ -221,7 +221,7 @@ class RunAdmission:
     async def enter(self, permit: RunPermit) -> None:
         """Waits until the permit is admitted. A run that was admitted must `leave`.
 
-        On cancellation, the permit leaves the queue, and has changed nothing.
+        On cancellation of the caller, the permit leaves the queue. Runs that were already cancelled for it still end.
 
         Raises:
             ModelChangedDuringExecutionError: The run or the switch is refused.

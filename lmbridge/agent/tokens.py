@@ -133,7 +133,7 @@ class ContextBudget:
         return self._estimate.size(tokens)
 
     def tokens_left(self, messages_size: int) -> int:
-        """Returns how many tokens of the context a prompt with messages of that size leaves."""
+        """Returns how many tokens of the context are left beside a prompt whose messages have this size."""
         prompt_tokens = self._estimate.tokens(messages_size + self.tools_size)
         return (self._context_length or 0) - prompt_tokens - _TEMPLATE_TOKENS
 

@@ -2,12 +2,14 @@
 
 Other programs leave out the tools that do not fit; then a task that needs one of them fails. Here, the model gets one
 more tool, `find_tools(query)`, and the tools that it finds are offered from then on. They are added at the end of the
-list, so that what precedes them in the prompt remains in the server's cache. The alternative was a single tool that
-calls any other tool by its name. It would keep the whole prompt in the cache, but small models do not manage to write
-the arguments of a call within the arguments of another one.
+list, so that what precedes them in the prompt remains in the server's cache. If there is no room for the definition of
+such a tool, only the result of the search has its schema, and the model can call it nevertheless. The alternative was a
+single tool that calls any other tool by its name. It would keep the whole prompt in the cache, but small models do not
+manage to write the arguments of a call within the arguments of another one.
 
 A small model may call a tool that is not offered, because it has read the name somewhere. Such a call is made like any
-other, and from then on the tool is offered: the user has given it to the run, and the model has named it correctly.
+other, and from then on the tool is offered if there is room for its definition: the user has given it to the run, and
+the model has named it correctly.
 """
 
 from __future__ import annotations
@@ -120,7 +122,10 @@ class SearchableToolset(Toolset):
     async def read_all(
         self, calls: Sequence[Mapping[str, Any]], *, repairs: bool = False, may_be_cut: bool = True
     ) -> list[ReadyCall | InvalidCall]:
-        """Checks the calls of a reply like `Toolset.read_all`. The tools that they name are offered from now on."""
+        """Checks the calls of a reply like `Toolset.read_all`.
+
+        The tools that the calls name are offered from now on if there is room for their definitions.
+        """
         resolve = self.resolve_name if repairs else self.find_request_name
         names = dict.fromkeys(resolve(asked_name(call)) for call in calls)
         called = [name for name in names if name is not None and name in self._hidden]

@@ -306,8 +306,9 @@ class Toolset:
 
         Returns:
             The text before the calls, and the calls in the form of `tool_calls`. None if the reply counts as an
-            ordinary answer: because it has no calls in a known syntax, a call names no existing tool, the calls are
-            quoted, `mode` excludes them, or the reply has more than 500,000 characters.
+            ordinary answer: because it has no calls in a known syntax, a call cannot be read or names no existing tool,
+            a call without tags is surrounded by text and has wrong arguments, the calls are quoted, `mode` excludes
+            them, or the reply has more than 500,000 characters.
         """
         if mode == "never" or len(text) + len(reasoning) > LONGEST_TEXT_OF_CALLS:
             return None

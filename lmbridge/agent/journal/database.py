@@ -67,18 +67,26 @@ class StoredRun(NamedTuple):
     """A row of the table of runs."""
 
     id: str
+    """The id of the run."""
     began: float
+    """When the run began, in seconds since 1970."""
     state: str
+    """The `JournalState` of the run."""
     start: str
+    """The `RunStart` of the run, as JSON."""
 
 
 class StoredStep(NamedTuple):
     """A row of the table of steps."""
 
     number: int
+    """The position of the step in its run, from 0."""
     kind: str
+    """The kind of the step, such as "reply"; see `steps`."""
     at: float
+    """When the step was written, in seconds since 1970."""
     data: str
+    """The data of the step, as JSON."""
 
 
 _Row = TypeVar("_Row", StoredRun, StoredStep)
@@ -93,6 +101,9 @@ class Database:
 
     Raises:
         JournalError: The file does not exist, is not a journal of this version, or cannot be opened.
+
+    Attributes:
+        locks: The runs of the journal that this process has in progress.
     """
 
     def __init__(self, path: Path, *, create: bool) -> None:

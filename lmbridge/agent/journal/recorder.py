@@ -45,8 +45,8 @@ class RunRecorder:
         self._replies = 0
         self._replayed = 0
         self._next_number = 0
-        # The numbers of the replies without calls since the last one with calls. If the run fails because of them, the
-        # model is asked again when the run is resumed.
+        # The numbers of the replies without calls since the last one with calls. If the run fails, it may be because of
+        # them, so the model is asked again when the run is resumed.
         self._without_calls: list[int] = []
         self._replayed_seconds = 0.0
         self._resumed_at = time.monotonic()

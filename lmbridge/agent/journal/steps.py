@@ -15,7 +15,8 @@ ended     the run has ended: its stop reason and its answer
 
 The step "reply" and all steps of its calls have the `number` of the reply, which counts from 0. The `place` of a call
 is its position among the calls of its reply, also from 0. `seconds` is how long the run had been working when the step
-was recorded.
+was recorded. Fields without a description mean the same as those of `RecordedReply`, `RecordedCall`, `RecordedResult`,
+`ToolCall` or `RunResult`.
 """
 
 from __future__ import annotations
@@ -173,7 +174,8 @@ class FailedStep:
     kind: str
     """The name of the class of the error."""
     dropped: list[int]
-    """The numbers of the replies that made the run fail. A resumed run asks the model again in their place."""
+    """The numbers of the replies without calls since the last one with calls. They may be why the run failed, so a
+    resumed run asks the model again in their place."""
 
 
 @attrs.frozen(kw_only=True)
@@ -342,6 +344,7 @@ class Recording:
 
         Raises:
             ValueError: The steps contradict each other.
+            IndexError: A step "failed" has the number of a reply that does not exist.
         """
         recording = cls()
         for step in steps:

@@ -137,7 +137,9 @@ def may_have_calls(text: str) -> bool:
 
 
 def read_text_calls(text: str, *, repairs: bool = True, may_be_cut: bool = False) -> TextCalls | None:
-    """Returns the calls in a reply, or None if it is an ordinary answer.
+    """Returns the calls in a reply, or None if it counts as an ordinary answer.
+
+    It does if it has no calls, or if one of them is quoted or cannot be read.
 
     Args:
         text: The whole reply. It may begin with the model's reasoning.
@@ -263,7 +265,7 @@ def _calls_in_regions(text: str, regions: Sequence[Region]) -> TextCalls | None:
 
 
 def without_template_tokens(text: str) -> str:
-    """Returns a text without the tokens of a chat template, such as `<|im_end|>`, and the white space at its end."""
+    """Returns a text after the removal of chat template tokens, such as `<|im_end|>`, and white space from its end."""
     end = _end_before_spaces(text, len(text))
     for _ in range(_MOST_TOKENS):
         begin = text.rfind("<", max(0, end - _LONGEST_TOKEN), end)

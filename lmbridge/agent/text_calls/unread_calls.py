@@ -2,7 +2,7 @@
 
 `finding` reads the calls that a server has left in the text. A call that it cannot read, because it was cut off or
 names no tool, is not an answer either, but nothing else about the reply shows that. This module only recognizes such a
-call, so that the run can warn about it.
+call, so that the run can ask the model again, or warn about it.
 
 Only the end of the text is examined. From there, a plain search looks backwards for the opening of each syntax, so that
 even megabytes of markup take only a few milliseconds.
@@ -32,7 +32,7 @@ _UNREAD_SYNTAXES: Final = tuple(
 _SIGN: Final = re.compile(r"[<\[`]|func")
 """Finds a text that each opening in `_UNREAD_SYNTAXES` contains."""
 _PLAIN_SIGN: Final = re.compile(r"\{|\)\]|Action Input:")
-"""Finds a text that each call contains which `_plain_call` or `_only_calls` recognizes."""
+"""Finds a text that is part of every call that `_plain_call` or `_only_calls` recognizes."""
 _JSON: Final = re.compile(r"\s*[\[{]")
 _WORD: Final = re.compile(r"[^\W_]")
 _PYTHONIC: Final = re.compile(r"^[ \t]*\[\s*([\w.-]{1,100})\(", re.MULTILINE)
