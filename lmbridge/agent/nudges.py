@@ -128,7 +128,7 @@ class Nudges:
     def next(
         self, kind: NudgeKind, reply: ModelReply, *, task: str, max_tokens: int, has_results: bool, is_repetition: bool
     ) -> Nudge | None:
-        """Returns the nudge for a flawed reply; None if the limits are reached.
+        """Returns the nudge for a flawed reply; None if the limits are reached, or if this kind has not helped before.
 
         A model that has results of tools, and still writes or promises calls, rarely stops by itself. So if a nudge has
         not helped, or if the reply begins with a call whose result the model already has, the next nudge asks for an
