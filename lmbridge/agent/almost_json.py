@@ -48,7 +48,8 @@ _VALID_ESCAPES: Final = '"\\/bfnrtu'
 _PLAIN_ESCAPES: Final = '"\\/'
 _TRAILING_BRACKETS: Final = re.compile(r"[\s}\]]*")
 _ENDS: Final = ("<", "`", "[END")
-"""The texts that may follow a complete JSON value: a tag, or the end of a Markdown fence."""
+"""The beginnings of the texts that may follow a complete JSON value: a tag, such as `</tool_call>` or
+`[END_TOOL_REQUEST]`, or the end of a Markdown fence."""
 _FENCE: Final = re.compile(r"```\w{0,20}(.*?)(?:```)?", re.DOTALL)
 
 

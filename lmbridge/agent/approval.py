@@ -76,7 +76,7 @@ class Approval:
             answer = approve(call)
             return await answer if inspect.isawaitable(answer) else answer
         except LLMError as error:
-            # A program handles a decision model that does not answer like any other model that does not answer.
+            # The error keeps its class, so that a program can handle a failure of the gate's model like any other.
             error.completed(
                 f"{_option_name(approve)} raised this error for a call of {call.name!r}: {error.message}",
                 hint=_EXCEPTION_HINT,

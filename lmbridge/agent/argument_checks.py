@@ -164,7 +164,8 @@ def _counted(check: _Keyword) -> _Keyword:
                 spend_steps(_STEPS_OF_MISMATCH + len(error.message) // _CHARACTERS_OF_STEP)
                 yield error
         except OverflowError:
-            # `multipleOf` divides an integer of hundreds of digits by a float, or the reverse. It accepts the value.
+            # `multipleOf` has divided an integer of hundreds of digits by a float, or a float by such an integer. The
+            # value is then accepted.
             return
 
     return check_and_count

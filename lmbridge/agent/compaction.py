@@ -40,11 +40,11 @@ Summarize: TypeAlias = Callable[[list[Message], int], Awaitable[str]]
 """Returns the model's summary of a conversation, within a limit on its tokens, or an empty text if it gave none."""
 
 _SHARE_AFTER_SHORTENING: Final = 0.7
-"""The system message and the task are always sent whole. Results are shortened until the other messages take only this
-share of the room that is left."""
+"""The system message and the task are always sent whole. Results are shortened until all other messages together take
+only this share of the room that these two leave."""
 _SHARE_AFTER_LEAVING_OUT: Final = 0.5
-"""Messages are left out until the rest takes only this share of the same room. It is smaller, so that fewer summaries
-are needed, each of which costs a generation."""
+"""Messages are left out until those that remain take only this share of the same room. The share is smaller than the
+one above, so that fewer summaries are needed, each of which costs a generation."""
 _LONG_RESULT: Final = 1_200
 """The number of characters above which an old result is shortened."""
 _SHORT_RESULT: Final = 600

@@ -76,7 +76,7 @@ class ConstrainedRetry:
         return {"type": "json_schema", "json_schema": schema}
 
     def read(self, reply: ModelReply) -> bool:
-        """Turns the JSON in a constrained reply into a call. Returns whether the reply has a call now.
+        """Turns the JSON in a constrained reply into a call. Returns True if the reply was constrained and has a call.
 
         A server that ignores the `response_format` gives a free reply, which is not changed.
         """

@@ -57,6 +57,9 @@ class Gate:
     ::
 
         Agent(client, tools=[...], gate=Gate("Is this call free of harm?", threshold=0.8, model="openjev"))
+
+    Raises:
+        LLMValidationError: An argument is invalid.
     """
 
     question: TrueFalse = attrs.field(converter=_as_question)

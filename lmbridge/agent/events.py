@@ -55,9 +55,10 @@ class ReasoningDelta:
 
 @attrs.frozen
 class ModelNudged:
-    """The reply has a flaw, such as being neither an answer nor a call, and the model is asked again.
+    """The reply was neither an answer nor a call, or may be a mistake, so the model is asked again.
 
-    The text so far is not its answer, unless the kind of the nudge is "no_call" and no call follows.
+    The text so far is not its answer. The only exception is a nudge of the kind "no_call" after which the model still
+    makes no call: then the text before the nudge is the answer.
     """
 
     nudge: Nudge

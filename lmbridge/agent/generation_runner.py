@@ -47,8 +47,8 @@ from lmbridge.errors import ContextLengthExceededError, LLMResponseError
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _CONTENT_FILTER: Final = "content_filter"
-"""The finish reason with which OpenAI ends an answer that its filter has cut off. A `ChatAccumulator`, through which
-every reply goes, raises an error itself for the finish reasons that say that the server has aborted the answer."""
+"""The finish reason with which OpenAI ends an answer that its filter has cut off. For the other finish reasons of an
+aborted answer, such as "error", the `ChatAccumulator` that reads the reply raises an error itself."""
 _LARGE_TEXT: Final = 20_000
 """The number of characters beyond which a reply is searched for calls in a thread."""
 
@@ -308,7 +308,7 @@ class GenerationRunner:
                     await self._channel.put(TextDelta(text))
 
     async def _send_rest(self, splitter: ReasoningSplitter, halves: Halves) -> None:
-        """Sends what is held back until the end of a reply."""
+        """Sends what can only be sent at the end of a reply: what the splitter and `join_halves` held back."""
         if (rest := rest_of_halves(halves)) is not None:
             await self._send_deltas(splitter.feed(rest))
         await self._send_deltas(splitter.close())

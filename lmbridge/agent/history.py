@@ -8,9 +8,9 @@ placeholders for the missing results. The alternative was to let each caller rep
 
 The messages to send and the messages that the user sees are two lists. Compaction changes only the former: it shortens
 results of tools, and leaves out whole groups of messages. A group is an exchange before the task, or a turn with its
-results, so a call is never sent without its result. Unless the server refuses them as they are, messages that
-compaction has not touched are sent again without the change of a single byte, so that the server can reuse its prompt
-cache. The module `compaction` decides when room is made, and how much.
+results, so a call is never sent without its result. Messages that compaction has not touched are sent again without the
+change of a single byte, so that a server can reuse its prompt cache. They are changed only if the server refuses them
+as they are. The module `compaction` decides when room is made, and how much.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ show it in a stack trace. The state behind the decisions is kept in other module
 the conversation, `tokens` the token counts, and `turn_runner` the calls, with the reasons to stop that follow from
 them.
 
-Three layers ask the model. The outermost one, this module, asks it again if its reply is neither an answer nor a call.
+Three layers ask the model. The outermost one, this module, asks it again if its reply cannot be used, or is doubtful.
 Below it, `prompt_sender` sends the prompt in another form if it is too long or the server refuses it. The innermost
 one, `generation_runner`, requests a single generation and reads its stream.
 
@@ -305,7 +305,7 @@ class RunLoop:
     # Asking the model
 
     async def _get_reply(self) -> ModelReply:
-        """Returns the model's reply. If it is neither an answer nor a call, the model is asked again.
+        """Returns the model's reply. If it is flawed or doubtful (see `nudges`), the model is asked again.
 
         An answer that stays empty is an error only before the first call: after tools, a model may have nothing to add.
 
@@ -404,7 +404,7 @@ class RunLoop:
         else:
             problem = "returned an empty answer"
         return LLMResponseError(
-            f"the model {problem}{' twice' if self._nudges.has_given(flaw) else ''}",
+            f"the model {'twice ' if self._nudges.has_given(flaw) else ''}{problem}",
             hint=_MISSING_CALL_HINT if flaw == "missing_call" else _EMPTY_ANSWER_HINT,
             context={"operation": "agent run", "model": self._record.model},
         )

@@ -89,7 +89,10 @@ class ModelReply:
 
     @property
     def may_be_cut(self) -> bool:
-        """Whether the end of the reply may be missing, because of a token limit, a stop text, or an unknown reason."""
+        """Whether the end of the reply may be missing.
+
+        That is so after a limit on tokens, if the request had stop texts, and if the server gave no finish reason.
+        """
         return self.finish_reason in (None, "length") or self.has_stop_texts or self._has_room is False
 
     @property

@@ -52,7 +52,7 @@ class AlternativesPart(NamedTuple):
 
 
 class RepeatPart(NamedTuple):
-    """Matches its part several times."""
+    """Matches its part from `least` to `most` times; without a `most`, any larger number of times."""
 
     part: Part
     least: int

@@ -30,7 +30,7 @@ class PlannedCall:
     edited: ReadyCall | None = None
     """The call that the user wants instead of this one, or None."""
     recorded: RecordedResult | None = None
-    """The result that the journal has from before an interruption, so that the call is not made again, or None."""
+    """The result from before an interruption, with which the call is not made again; None if the journal has none."""
     is_uncertain: bool = False
     """Whether the call had started before an interruption and may have ended, so that it is not made again."""
 

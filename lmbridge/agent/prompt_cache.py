@@ -49,8 +49,8 @@ class PromptCacheWatch:
         if cached is None or not before:
             return None
         # If more than half of the previous prompt came from the cache, only its end has changed, for example because a
-        # long nudge was removed again. If the nudge was longer than everything before it, less than half came from the
-        # cache, but the new prompt is then the shorter of the two, and no more than its length can be evaluated again.
+        # long nudge was removed again. If that leaves a prompt that is shorter than the previous one, only its own
+        # tokens can come from the cache.
         evaluated_again = min(expected, prompt_tokens) - cached
         if evaluated_again < _NOTICED_TOKENS or cached > expected // 2:
             return None

@@ -76,7 +76,7 @@ calls as text.
 
 @attrs.frozen(kw_only=True)
 class Nudge:
-    """A short message to the model about a flawed reply, such as one that was neither an answer nor a call."""
+    """A short message that asks the model for another reply, because the last one was flawed or may be a mistake."""
 
     kind: NudgeKind
     """The flaw of the reply."""

@@ -205,7 +205,8 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         Raises:
             TaskCancelledError: The run was cancelled.
             MaxRoundsExceededError: The run used up its rounds.
-            LLMError: The run failed; `.partial` is the run so far.
+            RunIncompleteError: The run has an `output_type`, and ended without an answer.
+            LLMError: The run failed; `.partial` is the run so far. Or a tool of this run called the method.
         """
         if self._is_called_by_own_tool():
             raise LLMError("a run cannot wait for itself", hint="await the result outside of the tools of this run")

@@ -83,7 +83,7 @@ def _check_number(name: str, value: object) -> None:
 def request_fields(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options of a run, or the fields of one of its requests, as the server gets them.
 
-    Where `extra_body` has a field that the run has to know, it replaces the option of that name.
+    If `extra_body` has a field that the run has to know, that field replaces the option of the same name.
     """
     fields = dict(options)
     if "extra_body" not in fields:

@@ -221,7 +221,7 @@ class RunAdmission:
     async def enter(self, permit: RunPermit) -> None:
         """Waits until the permit is admitted. A run that was admitted must `leave`.
 
-        On cancellation of the caller, the permit leaves the queue. Runs that were already cancelled for it still end.
+        On cancellation, the permit leaves the queue. Runs that it has caused to be cancelled stay cancelled.
 
         Raises:
             ModelChangedDuringExecutionError: The run or the switch is refused.
@@ -241,7 +241,7 @@ class RunAdmission:
             self._waiting.pop(permit, None)
 
     def leave(self, permit: RunPermit) -> None:
-        """Returns the permit, and admits the runs and switches that were waiting for it."""
+        """Ends the run or the wait of a permit, and admits the runs and switches that were waiting for that."""
         self._apply(self._board.leave(permit))
 
     def _apply(self, effects: Effects) -> None:

@@ -80,7 +80,7 @@ class EmbeddingRanker:
         self._model = model
 
     async def rank(self, query: str, tools: Sequence[Tool]) -> list[int]:
-        """Returns the indexes of all tools, the most similar first. If embeddings fail, see `KeywordRanker`."""
+        """Returns the indexes of all tools, the most similar first. If embeddings fail, a `KeywordRanker` is used."""
         texts = [f"{tool.name}: {tool.description}"[:_EMBEDDED_CHARACTERS] for tool in tools]
         try:
             wanted, vectors = await self._embed(query, texts)

@@ -67,7 +67,7 @@ class Tool:
     ```
 
     Args:
-        name: The name of the tool. It may be any text; requests contain a version of it that all servers accept.
+        name: The name of the tool, a text that is not empty. Requests contain a version of it that all servers accept.
         description: What the tool does, for the model. It may be empty.
         parameters: The JSON schema of the arguments, which has to describe an object. The arguments that a model sends
             are validated against it. Servers receive a simplified version that all of them can process.

@@ -69,6 +69,9 @@ class Journal:
 
     Args:
         path: The path of the file, which need not exist yet.
+
+    Raises:
+        LLMValidationError: The path is empty, or not a path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""`RunLocks`: marks the runs of a journal that are in progress, so that all processes see it until this one ends.
+"""`RunLocks`: marks the runs of a journal that are in progress in this process, so that no other process resumes them.
 
 Two programs that resumed the same run would make its calls twice. A flag in the database would survive a program that
 was killed, and a flag with a time limit would have to be renewed again and again while a tool takes hours. So each run

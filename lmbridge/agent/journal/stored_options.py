@@ -37,6 +37,9 @@ class JournalEntry:
     a program that is started again can simply make the same call::
 
         result = await agent.run(order.text, journal=JournalEntry("orders.db", run_id=f"order-{order.number}"))
+
+    Raises:
+        LLMValidationError: The journal is neither a journal nor a path, or the id is invalid.
     """
 
     journal: Journal = attrs.field(converter=_as_journal)

@@ -39,7 +39,8 @@ class HeldText:
         self._is_tool = is_tool
         self._is_whole = is_whole
         self._passed: list[str] = []
-        # Whether something other than white space was passed on, and how the last line of the text so far begins.
+        # Whether something other than white space was passed on, how the last line of the text that was passed on
+        # begins, and the last character of that text.
         self._has_passed_text = False
         self._line = ""
         self._last_shown = " "

@@ -30,9 +30,9 @@ _UNREAD_SYNTAXES: Final = tuple(
 )
 """The syntaxes whose calls are recognized even if they name no tool."""
 _SIGN: Final = re.compile(r"[<\[`]|func")
-"""Finds a text that each opening in `_UNREAD_SYNTAXES` contains."""
+"""Has a match in every opening of `_UNREAD_SYNTAXES`, so that a text without a match has none of them."""
 _PLAIN_SIGN: Final = re.compile(r"\{|\)\]|Action Input:")
-"""Finds a text that is part of every call that `_plain_call` or `_only_calls` recognizes."""
+"""Has a match in every call that `_plain_call` or `_only_calls` recognizes."""
 _JSON: Final = re.compile(r"\s*[\[{]")
 _WORD: Final = re.compile(r"[^\W_]")
 _PYTHONIC: Final = re.compile(r"^[ \t]*\[\s*([\w.-]{1,100})\(", re.MULTILINE)
