@@ -113,7 +113,10 @@ class ToolCallFinished:
 
     @property
     def raw(self) -> Any:
-        """The value that the tool returned, or the exception that it raised; None if it timed out or never ran."""
+        """The value that the tool returned, or the exception that it raised.
+
+        It is None if the tool timed out, never ran, or ran before an interruption of the run.
+        """
         return self.record.raw
 
     @property
@@ -128,7 +131,10 @@ class ToolCallFinished:
 
     @property
     def started(self) -> float:
-        """When the call began, in seconds since the run first asked its model; 0 if the tool was not called."""
+        """When the call began, in seconds since the run first asked its model.
+
+        It is 0 if the tool was not called, or was called before an interruption of the run.
+        """
         return self.record.started
 
     @property

@@ -91,7 +91,8 @@ class ModelReply:
     def may_be_cut(self) -> bool:
         """Whether the end of the reply may be missing.
 
-        That is so after a limit on tokens, if the request had stop texts, and if the server gave no finish reason.
+        It may be missing if the reply has reached a limit on tokens, if the request named texts at which the server
+        stops, or if the server gave no finish reason.
         """
         return self.finish_reason in (None, "length") or self.has_stop_texts or self._has_room is False
 

@@ -122,13 +122,19 @@ class ToolRecord:
     is_error: bool = False
     """Whether the call could not be made, was refused, or failed."""
     raw: Any = attrs.field(default=None, repr=False)
-    """The value that the tool returned, or the exception that it raised; None if it timed out or never ran."""
+    """The value that the tool returned, or the exception that it raised.
+
+    It is None if the tool timed out, never ran, or ran before an interruption of the run.
+    """
     images: tuple[Mapping[str, Any], ...] = attrs.field(default=(), repr=False)
     """The images of the result, as content parts, whether or not the model can see them."""
     seconds: float = 0.0
     """How long the call took, in seconds."""
     started: float = 0.0
-    """When the call began, in seconds since the run first asked its model; 0 if the tool was not called."""
+    """When the call began, in seconds since the run first asked its model.
+
+    It is 0 if the tool was not called, or was called before an interruption of the run.
+    """
     repaired: bool = False
     """Whether the model wrote the call with small mistakes that were corrected; `call` is the corrected call."""
     edited: ToolCall | None = None

@@ -145,7 +145,8 @@ class RunHandle(Wrapper, Generic[OutputT]):
         Raises:
             TaskCancelledError: The run was cancelled.
             MaxRoundsExceededError: The run used up its rounds.
-            LLMError: The run failed; `.partial` is the run so far.
+            RunIncompleteError: The run has an `output_type`, and ended without an answer.
+            LLMError: The run failed; `.partial` is the run so far. Or a tool of this run called the method.
         """
         result: RunResult[OutputT] = self._await(self.wrapped.result)
         return result
@@ -200,10 +201,10 @@ class Agent(Wrapper):
             names the limit. With "raise", `max_rounds` raises a `MaxRoundsExceededError`, and the other two limits
             return the run so far. Default: "raise".
         max_nudges: How many times in one round the model may be asked again because its reply is neither an answer nor
-            a call. A message says what is wrong with the reply, but only once in a round for each kind of mistake. A
-            whole run has at most three times this number of such messages. A model that already has results of tools,
-            and still writes calls that cannot be made, is finally asked for its answer without tools. 0 means never.
-            Default: 2.
+            a call, or may be a mistake, such as a repeated call in a text. A message says what is wrong with the reply,
+            but only once in a round for each kind of mistake. A whole run has at most three times this number of such
+            messages. A model that already has results of tools, and still writes calls that cannot be made, is finally
+            asked for its answer without tools. 0 means never. Default: 2.
         repetition_limit: A run ends when this many replies had the same call with the same result. From the third such
             reply on, the model gets a warning with the result. None allows any number of repetitions without a warning,
             for tasks in which they are normal, such as building again after each edit. Default: 5.

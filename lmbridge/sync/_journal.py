@@ -29,6 +29,9 @@ class Journal(Wrapper):
 
     Args:
         path: The path of the file, which need not exist yet.
+
+    Raises:
+        LLMValidationError: The path is empty, or not a path.
     """
 
     wraps = "lmbridge.agent.journal.journal:Journal"

@@ -494,7 +494,7 @@ async def test_a_call_that_is_announced_and_missing_twice_is_an_error(
     scripted_server.script(*[calls(asks("add", a=1, b=2))] * rounds_before)
     scripted_server.default = answer("Let me look.", finish_reason="tool_calls")
     with pytest.raises(
-        LLMResponseError, match="twice returned a reply .*'tool_calls', but without a tool call"
+        LLMResponseError, match=r"twice returned a reply .*'tool_calls', but without a tool call"
     ) as caught:
         await Agent(client, tools=[add]).run("1 + 2?")
     assert "tool parser" in str(caught.value.hint)

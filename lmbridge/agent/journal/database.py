@@ -69,24 +69,24 @@ class StoredRun(NamedTuple):
     id: str
     """The id of the run."""
     began: float
-    """When the run began, in seconds since 1970."""
+    """When the run began, in seconds since the beginning of 1970."""
     state: str
-    """The `JournalState` of the run."""
+    """The state of the run; see `JournalState`."""
     start: str
-    """The `RunStart` of the run, as JSON."""
+    """The task and the options of the run: a `RunStart` as JSON."""
 
 
 class StoredStep(NamedTuple):
     """A row of the table of steps."""
 
     number: int
-    """The position of the step in its run, from 0."""
+    """The number of the step in its run, from 0."""
     kind: str
-    """The kind of the step, such as "reply"; see `steps`."""
+    """The kind of the step, such as "reply"."""
     at: float
-    """When the step was written, in seconds since 1970."""
+    """When the step was written, in seconds since the beginning of 1970."""
     data: str
-    """The data of the step, as JSON."""
+    """The data of the step as JSON; its form depends on the kind."""
 
 
 _Row = TypeVar("_Row", StoredRun, StoredStep)

@@ -92,7 +92,8 @@ class JournalFile:
         The work is done even if the future is cancelled.
 
         Args:
-            function: The work. If it raises an exception, what it has written is undone.
+            function: The work. If it raises an exception, what it has written is undone. It may be called twice: if one
+                of the pieces of work in a transaction fails, all of them are done again, one by one.
             create: Whether the file is created if it does not exist.
         """
         loop = asyncio.get_running_loop()
