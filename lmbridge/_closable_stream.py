@@ -1,4 +1,8 @@
-"""`ClosableStream`: the base class of the streams of replies and of agent runs."""
+"""`ClosableStream`: the base class of the streams of replies and of agent runs.
+
+What closing does, also from another task, is decided by `ReplyStream` in `client.reply_stream` and `RunStream` in
+`agent.runs`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Reads the arguments of tool calls: their JSON, what is wrong with it, and what can be repaired in it."""
+"""Reads the arguments of tool calls: their JSON, what is wrong with it, and what can be repaired in it.
+
+A call whose arguments were cut off is never made; `ModelReply.has_cut_call` recognizes it, and `loop` asks the model
+again.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 Every definition is a part of every prompt. Even a few MCP servers may have more definitions than fit into the context
 of a small model. And long before the context is full, the model gets slow and chooses badly.
+
+Which tools of MCP servers are left out, and how that is reported, is decided in `mcp.servers.definitions`.
 """
 
 from __future__ import annotations

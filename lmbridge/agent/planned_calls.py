@@ -1,4 +1,7 @@
-"""`PlannedCall`: a call of a reply between the moment when it has been read and the moment when it is made."""
+"""`PlannedCall`: a call of a reply between the moment when it has been read and the moment when it is made.
+
+A call whose arguments were cut off never gets this far; see `ModelReply.has_cut_call`.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ A run continues with what its server accepts, and does not end with the first re
 little as possible: older messages are shortened or left out, images are moved to another message, reasoning is added,
 or the constraint of a retry is dropped. The `ClientSource` remembers what a server has refused, so that later runs do
 not ask for it again.
+
+That a prompt only grows at its end is decided in `history`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
 - A call that had started may have happened, so the model reads that it is uncertain. Only a call of a tool that is
   idempotent is made again.
 - A call that was only planned is made, or refused, as it was decided before.
+
+`Agent.resume` begins in `agent`, and checks the stored options with `journal.stored_options`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ Otherwise a model could call a tool that has just disappeared, and a provider co
 has approved. A provider may add tools at the end of the list. That alters the beginning of the prompt, so that the
 server has to process the whole conversation again. But a run often cannot do without the new tools: some servers reveal
 most of their tools only after the model has called one of the first ones.
+
+The names of tools, such as `server__tool`, are decided in `tool_names`, and tools are collected from providers by
+`collect_tools` below.
 """
 
 from __future__ import annotations

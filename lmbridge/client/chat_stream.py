@@ -1,6 +1,9 @@
 """The streams of chat completions, and their base class, which text completions share.
 
 Iterating, closing and `collect` are those of `ReplyStream`.
+
+What happens before there is a stream, such as an error of the request, is decided by `ServerApi.stream` in
+`api_requests`.
 """
 
 from __future__ import annotations

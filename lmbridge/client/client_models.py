@@ -1,4 +1,7 @@
-"""`client.models`: lists, loads, unloads and downloads models, on every server that can."""
+"""`client.models`: lists, loads, unloads and downloads models, on every server that can.
+
+How each kind of server loads and unloads is in `model_backends`.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ any field may be missing, but then every program would have to handle what hardl
 guaranteed, and the types say so: what is missing or null is filled in, choices that are not objects are left out,
 content that consists of parts is replaced by its text, and indices, finish reasons and arguments of calls that have
 another form are converted. Nothing else that a server sends is changed, and a value of the wrong kind is an error.
+
+Whether a completion is whole is not decided here, but in `client.reply_stream`.
 """
 
 from __future__ import annotations

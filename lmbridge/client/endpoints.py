@@ -4,6 +4,8 @@ A client is one object with a method for each endpoint. Its class is written in 
 the one before: this one, `chat_methods` for everything that sends a chat, and `llm` for the options, the servers and
 the closing of a client. The modules behind the endpoints are imported by the methods, because together they would take
 a tenth of the time of `import lmbridge`, and many programs call only one of them.
+
+`health_check`, `server_info` and `stats` are in `llm` as well.
 """
 
 from __future__ import annotations

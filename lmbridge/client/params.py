@@ -4,6 +4,8 @@ Each list is written once, as a TypedDict, and every overload of a method takes 
 parameters would have to be repeated in each overload. A parameter that is not given is not sent. One that is given as
 None is sent as `null`, because servers have a meaning for that, such as "no limit" or "no stop string". Parameters that
 are not listed here are sent as well, because servers for local models have many others.
+
+Options of other libraries, such as `api_version`, are refused in `call_options`.
 """
 
 from __future__ import annotations

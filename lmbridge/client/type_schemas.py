@@ -1,6 +1,8 @@
 """The JSON schemas of Python types, with the descriptions that classes give their fields.
 
 msgspec generates the schemas; `type_stand_ins` provides the parts for types that it does not support.
+
+Types that are not objects, such as lists and unions, are wrapped in one by `structured`.
 """
 
 from __future__ import annotations

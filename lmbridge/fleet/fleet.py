@@ -3,6 +3,8 @@
 The runs belong to a task group in a background task, and their outcomes reach the program through a bounded queue. A
 generator with the task group around its `yield` would be shorter, but a cancellation by the group would then be raised
 in the code of the program, between two outcomes.
+
+What a `checkpoint` changes about a task is decided in `attempts`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Programs that share a model server do not know each other's requests, so none of them can keep the model of another
 one loaded. The gateway knows them all: it admits each request by its model, as a client does, and passes it on byte for
 byte. Nothing is translated, so every endpoint, field and event of the server works through it.
+
+The paths of the gateway itself, such as `/health`, are in this module.
 """
 
 from __future__ import annotations

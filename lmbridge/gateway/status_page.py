@@ -2,6 +2,8 @@
 
 The page shows names that clients and servers have chosen. Its script inserts them as text. Even if that failed, the
 content security policy would let the browser run only the script of the page, which it recognizes by its hash.
+
+Its data, `/status.json`, is made in `status`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A run names the servers that it needs, and they are started when the run begins. The alternative, a fixed list of
 servers for the whole agent, would start servers that no run ever uses. The servers keep running when the run ends:
 starting a server takes seconds, so concurrent and later runs share the same sessions through one `McpHub`.
+
+What the run and its model learn about servers that could not be started is decided in `server_selection`.
 """
 
 from __future__ import annotations

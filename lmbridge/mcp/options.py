@@ -1,4 +1,8 @@
-"""The options of `DynamicAutonomousAgent` and of its runs, as types and as checks."""
+"""The options of `DynamicAutonomousAgent` and of its runs, as types and as checks.
+
+How long the start of a server may take is decided in `mcp.config.server_spec` and, for `npx` and similar programs, in
+`mcp.servers.package_runners`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """`ServerSelection`: the MCP servers of one run, and what the run does if some of them cannot be started.
 
 `McpHub.tools` starts the servers, and raises `MultiMCPError`.
+
+That the bridge is never a server of its own agents is decided in `mcp.servers.hub`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 The page is made here, element by element, and its script only shows the text of the bar that is clicked. The
 alternative was a script that draws the data with a library. But then every file would have to contain the library, or
 load it from the network.
+
+`RunResult.timeline` makes a timeline of one run, and `TimelineObserver` one of everything that it observes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Requests, replies, and the bookkeeping of a call: its attempts, its deadlines, its waits and its line in the log.
 
 Nothing in this module sends or receives anything, so all of it can be tested with a fake clock.
+
+What happens to the connection when a call is cancelled is decided by `Attempts` in `attempts`.
 """
 
 from __future__ import annotations

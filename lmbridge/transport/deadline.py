@@ -4,6 +4,8 @@
 microseconds for each chunk, and fills the loop's heap with cancelled timers. Here a deadline is an attribute, which its
 owner can change at no cost, and one timer for each event loop checks all deadlines when the earliest of them may have
 passed.
+
+What each limit measures, and from when, is listed in `time_limits`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A stream holds a connection and a permit, and the server's model is generating for it. So both are returned at once,
 however the reading of a stream ends: at its end, with an error, with the cancellation of a read, with `abort`, or even
 with garbage collection.
+
+`client.responses` makes a `MessageEvent` of each event of a streamed response.
 """
 
 from __future__ import annotations

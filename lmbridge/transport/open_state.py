@@ -2,6 +2,8 @@
 
 A transport can be closed and opened again, possibly in another event loop. Everything that belongs to one event loop is
 therefore kept in one object, which the transport creates when it opens and drops when it closes.
+
+What happens to a stream that is dropped unclosed is decided in `events`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Checks the options of a transport that depend on each other, and derives URLs and secrets from them."""
+"""Checks the options of a transport that depend on each other, and derives URLs and secrets from them.
+
+Headers, proxies and time limits are checked in `headers`, `proxies` and `config`.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 The rules for them, such as `max_concurrency`, are in `scheduler`. `admission` does the waiting, and its errors name the
 holders of the permits.
+
+How long a permit is held is decided by `transport` for plain requests, and by `events` for streams.
 """
 
 from __future__ import annotations

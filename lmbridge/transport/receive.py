@@ -1,6 +1,8 @@
 """Reads the responses to requests: as a stream of events, or as a whole reply.
 
 Of a stream, only the beginning is read here. `EventStream` in `lmbridge.transport.events` reads the rest.
+
+`ServerApi.stream` makes an error of a reply that should have been a stream and is not.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 This is the only module that imports `backoff`. It uses the wait generator and the jitter of that library, but not its
 decorators: these decide by the class of an exception, while lmbridge decides by the server's reply (see `Classify`).
+
+Which replies can be retried is decided by `client.failures.classify`. What a request that must not be repeated may do
+is decided in `attempts`.
 """
 
 from __future__ import annotations

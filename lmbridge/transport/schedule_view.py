@@ -1,4 +1,7 @@
-"""What a schedule looks like from outside at one moment: its models, and the swaps that it has caused."""
+"""What a schedule looks like from outside at one moment: its models, and the swaps that it has caused.
+
+The error of a wait that cannot end, which lists the holders of the permits, is made in `admission`.
+"""
 
 from __future__ import annotations
 

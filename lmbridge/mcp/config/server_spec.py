@@ -4,6 +4,8 @@ An entry is checked as a whole before anything is started, and each error names 
 errors and not warnings: a misspelled `deny` that is ignored would offer a tool that its user meant to forbid. Keys
 outside the object `lmbridge` that lmbridge does not know or support are the exception: other programs use them, so they
 cause at most a warning.
+
+Which keys of a file hold its entries is decided in `files`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ them would slow everything down.
 
 Requests are sent under ids that cannot be guessed. So an answer to a request that has not been sent yet is recognized
 as forged, even while the session is being opened.
+
+Lines that are not messages never get here; `mcp.jsonrpc` skips them.
 """
 
 from __future__ import annotations
