@@ -7,8 +7,9 @@ directly; an attrs class wraps it with `as_validator`::
     self._size = check_integer("pool_size", pool_size)
     max_rounds: int = attrs.field(default=25, validator=as_validator(check_integer))
 
-There were two alternatives. The validators of attrs raise `TypeError` and `ValueError`, with texts that are written for
-the author of the class. And a dozen comparisons do not need a validation library.
+There were two alternatives. One was to use the validators of attrs, but they raise `TypeError` and `ValueError`, with
+texts that are written for the author of the class. The other one was a validation library, which is too much for a
+dozen comparisons.
 """
 
 from __future__ import annotations

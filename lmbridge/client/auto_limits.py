@@ -31,6 +31,8 @@ def limits_of(info: ServerInfo) -> Limits:
     - llama.cpp with one model: the slots of the model.
     - llama.cpp's router: the number of models that it can hold, and the slots of all of them.
     - Any other server: the defaults of `Limits`. Ollama and vLLM queue by themselves, and finish what they have begun.
+
+    If the models of a server have different numbers of slots, the smallest number counts for each of them.
     """
     slots = info.slots or DEFAULT_SLOTS
     if info.kind == "lmstudio":

@@ -1,9 +1,9 @@
-"""Options of a single call, and the options of other libraries that are mistaken for parameters.
+"""Options of a single call, and options of the client or of other libraries that are mistaken for parameters.
 
 A call takes options of lmbridge (`timeout`, `extra_headers`, ...) beside the parameters of the API, which are sent
-unchanged, whether lmbridge knows them or not. An option of another library, which may be an API key, would therefore be
-sent to the server, and would have no effect. So the names of such options are refused, and the error names the right
-option.
+unchanged, whether lmbridge knows them or not. An option of the client or of another library, which may be an API key,
+would therefore be sent to the server, and would have no effect. So the names of such options are refused, and the error
+names the right option.
 
 `LLMClient.with_options` (in `llm`) sets some of them for all calls.
 """
@@ -43,7 +43,7 @@ class ManagementOptions(RequestOptions, total=False):
 
 
 class CallOptions(ManagementOptions, total=False):
-    """Options of a call that has a body."""
+    """Options of a call that has a body, and that may have to wait behind other requests."""
 
     priority: Priority
     """How urgent this call is, in place of the client's `priority`. It is not sent to the server."""
@@ -106,8 +106,8 @@ def take_options(params: dict[str, Any]) -> CallSettings | None:
     """Removes the options of a call from its parameters, and returns them, or None if the caller gave no options.
 
     Raises:
-        LLMValidationError: An option is not valid, or belongs to another library. A value is never repeated if it may
-            be secret.
+        LLMValidationError: An option is not valid, or belongs to the client or to another library. A value is never
+            repeated if it may be secret.
     """
     if _SPECIAL.isdisjoint(params):
         return None

@@ -107,7 +107,7 @@ class ChatAccumulator:
 
     @property
     def has_content(self) -> bool:
-        """Whether any chunk held a piece of an answer: some text, a tool call or a finish reason.
+        """Whether any chunk held a piece of an answer: text, a call, another field of the message, or a finish reason.
 
         Unlike for `has_delta`, neither a role nor an empty text counts.
         """

@@ -63,9 +63,9 @@ class Models(NotCopyable):
     async def load(self, model: str, *, progress: LoadProgress | None = None, **options: Any) -> ModelInfo:
         """Loads a model, and returns when it is loaded, which may take minutes; the limit is `Timeouts.load`.
 
-        If this call has a `timeout` in seconds, that is the limit.
-        A model that is loaded already is not loaded again, unless LM Studio gets options for another instance of it.
-        The request is not repeated once the server may have begun to load the model.
+        If this call has a `timeout` in seconds, that is the limit. A model that is loaded already is not loaded again,
+        unless options of the server are given: then LM Studio loads another instance of it, and Ollama may load it
+        again. The request is not repeated once the server may have begun to load the model.
 
         For example::
 

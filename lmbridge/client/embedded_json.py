@@ -98,7 +98,7 @@ def is_json(text: str) -> bool:
 
 
 def _ends_of_braces(text: str) -> dict[int, int]:
-    """Returns the position after the closing brace of each opening one that has one."""
+    """Returns, for each opening brace that is closed again, its position and the position after its closing brace."""
     ends: dict[int, int] = {}
     open_braces: list[int] = []
     for brace in _BRACES.finditer(text):

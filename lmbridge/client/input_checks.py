@@ -101,7 +101,7 @@ def _check_text_or_tokens(name: str, text: Any, allow_empty: bool) -> None:
         raise LLMValidationError(f"{name} is an empty list", hint=_TEXTS_HINT)
     if not all(map(is_integer, text)):
         position = next(number for number, token in enumerate(text) if not is_integer(token))
-        raise wrong_type(f"{name}[{position}]", "a token id like those before it", text[position], _TEXTS_HINT)
+        raise wrong_type(f"{name}[{position}]", "a token id (an integer)", text[position], _TEXTS_HINT)
 
 
 def _is_list(value: object) -> bool:

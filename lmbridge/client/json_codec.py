@@ -185,7 +185,7 @@ def decode_json(data: bytes) -> Any:
     An invalid byte becomes U+FFFD.
 
     Raises:
-        ValueError: The data is not JSON. The text does not repeat the data, which may hold a secret.
+        ValueError: The data is not JSON. The error does not repeat the data, which may hold a secret.
     """
     try:
         return decode_strictly(data)

@@ -71,8 +71,9 @@ def check_option_counts(questions: Mapping[str, Question]) -> None:
 def _labels_of(question: Question) -> dict[str, str | None]:
     """Returns the labels of a question, and what they stand for.
 
-    The names of options are the labels if they differ in their first tokens, because small models choose a word far
-    better than a letter that stands for it. Else the labels are letters, each of them a single token.
+    For a `Choice`, the labels are the names of the options if they differ in their first tokens, because small models
+    choose a word far better than a letter that stands for it. Otherwise they are letters, each of them a single token.
+    For a `Score`, they are the numbers of the levels, and for a `TrueFalse`, they are "yes" and "no".
     """
     match question:
         case Choice(_, options) if isinstance(options, Mapping):

@@ -335,7 +335,7 @@ class LLMClient(ChatMethods):
             model_mismatch: What happens if another model answers: "warn", "raise" or "ignore". Default: this client's.
             context_overflow: What happens to a prompt that is too long: "raise", "warn", or None for no check.
                 Default: this client's.
-            extra_headers: Headers of every request, in addition to this client's or in their place.
+            extra_headers: Headers of every request, in addition to this client's or in their place. Default: none.
             priority: How urgent the requests are: "interactive", "normal", "batch", or an integer. Default: this
                 client's.
 
@@ -385,8 +385,8 @@ class LLMClient(ChatMethods):
 
         Nothing is cached. The first request is `GET /v1/models`. The others depend on the kind of server that its reply
         suggests: LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once
-        more for each loaded model), Ollama `/api/version`, `/api/ps` and `/api/tags`, vLLM `/version`. Each may take
-        10 s, and none queues behind generations.
+        more for each loaded model), Ollama `/api/version`, `/api/ps` and `/api/tags` (also `/api/show` if the client's
+        own model is not loaded), vLLM `/version`. Each may take 10 s, and none queues behind generations.
 
         With several servers, the result has the models of all that answer. Of numbers that differ, it has the
         smallest; if the kinds differ, `kind` is "unknown". `server_infos` returns the result of each server.

@@ -42,7 +42,7 @@ def _as_options(options: Any) -> dict[str, str | None]:
         hint = "give a list of names, or a dict of names and descriptions"
         raise wrong_type("options", "a list or a dict", options, hint)
     if len(named) < 2:
-        raise LLMValidationError("options has fewer than two options", hint="a question needs a choice")
+        raise LLMValidationError("options has fewer than two options", hint="give at least two options to choose from")
     for name, description in named.items():
         check_text("the name of an option", name, hint="give each option a name")
         check_text(f"the description of {name!r}", description, optional=True, hint="describe it, or give None")

@@ -21,7 +21,7 @@ class ReasoningMarkers(NamedTuple):
     """The text after the reasoning."""
     is_opened_by_prompt: bool = True
     """Whether chat templates open the block in the prompt, so that a reply may contain only the closing text. If so,
-    everything before the closing text of a whole reply is reasoning. Default: True."""
+    `split_reasoning` takes everything before that closing text for reasoning. Default: True."""
 
 
 HARMONY: Final = ReasoningMarkers("<|channel|>analysis<|message|>", "<|end|>", is_opened_by_prompt=False)

@@ -55,8 +55,9 @@ _FINISHED_PART_EVENTS: Final = {
 class ResponseAccumulator:
     """Merges the events of a response into the response so far.
 
-    An item is recognized by its id and by its `output_index`. If the two contradict each other, the index decides,
-    because some servers give an item another id in each event. Other servers leave ids or indices out (llama.cpp leaves
+    An item is recognized by its id and by its `output_index`. If only the index is known, it decides, because some
+    servers give an item another id in each event. If both are known, but belong to different items, the id decides,
+    because other servers give all items the same index. Yet other servers leave ids or indices out (llama.cpp leaves
     out all indices). A piece that has neither belongs to the newest item, and to the newest part of it.
 
     Attributes:

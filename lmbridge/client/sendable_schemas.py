@@ -26,10 +26,10 @@ _STRING_FORMATS: Final = ("date", "date-time", "time", "uuid")
 _SIMPLE_PATTERN: Final = re.compile(r"\^(?:[^\\(]|\((?!\?)|\\[^a-zA-Z0-9])*\$", re.DOTALL)
 """Patterns that every version of llama.cpp knows. Older ones answer 400 to any other."""
 _LARGEST_BOUND: Final = 1_000
-"""The largest bound of a length that is sent. llama.cpp makes a grammar rule for each unit of a length, and limits the
-number of rules."""
+"""The largest bound of a length that is sent in the parameters of a tool. llama.cpp makes a grammar rule for each unit
+of a length, and limits the number of rules."""
 _LONGEST_ENUM: Final = 200
-"""The largest number of values of an enum that is sent."""
+"""The largest number of values of an enum that is sent in the parameters of a tool."""
 _MOST_PARTS: Final = 2_000
 """The number of parts after which references are no longer replaced, because the schema could become huge."""
 _RECURSION_DEPTH: Final = 2
@@ -129,7 +129,8 @@ class _Simplifier:
     Args:
         root: The whole schema, in which references are resolved.
         close_objects: Whether objects allow no additional fields.
-        keep_recursion: Whether references to types that contain themselves are kept.
+        keep_recursion: Whether references to types that contain themselves are kept. If so, defaults are left out, and
+            the bounds of lengths and the sizes of enums are not limited.
         omit_null_defaults: Whether a property that may be left out, and whose default is null, loses the alternative
             null.
 

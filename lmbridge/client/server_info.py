@@ -81,9 +81,11 @@ class ServerInfo:
     models: tuple[ModelInfo, ...] = ()
     """The server's models. LM Studio has an entry for each loaded instance of a model."""
     context_length: int | None = None
-    """The context length of the client's own model if the server lists it, else the smallest of all its models."""
+    """The context length of the client's own model if the server lists it, else the smallest of all its models. Models
+    that make embeddings do not count."""
     slots: int | None = None
-    """The slots of the client's own model if the server lists it, else the smallest number of all its models."""
+    """The slots of the client's own model if the server lists it, else the smallest number of all its models. Models
+    that make embeddings do not count."""
     max_loaded_models: int | None = None
     """The number of models that a llama.cpp router can keep loaded at the same time."""
 
@@ -360,7 +362,10 @@ def entries_named(models: Iterable[ModelInfo], model: str) -> list[ModelInfo]:
 
 
 def context_length_of(info: ServerInfo, model: str | None) -> int | None:
-    """Returns the context length of a model, or of the server's models if no name is given; None if it is unknown."""
+    """Returns the context length of a model; None if it is unknown.
+
+    If no name is given, or the server does not list the model, the result is the context length of the server.
+    """
     named = [] if model is None else entries_named(info.models, model)
     for each in named:
         if each.context_length is not None:
@@ -375,7 +380,10 @@ def awaits_load(info: ServerInfo, model: str | None) -> bool:
 
 
 def _relevant_models(models: Sequence[ModelInfo], model: str | None) -> Iterator[ModelInfo]:
-    """Yields the client's own model, or every model if the client has none or the server does not list it."""
+    """Yields the client's own model, or every model if the client has none or the server does not list it.
+
+    Models that make embeddings are left out.
+    """
     own = [] if model is None else entries_named(models, model)
     return (each for each in own or models if not each.embeds)
 

@@ -60,7 +60,7 @@ _COUNT_ENDPOINTS: Final = (
 
 @cache
 def _known_endpoints() -> WeakKeyDictionary[BaseTransport, tuple[_Endpoint, ...]]:
-    """The endpoints of each server that has been asked. An empty tuple stands for a server that cannot count."""
+    """The endpoint with which each server has counted. An empty tuple stands for a server that cannot count."""
     return WeakKeyDictionary()
 
 
@@ -79,7 +79,10 @@ async def count_tokens(server: ServerApi, body: Mapping[str, Any]) -> TokenCount
 
 
 async def _counted_by(server: ServerApi, body: Mapping[str, Any]) -> int | None:
-    """Returns the number of tokens that a server counts, or None if it has no endpoint for this."""
+    """Returns the number of tokens that a server counts.
+
+    The result is None if the server has no endpoint for this, or has not loaded the model.
+    """
     transport, known = server.transport, _known_endpoints()
     is_certain = True
     for endpoint in known.get(transport, _COUNT_ENDPOINTS):

@@ -34,8 +34,8 @@ class ToolCallAccumulator:
     llama-cpp-python repeats the name in each piece; and some servers send all arguments in one piece, as an object.
     Therefore the call that a piece belongs to is found by the id of the piece, else by its index, and else it is the
     last call. A new id begins a new call whatever the index is, and so does a known id with another index or another
-    name. In a piece without an id, a name begins a new call if the arguments so far are complete or the name is another
-    one.
+    name. In a piece without an id, a name begins a new call if the arguments so far are complete, or if the call so far
+    has no id and another name.
     """
 
     # This class and the accumulators that use it have slots because a program may have a thousand streams open.

@@ -101,8 +101,8 @@ BAD: list[tuple[Any, str]] = [
     ([None], r"prompt\[0\] must be a text, not None"),
     (["a", 5], r"prompt\[1\] must be a text, not int"),
     ([True], r"prompt\[0\] must be a text, not bool"),
-    ([1, "a"], r"prompt\[1\] must be a token id like those before it, not str"),
-    ([[1, 2.5]], r"prompt\[0\]\[1\] must be a token id like those before it, not float"),
+    ([1, "a"], r"prompt\[1\] must be a token id \(an integer\), not str"),
+    ([[1, 2.5]], r"prompt\[0\]\[1\] must be a token id \(an integer\), not float"),
     ({"a": 1}, "prompt must be a text or a list of texts, not dict"),
 ]
 
