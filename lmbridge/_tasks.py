@@ -123,24 +123,46 @@ async def run_together(works: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
     """Runs coroutines at the same time, each in a task, and returns their results in the same order.
 
     If one of them raises an exception, the others are cancelled and awaited, and its exception is raised unchanged. A
-    task group alone would raise a group of exceptions, for which no caller is prepared.
+    task group would raise a group of exceptions, for which no caller is prepared. Besides, it raises such a group in
+    place of a cancellation of the caller, and in Python 3.11 and 3.12 it leaves a cancel request in the caller's task,
+    so that an `asyncio.timeout` around it no longer raises a `TimeoutError`.
 
-    On cancellation of the caller, all of them are cancelled and awaited.
+    On cancellation of the caller, all of them are cancelled and awaited, and cancelled again on each further one. The
+    cancellation takes precedence over an exception of one of them, such as one in its clean-up.
     """
+    tasks = [asyncio.ensure_future(work) for work in works]
+    errors: list[BaseException] = []
+
+    def note_error(ended: asyncio.Task[_T]) -> None:
+        if not ended.cancelled() and (error := ended.exception()) is not None:
+            if not errors:
+                for each in tasks:
+                    each.cancel()
+            errors.append(error)
+
+    for task in tasks:
+        task.add_done_callback(note_error)
+    cancellation: asyncio.CancelledError | None = None
+    while running := [each for each in tasks if not each.done()]:
+        try:
+            await asyncio.wait(running)
+        except asyncio.CancelledError as error:
+            cancellation = error
+            for task in running:
+                task.cancel()
+    if cancellation is not None:
+        raise cancellation
+    if not errors:
+        return [each.result() for each in tasks]
+    first = errors[0]
+    # The traceback of the exception refers to this frame. If the frame referred to the exception as well, only the
+    # garbage collector could free the two.
+    tasks.clear()
+    errors.clear()
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work) for work in works]
-    except BaseExceptionGroup as failed:
-        # The others have failed for the same reason, or in their clean-up.
-        error = failed.exceptions[0]
-    else:
-        return [task.result() for task in tasks]
-    try:
-        raise error
+        raise first
     finally:
-        # The traceback of the exception refers to this frame. If the frame referred to the exception as well, only the
-        # garbage collector could free the two.
-        del error
+        del first
 
 
 async def end_task(task: asyncio.Future[Any], *, grace: float | None = None) -> bool:

@@ -119,6 +119,39 @@ async def test_a_cancelled_caller_cancels_what_runs_together() -> None:
         await ended.acquire()
 
 
+async def test_a_cancellation_is_not_lost_in_an_error_of_a_clean_up() -> None:
+    begun = asyncio.Event()
+
+    async def fail_in_the_clean_up() -> None:
+        try:
+            begun.set()
+            await asyncio.get_running_loop().create_future()
+        finally:
+            raise ValueError("in the clean-up")
+
+    task = asyncio.create_task(run_together([fail_in_the_clean_up()]))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+
+
+async def test_an_error_of_what_runs_together_leaves_no_cancel_request_behind() -> None:
+    async def wait() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def fail() -> None:
+        raise ValueError("x")
+
+    current = asyncio.current_task()
+    assert current is not None
+    with pytest.raises(ValueError, match="x"):
+        await run_together([wait(), fail()])
+    # With a request left, an `asyncio.timeout` around it would raise a CancelledError in place of a TimeoutError.
+    assert current.cancelling() == 0
+
+
 async def test_an_ended_task_has_cleaned_up() -> None:
     cleaned_up = False
 

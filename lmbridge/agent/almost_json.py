@@ -249,9 +249,9 @@ def _quote(inner: str) -> str:
     """
     if "\\" not in inner:
         return json.dumps(inner, ensure_ascii=False)
-    escapes = {each[1][0] for each in _ESCAPE.finditer(inner)}
-    invalid = escapes - set(_VALID_ESCAPES) - {"'"}
-    if invalid and escapes & (set(_VALID_ESCAPES) - set(_PLAIN_ESCAPES)):
+    escapes = {each[1] for each in _ESCAPE.finditer(inner)} - {"'", *_PLAIN_ESCAPES}
+    valid = {each for each in escapes if _is_valid_escape(each)}
+    if valid and escapes != valid:
         raise ValueError("a string has valid JSON escapes as well as invalid ones")
     pieces: list[str] = []
     position = 0
@@ -263,10 +263,15 @@ def _quote(inner: str) -> str:
     return '"' + "".join(pieces) + '"'
 
 
+def _is_valid_escape(escaped: str) -> bool:
+    """Returns whether JSON has an escape, given what `_ESCAPE` has found after the backslash."""
+    return escaped[0] in _VALID_ESCAPES and escaped != "u"
+
+
 def _escape_of(escaped: str) -> str:
     if escaped == "'":
         return "'"
-    if escaped[0] in _VALID_ESCAPES and (escaped[0] != "u" or len(escaped) > 1):
+    if _is_valid_escape(escaped):
         return "\\" + escaped
     return "\\\\" + _escape_plain(escaped)
 

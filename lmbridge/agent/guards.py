@@ -13,12 +13,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import msgspec
+from lmbridge.agent.planned_calls import encode_sorted
 
 _WARN_AT: Final = 3
 """After this many replies with the same call and the same result, the model gets a warning."""
-
-_encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
 
 
 class RepetitionGuard:
@@ -49,7 +47,7 @@ class RepetitionGuard:
         if self._limit is None:
             return result
         # The key is a hash and not the texts, because results may be large.
-        key = hash((name, _encode_sorted(arguments), result, *(_encode_sorted(each) for each in images)))
+        key = hash((name, encode_sorted(arguments), result, *(encode_sorted(each) for each in images)))
         if key not in self._counted:
             self._counted.add(key)
             self._counts[key] += 1

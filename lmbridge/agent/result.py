@@ -236,8 +236,9 @@ class RunResult(Generic[OutputT]):
             bars += [
                 Bar(
                     kind="tool",
-                    start=record.started,
-                    end=record.started + record.seconds,
+                    # The start of a call from before an interruption is not known, but it was after the reply.
+                    start=(start := record.started or end),
+                    end=start + record.seconds,
                     label=record.call.name,
                     text=f"{record.call.arguments!r}\n{record.text}",
                 )

@@ -61,13 +61,16 @@ class ToolOutcome:
     """The images of the result, as content parts."""
 
 
-class _CallDeadline(NamedTuple):
-    """The time limit of one call."""
+@attrs.define
+class _CallLimit:
+    """The time limit of one call, and whether its result is still wanted."""
 
     seconds: float | None
     """The limit in seconds, for error texts; None if there is no limit."""
     at: float | None
     """The value of `time.monotonic()` at the deadline; None if there is no limit."""
+    has_ended: bool = False
+    """Whether the call has ended, or the tool was cancelled: from then on, the result is not wanted."""
 
     def remaining(self) -> float | None:
         """Returns the seconds until the deadline, or None if there is no limit."""
@@ -104,21 +107,20 @@ async def call_tool(
         max_output: The number of characters to which the text of the outcome is truncated.
     """
     began = time.monotonic()
-    has_ended = False
+    if tool.timeout != "agent":
+        timeout = tool.timeout
+    limit = _CallLimit(timeout, None if timeout is None else began + timeout)
     leading: tuple[ToolContext, ...] = ()
     if tool.takes_context_first or tool.context_names:
         run_is_cancelled = context.cancelled
-        context = attrs.evolve(context, cancelled=lambda: has_ended or run_is_cancelled())
+        context = attrs.evolve(context, cancelled=lambda: limit.has_ended or run_is_cancelled())
         arguments = {**arguments, **dict.fromkeys(tool.context_names, context)}
         leading = (context,) if tool.takes_context_first else ()
-    if tool.timeout != "agent":
-        timeout = tool.timeout
     call = partial(tool.function, *leading, **arguments)
-    deadline = _CallDeadline(timeout, None if timeout is None else began + timeout)
     raw: Any = None
     images: tuple[Mapping[str, Any], ...] = ()
     try:
-        raw = await _execute(call, tool.is_async, deadline)
+        raw = await _execute(call, tool.is_async, limit)
         without_images, images = split_images(raw)
         text, is_error = result_as_text(without_images), False
     except _OutOfTimeError as exc:
@@ -127,27 +129,27 @@ async def call_tool(
         raw, text, is_error = exc, _describe_exception(exc), True
         images = exc.images if isinstance(exc, ToolError) else ()
     finally:
-        has_ended = True
+        limit.has_ended = True
     return ToolOutcome(truncate_output(text, max_output), is_error, raw, time.monotonic() - began, images)
 
 
-async def _execute(call: Callable[[], Any], is_async: bool, deadline: _CallDeadline) -> Any:
+async def _execute(call: Callable[[], Any], is_async: bool, limit: _CallLimit) -> Any:
     """Runs the tool, and returns its result or raises its exception.
 
     Raises:
         _OutOfTimeError: The tool was still running at the deadline.
         ToolError: The tool ended in a way that must not end the run, such as `sys.exit`.
     """
-    result = call() if is_async else await _execute_in_thread(call, deadline)
+    result = call() if is_async else await _execute_in_thread(call, limit)
     if is_async or inspect.isawaitable(result):
-        return await _execute_in_task(result, deadline)
+        return await _execute_in_task(result, limit)
     return result
 
 
 # Async tools
 
 
-async def _execute_in_task(awaitable: Awaitable[Any], deadline: _CallDeadline) -> Any:
+async def _execute_in_task(awaitable: Awaitable[Any], limit: _CallLimit) -> Any:
     name = getattr(awaitable, "__qualname__", type(awaitable).__name__)
     task = asyncio.get_running_loop().create_task(_await_without_exit(awaitable), name=f"lmbridge-tool-{name}")
     try:
@@ -158,15 +160,15 @@ async def _execute_in_task(awaitable: Awaitable[Any], deadline: _CallDeadline) -
             _forget_task(awaitable, task)
         else:
             _keep_running_tool(awaitable, task)
-            await asyncio.wait({task}, timeout=deadline.remaining())
+            await asyncio.wait({task}, timeout=limit.remaining())
     except asyncio.CancelledError:
         _keep_running_tool(awaitable, task)
-        await _cancel_and_wait(task)
+        await _cancel_and_wait(task, limit)
         raise
     if not task.done():
-        has_ended = await _cancel_and_wait(task)
+        has_ended = await _cancel_and_wait(task, limit)
         ending = "was cancelled" if has_ended else "ignored its cancellation, so it may still be running"
-        raise _OutOfTimeError(f"it did not finish within {deadline.seconds:g} seconds, and {ending}")
+        raise _OutOfTimeError(f"it did not finish within {limit.seconds:g} seconds, and {ending}")
     if task.cancelled():
         # The run has not cancelled the task, so something that the tool awaited was cancelled.
         raise ToolError(_CANCELLED_FROM_WITHIN)
@@ -183,11 +185,12 @@ async def _await_without_exit(awaitable: Awaitable[Any]) -> Any:
         raise ToolError(_describe_exception(exc), exc) from exc
 
 
-async def _cancel_and_wait(task: asyncio.Future[Any]) -> bool:
+async def _cancel_and_wait(task: asyncio.Future[Any], limit: _CallLimit) -> bool:
     """Cancels the task of a tool, and returns True if it ends within the time for its clean-up.
 
     On cancellation of the caller, the wait ends at once: a tool that hangs must not hold up its run a second time.
     """
+    limit.has_ended = True
     task.cancel()
     await asyncio.wait({task}, timeout=_CLEAN_UP_SECONDS)
     if not task.done():
@@ -212,17 +215,17 @@ def _forget_task(awaitable: Awaitable[Any], task: asyncio.Future[Any]) -> None:
 # Plain functions
 
 
-async def _execute_in_thread(call: Callable[[], Any], deadline: _CallDeadline) -> Any:
+async def _execute_in_thread(call: Callable[[], Any], limit: _CallLimit) -> Any:
     future = _start_thread(call)
     try:
-        await asyncio.wait({future}, timeout=deadline.remaining())
+        await asyncio.wait({future}, timeout=limit.remaining())
     except asyncio.CancelledError:
         future.add_done_callback(_close_unwanted_coroutine)
         raise
     if not future.done():
         future.add_done_callback(_close_unwanted_coroutine)
         raise _OutOfTimeError(
-            f"it did not finish within {deadline.seconds:g} seconds; it may still be running, but its result is lost"
+            f"it did not finish within {limit.seconds:g} seconds; it may still be running, but its result is lost"
         )
     value, error = future.result()
     if error is None:

@@ -15,7 +15,7 @@ from typing import Final
 from lmbridge._text import shorten
 from lmbridge.agent.tool_names import LONGEST_NAME
 
-_PREFIXES: Final = re.compile(r"(?:functions?|tools?|default_api|api|mcp)[.:/]+", re.IGNORECASE)
+_PREFIXES: Final = re.compile(r"\A(?:functions?|tools?|default_api|api|mcp)[.:/]+", re.IGNORECASE)
 """The names of the namespaces in which templates list the tools: gpt-oss, Kimi, Gemini, and others."""
 _SUFFIXES: Final = re.compile(r"(?:<\|.*|:\d{1,5}|\(\s*\))\s*\Z", re.DOTALL)
 """The tokens that gpt-oss leaves in a name, the number of a call of Kimi, and empty parentheses."""
@@ -60,7 +60,7 @@ def find_meant_name(asked: str, names: Iterable[str]) -> str | None:
         names: The names of the tools.
     """
     asked = asked.strip()[:_LONGEST_NAME].strip("`'\"* ")
-    bare = _key_of(_PREFIXES.sub("", _SUFFIXES.sub("", asked), count=1))
+    bare = _key_of(_PREFIXES.sub("", _SUFFIXES.sub("", asked)))
     if not bare:
         return None
     keys = [(name, _key_of(name)) for name in names]

@@ -108,13 +108,14 @@ class RawResponses(NotCopyable):
         input: Texts,  # noqa: A002 - the API's own name
         *,
         model: str | None = None,
+        batch_size: int | None = None,
         **params: Any,
     ) -> RawResponse[Embeddings]:
         """Asks for embeddings, as `LLMClient.embeddings` does.
 
         With `batch_size`, the status and headers are those of the last request.
         """
-        return await self._record(lambda client: client.embeddings(input, model=model, **params))
+        return await self._record(lambda client: client.embeddings(input, model=model, batch_size=batch_size, **params))
 
     @overload
     async def create_response(
@@ -138,11 +139,16 @@ class RawResponses(NotCopyable):
         input: ResponseInput,  # noqa: A002 - the API's own name
         *,
         model: str | None = None,
+        previous_response_id: str | None = None,
         **params: Any,
     ) -> RawResponse[Response]:
         """Asks for a response, as `LLMClient.create_response` does."""
         _refuse_stream(params)
-        return await self._record(lambda client: client.create_response(input, model=model, **params))
+        return await self._record(
+            lambda client: client.create_response(
+                input, model=model, previous_response_id=previous_response_id, **params
+            )
+        )
 
     async def _record(self, send: Callable[[LLMClient], Awaitable[Any]]) -> RawResponse[Any]:
         heads: list[tuple[int, Mapping[str, str]]] = []

@@ -139,6 +139,7 @@ def _combined_model(one: ModelInfo, other: ModelInfo) -> ModelInfo:
     return attrs.evolve(
         one,
         loaded=_any_of(one.loaded, other.loaded),
+        status=other.status if other.loaded and not one.loaded else one.status,
         context_length=smallest(one.context_length, other.context_length),
         slots=smallest(one.slots, other.slots),
         embeds=one.embeds and other.embeds,

@@ -51,7 +51,7 @@ def json_schema(annotation: Any) -> dict[str, Any]:
         of_parts = [next(schema for part, schema in by_part if part is each) for each in stand_in.reader.parts]
         definitions[name], further = stand_in.reader.schema(of_parts, name)
         definitions |= further
-    whole = _without_aliases({**schemas[0], "$defs": definitions})
+    whole = _without_aliases({**with_literals_as_written(schemas[0], annotation), "$defs": definitions})
     if not whole["$defs"]:
         del whole["$defs"]
     return whole

@@ -108,8 +108,8 @@ def _order_of(annotation: Any) -> Any:
     """Returns a value that differs between equal types whose parts are in a different order."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
-        # msgspec sorts the values in the schema, so their order makes no difference.
-        return None
+        # Equal values, such as 1 and True, are different ones in a Literal.
+        return tuple((type(each), each) for each in arguments)
     parts = arguments[:1] if origin is Annotated else arguments
     return tuple(map(_order_of, parts)) if parts else id(annotation)
 

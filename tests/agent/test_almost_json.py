@@ -92,6 +92,7 @@ def test_missing_brackets_are_added_only_if_nothing_was_cut_off(text: str, value
         '{"a": 1,, "b": 2}',
         '{"a": C:\\x}',
         '{"a": "C:\\data\\new"}',
+        "{'a': 'C:\\users\\new'}",
         "{'a': undefined}",
         "[" * 300,
     ],

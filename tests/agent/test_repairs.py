@@ -70,6 +70,9 @@ def test_a_name_that_can_mean_only_one_tool_is_found(asked: str) -> None:
         ("<|channel|>", ["add"]),
         ("_", ["add", "_"]),
         ("add", []),
+        # A prefix is only removed where a name begins.
+        ("weather_tool.delete_all", ["weather_delete_all"]),
+        ("my_api.search", ["my_search"]),
     ],
 )
 def test_any_other_name_is_not_guessed(asked: str, names: list[str]) -> None:

@@ -430,6 +430,19 @@ async def test_a_cancelled_switch_changes_nothing(client: LLMClient, gate: Gate)
     assert (await handle.result()).model == agent.model == "test-model"
 
 
+async def test_a_switch_that_is_cancelled_as_the_last_run_ends_has_changed_the_model() -> None:
+    admission = RunAdmission("drain", "a")
+    last = run()
+    await admission.enter(last)
+    switch = asyncio.ensure_future(admission.enter(RunPermit(requested_model="b", is_switch=True)))
+    await asyncio.sleep(0)
+    admission.leave(last)
+    switch.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await switch
+    assert (admission.default, admission.is_idle) == ("b", True)
+
+
 async def test_a_waiting_run_that_is_cancelled_frees_its_place(client: LLMClient, gate: Gate) -> None:
     agent = Agent(client, tools=[gate.wait], switch_policy="drain")
     first = await begun(agent, gate)

@@ -247,6 +247,27 @@ asyncio.run(main())
     assert not process.stderr
 
 
+@pytest.mark.parametrize("way", ["timeout", "cancel"])
+async def test_a_tool_sees_in_its_clean_up_that_its_result_is_not_wanted(way: str) -> None:
+    begun = asyncio.Event()
+    seen: list[bool] = []
+
+    async def tool(context: ToolContext) -> None:
+        seen.append(context.cancelled())
+        try:
+            begun.set()
+            await asyncio.get_running_loop().create_future()
+        finally:
+            seen.append(context.cancelled())
+
+    calling = asyncio.create_task(call(tool, timeout=0.01 if way == "timeout" else None))
+    await begun.wait()
+    if way == "cancel":
+        calling.cancel()
+    await asyncio.wait({calling})
+    assert seen == [False, True]
+
+
 async def test_the_context_reports_the_cancellation_of_the_run() -> None:
     is_over = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -28,6 +29,15 @@ async def test_a_raw_response_has_the_reply_the_status_and_the_headers(method: s
     assert raw.parsed == REPLIES[transport.requests[0].path]
     assert (raw.status, raw.headers["x-id"]) == (201, "7")
     assert transport.requests[0].headers["x-trace"] == "abc1"
+
+
+@pytest.mark.parametrize("method", GENERATIONS)
+def test_a_raw_call_shows_the_parameters_of_the_plain_one(method: str) -> None:
+    raw, plain = (
+        inspect.signature(getattr(each, method)).parameters
+        for each in (LLMClient(transport=MockTransport(handler)).with_raw_response, LLMClient)
+    )
+    assert set(plain) - set(raw) <= {"self", "stream"}
 
 
 async def test_a_raw_response_is_no_stream() -> None:

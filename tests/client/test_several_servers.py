@@ -144,6 +144,13 @@ def test_what_one_server_does_not_report_is_unknown_only_if_it_matters(
         assert (model.loaded, model.vision, model.tools) == (any_of, all_of, all_of)
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_model_that_one_server_has_loaded_has_the_status_of_that_server(is_first: bool) -> None:
+    models = [ModelInfo(id="m", loaded=True, status="sleeping"), ModelInfo(id="m", loaded=False, status="unloaded")]
+    infos = [ServerInfo(kind="llama.cpp", models=(each,)) for each in (models if is_first else models[::-1])]
+    assert combined_info(infos).models == (models[0],)
+
+
 async def test_statistics_have_an_entry_for_each_server() -> None:
     one, two = FakeServer("one"), FakeServer("two")
     client = client_of(one, two)

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from lmbridge import Agent, Limits, LLMClient, LLMConnectionError, LLMValidationError, RunResult, ToolCall
@@ -74,6 +75,15 @@ async def test_a_result_shows_its_rounds_and_calls_and_escapes_them(tmp_path: Pa
     assert page.kinds == ["reply", "tool", "reply"]
     assert NASTY in page.bars[1]["data-text"]
     assert (page.tags.count("script"), page.tags.count("img")) == (1, 0)
+
+
+async def test_a_call_from_before_an_interruption_is_shown_after_its_reply() -> None:
+    result = await run_with_a_call()
+    first, last = result.log
+    (record,) = first.tool_calls
+    replayed = attrs.evolve(first, started=60.0, reply_seconds=1.0, tool_calls=(attrs.evolve(record, started=0.0),))
+    (row,) = attrs.evolve(result, log=(replayed, last)).timeline().rows
+    assert [(each.kind, each.start) for each in row.bars[:2]] == [("reply", 60.0), ("tool", 61.0)]
 
 
 async def test_a_notebook_shows_a_result_in_a_frame() -> None:

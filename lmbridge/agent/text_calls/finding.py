@@ -8,7 +8,6 @@ one.
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
@@ -26,6 +25,7 @@ from lmbridge.agent.text_calls.syntaxes import (
     begins_line,
 )
 from lmbridge.client.reasoning import split_reasoning
+from lmbridge.client.tool_call_accumulator import generated_call_id
 
 # Matches tokens of chat templates, except for those with which a call begins, such as `<|python_tag|>`.
 _TEMPLATE_TOKEN: Final = re.compile(
@@ -314,5 +314,5 @@ def to_wire_call(name: str, arguments: str | None, *, is_repaired: bool = False)
         is_repaired: Whether the call was repaired. The entry then has `"repaired": True`.
     """
     function = {"name": name, "arguments": "" if arguments is None else without_repetition(arguments)}
-    call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    call = {"id": generated_call_id(), "type": "function", "function": function}
     return {**call, "repaired": True} if is_repaired else call
