@@ -360,9 +360,7 @@ class RunLoop:
         if not reply.may_call:
             return None
         if reply.calls:
-            # A program that allows repetitions may have a tool that is polled, or one that rolls a die.
-            allows_repetitions = self._settings.repetition_limit is None or not self._settings.deduplicate_calls
-            if allows_repetitions or not reply.written_calls:
+            if self._allows_repetitions() or not reply.written_calls:
                 return None
             # A model has lost its way if it fills its reply with calls, and the result of the first one is known.
             has_lost_its_way = reply.finish_reason == "length" and self._repeats_call(reply)
@@ -377,8 +375,17 @@ class RunLoop:
         is_asked = self._nudges.has_given("repeated_call")
         return is_asked and find_unread_call(reply.text or reply.reasoning, self._toolset.names) is not None
 
+    def _allows_repetitions(self) -> bool:
+        """Returns whether the program has a use for repeated calls, such as those of a tool that rolls a die."""
+        return self._settings.repetition_limit is None or not self._settings.deduplicate_calls
+
     def _repeats_call(self, reply: ModelReply) -> bool:
-        """Returns whether a reply begins with a call, written as text, whose result the model already has."""
+        """Returns whether a reply begins with a call, written as text, whose result the model already has.
+
+        It is False if the program allows repetitions: then the model may want the call again.
+        """
+        if self._allows_repetitions():
+            return False
         call = first_json_call(reply.written_calls or reply.text)
         return call is not None and self._turns.has_result_of(call.name, call.arguments)
 

@@ -318,6 +318,17 @@ async def test_a_reply_that_begins_with_a_known_call_is_followed_by_a_request_fo
     assert [(nudge.kind, nudge.without_tools) for nudge in result.log[1].nudges] == [(kind, True)]
 
 
+@pytest.mark.parametrize("options", [{"repetition_limit": None}, {"deduplicate_calls": False}])
+@pytest.mark.parametrize(("reason", "kind"), [("stop", "unreadable_call"), ("length", "cut_call")])
+async def test_a_known_call_may_be_written_again_if_repetitions_are_allowed(
+    scripted_server: ScriptedServer, client: LLMClient, reason: str, kind: str, options: dict[str, Any]
+) -> None:
+    flawed = answer(f'{CALL}\n{{"name": "response", "arguments": [[3,]]}}\n{{', finish_reason=reason)
+    scripted_server.script(RESULT, flawed, answer("It is 3."))
+    result = await Agent(client, tools=[add], **options).run("1 + 2?")
+    assert [(nudge.kind, nudge.without_tools) for nudge in result.log[1].nudges] == [(kind, False)]
+
+
 async def test_a_call_that_has_failed_may_be_written_again(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(
         calls(asks("fail", a=1)),
