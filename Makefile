@@ -43,8 +43,8 @@ CONFORMANCE := tests/mcp/conformance
 # The first pip that installs the dependency groups of pyproject.toml. The one that comes with Python may be older.
 PIP_REQUIREMENT := 'pip>=25.1'
 
-# A worker gets tests that follow each other, so that most fixtures of a session are created once, and takes others over
-# when it has finished its own.
+# A worker gets tests that follow each other, so that most fixtures of a session are created once. When it has
+# finished its own tests, it takes over some of another worker.
 IN_PARALLEL := -n auto --dist worksteal
 
 FIT := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
@@ -67,7 +67,7 @@ test-slow: .venv-test/installed $(NPM)/node_modules/.package-lock.json $(CLIENTS
 	.venv-test/bin/nox --session aioresponses oldest mcp1 clients dbos ray referee docs migrations dist api
 	.venv-test/bin/python -m pytest $(IN_PARALLEL) -m slow --ignore=tests/fleet/test_ray.py
 
-# A Python that was not given on the command line is one of this machine.
+# PYTHON is passed on only if the command line sets it, because otherwise it is a Python of this machine.
 test-newer:
 	scripts/test_in_debian.sh $(or $(SUITE),trixie) $(if $(findstring command,$(origin PYTHON)),$(PYTHON))
 
@@ -77,11 +77,11 @@ test-llama-server:
 fuzz: .venv-test/installed
 	@.venv-test/bin/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
 
-# The checks run side by side, and the output of each is printed when it has ended, if make can do that.
+# The checks run side by side. If make has --output-sync, the output of each check is printed when it has ended.
 lint: .venv-test/installed
 	@$(MAKE) --no-print-directory --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(CHECKS)
 
-# pyright takes longest. It looks for libraries in the environment whose `python` is the first one.
+# pyright takes longest. It looks for libraries in the environment whose `python` comes first in PATH.
 CHECKS := check-pyright check-mypy check-style check-public-types
 .PHONY: $(CHECKS)
 check-pyright check-public-types: export PATH := $(CURDIR)/.venv-test/bin:$(PATH)

@@ -28,16 +28,16 @@ def tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
 
 
-# The extras whose libraries `oldest` also pins. The others have more dependencies than their tests here would show.
+# The extras whose libraries `oldest` also pins. The others have more dependencies than this session tests.
 PINNED_EXTRAS = ("cli", "gateway", "mcp", "otel")
 
 
 def lowest_versions() -> list[str]:
-    """Returns the lowest allowed version of each dependency of the package, as pyproject.toml says it."""
+    """Returns the lowest allowed version of each dependency of the package, as pyproject.toml states it."""
     project = PROJECT["project"]
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *(each for name in PINNED_EXTRAS for each in extras[name])]
-    # A newer SDK would need a newer API than the lowest one.
+    # A newer opentelemetry-sdk would need a newer opentelemetry-api than the lowest one.
     requirements += [each for each in DEV if each.startswith("opentelemetry-sdk")]
     floors = [re.fullmatch(r"([\w.-]+)>=([\w.]+)(?:,.*)?", each) for each in requirements]
     return [f"{floor[1]}=={floor[2]}" for floor in floors if floor is not None]
@@ -48,15 +48,15 @@ def lowest_versions() -> list[str]:
 def oldest(session: nox.Session) -> None:
     session.install("-e", f".[{','.join(PINNED_EXTRAS)}]", *lowest_versions(), "blockbuster", "hypothesis", *PYTEST)
     command = ["python", "-m", "pytest", "-n", "auto", "-m", "not slow and not real"]
-    # Old libraries call what newer ones of others have deprecated, and the plugin of an old anyio breaks pytest.
+    # Old libraries use what other libraries have since deprecated, and the plugin of an old anyio breaks pytest.
     command += ["-W", "ignore::DeprecationWarning", "-W", SDK_1_WARNING, "-p", "no:anyio"]
     folders = ["tests/transport", "tests/client", "tests/agent", "tests/observe", "tests/mcp/sdk", "tests/mcp/servers"]
     session.run(*command, *(session.posargs or folders))
-    # Where aiohttp has no compiled parser, it uses another one, which has other habits.
+    # Where aiohttp has no compiled parser, it uses one in Python, which does not always behave the same.
     session.run(*command, *(session.posargs or ["tests/transport"]), env={"AIOHTTP_NO_EXTENSIONS": "1"})
 
 
-# The newest versions of all dependencies, also those that were released after the last change of a lock or an image.
+# The newest versions of all dependencies, even those released since a lock file or an image was last changed.
 @nox.session
 def newest(session: nox.Session) -> None:
     extras = "cli,gateway,langchain,mcp,openai-agents,otel,pydantic-ai"
@@ -93,7 +93,7 @@ def mcp1(session: nox.Session) -> None:
     _mcp(session, SDK_1)
 
 
-# `make test-slow` runs this session: programs of others, which only the tests of the gateway need.
+# `make test-slow` runs this session. It installs clients of other projects, which only tests of the gateway need.
 @nox.session(reuse_venv=True)
 def clients(session: nox.Session) -> None:
     packages = ["anthropic>=0.80", "langchain-openai>=1", "openai>=1.60"]
@@ -102,7 +102,7 @@ def clients(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/gateway/test_clients.py", *session.posargs)
 
 
-# `make test-slow` runs this session: the recipe for a workflow engine, which nothing else needs.
+# `make test-slow` runs this session. It installs DBOS, a workflow engine, which only the test of its recipe needs.
 @nox.session(reuse_venv=True)
 def dbos(session: nox.Session) -> None:
     session.install("-e", ".", "dbos>=3", "blockbuster", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout")
@@ -119,8 +119,8 @@ def ray(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/fleet", *session.posargs)
 
 
-# `make test-slow` runs this session: what LLMock says of lmbridge and of other clients, in the versions of the table in
-# docs/reliability.md.
+# `make test-slow` runs this session. It checks what LLMock says of lmbridge and of other clients, in the versions that
+# the table in docs/reliability.md names.
 @nox.session(reuse_venv=True)
 def referee(session: nox.Session) -> None:
     packages = ["llmock==0.2.2", "openai==3.57.0", "pydantic-ai-slim[openai]==2.68.0"]
@@ -160,7 +160,7 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", "build", "--strict", "--site-dir", session.create_tmp(), env={"NO_MKDOCS_2_WARNING": "1"})
 
 
-# The successor of Material for MkDocs builds the site from the same file, into the folder that the file names.
+# Zensical, the successor of Material for MkDocs, builds the site from mkdocs.yml as well, into the folder `site`.
 @nox.session(reuse_venv=True)
 def zensical(session: nox.Session) -> None:
     session.install("-e", ".[otel]", "zensical", "mkdocstrings[python]>=1", "ruff>=0.12")
@@ -168,7 +168,7 @@ def zensical(session: nox.Session) -> None:
     session.run("python", "scripts/site_text.py", "site")
 
 
-# `make test-slow` runs this session: the code in the pages about coming from other libraries fits their types.
+# `make test-slow` runs this session. It checks the code in docs/from-*.md against the types of the other libraries.
 @nox.session(reuse_venv=True)
 def migrations(session: nox.Session) -> None:
     agents = ["langchain>=1.5", "langchain-openai>=1", "pydantic-ai-slim[openai]>=2.68"]
@@ -202,7 +202,7 @@ def dist(session: nox.Session) -> None:
     with tarfile.open(packages[".gz"]) as archive:
         archive.extractall(folder, filter="data")
     (source,) = folder.glob("lmbridge-*")
-    # From the files of the sdist, at another time and place, the same bytes have to result.
+    # A build from the files of the sdist, at another time and place, has to give the same bytes.
     for kind, again in _build(session, source, folder / "again").items():
         first, second = (hashlib.sha256(each.read_bytes()).hexdigest() for each in (packages[kind], again))
         if first != second:

@@ -253,7 +253,7 @@ class FileWriter:
             self._typing_imports.add(line)
 
     def _import_line(self, name: str, owner: Module) -> str | None:
-        # The type that a type variable of a base class stands for may be a name of the module of the derived class.
+        # A type variable of a base class may stand for a type that only the module of the derived class knows.
         return owner.import_line(name) or self._spec_module.import_line(name)
 
 

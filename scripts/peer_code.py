@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 
 DOCS = Path(__file__).parent.parent / "docs"
-# Documentation writes messages as plain dicts and keys as strings, which these libraries accept and do not declare.
+# The pages write messages as plain dicts and keys as strings. The libraries accept that, but their types do not.
 _RULES = "# pyright: reportArgumentType=false, reportCallIssue=false"
 
 

@@ -30,6 +30,7 @@ TYPING: Final = 0.04
 REST: Final = 4.0
 """How many seconds the last picture stays before the film begins again."""
 SECONDS: Final = 300
+"""How long the program may take to write something, in seconds."""
 
 Screen = tuple[str, ...]
 

@@ -60,7 +60,7 @@ def _add_constructor(cls: griffe.Class) -> None:
     try:
         loaded: Any = getattr(importlib.import_module(cls.module.path), cls.name)
     except ImportError:
-        # A bridge to another framework, which need not be installed. It has no attrs classes.
+        # The module adapts lmbridge to another framework, which need not be installed. It has no attrs classes.
         return
     if not attrs.has(loaded):
         return

@@ -21,6 +21,8 @@ _SENTENCE = re.compile(r"(?<=[.:])\s")
 
 
 class Page(NamedTuple):
+    """A page of the documentation, and the section of the navigation that lists it."""
+
     section: str
     title: str
     path: str

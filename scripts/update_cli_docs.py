@@ -1,7 +1,7 @@
 """Runs the commands of docs/cli.md with the embedded server, and writes their outputs into the page.
 
-    python scripts/update_cli_docs.py              runs all of them, which takes minutes
-    python scripts/update_cli_docs.py models bench runs those whose first line contains one of these words
+    python scripts/update_cli_docs.py                 runs all of them, which takes minutes
+    python scripts/update_cli_docs.py models bench    runs those that contain one of these words
 
 It needs `pip install -e '.[cli,local,mcp]' --group dev`. A command is run if a `text` block stands directly behind its
 `shell` block. It runs in a pseudo-terminal that calls itself "dumb", so that its output has no escape sequences.
@@ -28,6 +28,7 @@ PAGE: Final = ROOT / "docs" / "cli.md"
 PORT: Final = 9931
 COLUMNS: Final = 110
 SECONDS: Final = 600
+"""How long a command may take to write something, in seconds."""
 BLOCK: Final = re.compile(
     r"```shell\n(?P<command>(?:(?!```).)*)```\n\n```text\n(?P<output>(?:(?!```).)*)```", re.DOTALL
 )

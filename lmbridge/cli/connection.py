@@ -116,7 +116,9 @@ async def connect_to_server(
     Raises:
         UsageError: The options contradict each other.
         CommandError: No server was found.
-        LLMError: The server cannot be reached, or the embedded server does not start.
+        LLMError: The server cannot be reached, refused the key or did not answer, or the embedded server does not
+            start.
+        ImportError: The embedded server was asked for, and the extra `local` is not installed.
     """
     async with AsyncExitStack() as stack:
         chosen = await _choose_server(options, terminal, stack)
@@ -140,6 +142,7 @@ async def open_client(options: ServerOptions, terminal: Terminal) -> AsyncIterat
         UsageError: The options contradict each other.
         CommandError: No server was found.
         LLMError: The embedded server does not start.
+        ImportError: The embedded server was asked for, and the extra `local` is not installed.
     """
     async with AsyncExitStack() as stack:
         chosen = await _choose_server(options, terminal, stack)

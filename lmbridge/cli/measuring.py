@@ -91,8 +91,8 @@ class Measurement:
     def prompt_speed(self) -> float:
         """How many prompt tokens the server processes per second, for all requests in flight together.
 
-        The time until the first token of an answer is taken as the time that its prompt needed. It is NaN if that
-        cannot be measured.
+        The time until the first token of an answer is taken as the time that its prompt needed. The speed is NaN if
+        that time cannot be measured.
         """
         # The clock may be too coarse for a fast answer.
         timed = [each for each in self.samples if each.first_token_seconds > 0]

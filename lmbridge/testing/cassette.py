@@ -69,10 +69,10 @@ class Cassette:
     request to an MCP server has no recorded exchange, the request fails, and the block ends with a `CassetteError`.
     Requests to MCP servers on HTTP are not recorded.
 
-    Each exchange is replayed once, in the order of the recording. Only a GET, such as a health check, may be replayed
-    any number of times. A request that has no recorded exchange raises a `CassetteError` that says how it differs from
-    the closest one. The recording is written when the block ends. If an exception leaves the block, the file stays as
-    it was.
+    Each exchange is replayed once. Exchanges that answer equal requests are replayed in the order of the recording.
+    Only a GET, such as a health check, may be replayed any number of times. A request that has no recorded exchange
+    raises a `CassetteError` that says how it differs from the closest one. The recording is written when the block
+    ends. If an exception leaves the block, the file stays as it was.
 
     The file contains prompts and answers, but no header of a request. Keys are redacted wherever a request or a
     response quotes them.

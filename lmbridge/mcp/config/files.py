@@ -4,8 +4,7 @@ The formats are those of Claude, LM Studio and Cursor (`mcpServers`) and of VS C
 one file serves lmbridge and the programs that its user already has. A file in the working directory is read only if it
 is trusted, because it may have come with somebody else's repository and names programs to start.
 
-When a file is read again, and that the last good configuration stays in use if it is broken, is decided by
-`McpHub.reload`.
+`McpHub.reload` decides when a file is read again. If the file is broken then, the last good configuration stays in use.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ def parse_jsonc(text: str) -> Any:
     """Parses JSON that may have comments, and a comma before a closing bracket.
 
     Raises:
-        ValueError: The text is not valid, or an object has the same key twice. The message names the line and the
-            column, or the key.
+        ValueError: The text is not valid, is nested too deeply, or has an object with the same key twice. The message
+            names the line and the column of a syntax error, and a key that occurs twice.
     """
     plain = _COMMENT.sub(_blank_out, text)
     plain = _TRAILING_COMMA.sub(_blank_out, plain)

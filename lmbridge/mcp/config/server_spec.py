@@ -145,7 +145,7 @@ class ServerSpec:
     headers_function: HeadersFunction | None = attrs.field(default=None, repr=False)
     """A function that returns further headers. It comes from the argument `headers` of `McpHub`, not from the file."""
     client_credentials: ClientCredentials | None = attrs.field(default=None, repr=False)
-    """The credentials with which a token for the server is requested; None if it needs no token."""
+    """The credentials with which a token for the server is requested; None if none has to be requested."""
     allow: tuple[str, ...] | None = None
     """Glob patterns: only tools whose name matches one of them are offered. Default: None, which allows all."""
     deny: tuple[str, ...] = ()

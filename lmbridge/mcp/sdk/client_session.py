@@ -346,7 +346,7 @@ class _SessionV1(_SessionBase):
 
 
 async def _mark_unusable(page: Mapping[str, Any], kept_tools: Iterable[Any]) -> Mapping[str, Any]:
-    """Adds the key `UNUSABLE_REASON` to the tools of a page that the SDK has left out, and returns the page.
+    """Returns a page with the key `UNUSABLE_REASON` added to each of its tools that the SDK has left out.
 
     The protocol of 2026-07-28 requires clients to leave out a tool whose x-mcp-header is not valid, and the SDK does.
     """

@@ -96,6 +96,8 @@ class Questions:
     def open(self, request_id: str | int, params: Any, in_flight: Iterable[SentRequest]) -> None:
         """Asks the user a question in a separate task, or declines it if the user cannot be asked now.
 
+        A second request with the id of an open one is only reported.
+
         Args:
             request_id: The id of the request.
             params: The question as the server sent it.

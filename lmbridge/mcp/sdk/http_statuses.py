@@ -44,7 +44,7 @@ def _find_error(values: list[Any]) -> tuple[Any, Mapping[str, Any]] | None:
 
 
 def quote_body(body: bytes) -> str:
-    """Returns what a server says in the body of a refusal: its reason, the title of its page, or the whole text."""
+    """Returns what a server says in the body of a refusal: its reason, the title of its page, or its text."""
     values = parse_json(body)
     if (found := _find_error(values)) is not None:
         return describe_refusal(found[1])

@@ -2,7 +2,7 @@
 
 Only Windows uses it. There, a server and the processes that it has started can be ended together only as a job object,
 which the SDK's transport knows how to use; `ServerProcess` relies on process groups, which Windows does not have. The
-price is that the SDK reads lines of any size, and that a line with bytes that are not UTF-8 ends the session.
+price is that the SDK reads lines of any size, and loses a message that follows other text on its line.
 """
 
 from __future__ import annotations

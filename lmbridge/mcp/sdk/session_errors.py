@@ -1,8 +1,8 @@
 """The errors of a session with a server, and their descriptions in words.
 
 The SDK raises exceptions of a dozen kinds, often in nested groups, and the kinds differ between its two major versions.
-A caller has to distinguish only three cases: the session is over, the server answered with an error, or its answer is
-not valid. The errors are internal: `servers` turns them into the public `MCPConnectionError` and `ToolError`.
+A caller has to distinguish only three cases: the session is over, one request failed, or the answer to it is not
+valid. The errors are internal: `servers` turns them into the public `MCPConnectionError` and `ToolError`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ class SessionLostError(Exception):
 
 
 class RefusedError(Exception):
-    """The server answered with an error; the text is the code and the message of that error."""
+    """A request failed for a reason that does not end the session.
+
+    The text is the code and the message of the server's error, or else the reason, such as an answer that broke off.
+    """
 
 
 class UrlsRequiredError(RefusedError):

@@ -61,7 +61,7 @@ class ToolProgress:
 
 @attrs.frozen
 class ToolsChanged:
-    """A server has announced that its tools have changed. Runs in flight get added tools before their next round."""
+    """A server has announced that its tools have changed. Runs in flight get the new tools before their next round."""
 
     server: str
     """The name of the server."""
@@ -118,3 +118,4 @@ McpEvent = (
     | ElicitationCompleted
     | UnexpectedMessage
 )
+"""Any of these events."""

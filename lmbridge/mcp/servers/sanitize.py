@@ -2,8 +2,7 @@
 
 A description of a tool goes into the prompt, and a server's stderr into errors and terminals. Escape sequences,
 zero-width characters, and Unicode's "tag" characters can hide instructions to the model, or change what a terminal
-shows.
-Results of tools are not changed: they are data, and must arrive as they were sent.
+shows. Results of tools are not changed: they are data, and must arrive as they were sent.
 """
 
 from __future__ import annotations
