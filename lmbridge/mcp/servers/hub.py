@@ -25,6 +25,7 @@ from lmbridge._checks import (
     check_bool,
     check_callable,
     check_choice,
+    check_integer,
     check_path,
     check_seconds,
     invalid_argument,
@@ -149,6 +150,8 @@ class McpHub(NotCopyable):
         """
         check_choice("on_error", on_error, ("raise", "continue"))
         check_seconds("call_timeout", call_timeout)
+        # It is 0 if it was computed for a model with a tiny context.
+        check_integer("max_definition_tokens", max_definition_tokens, minimum=0, optional=True)
         servers, errors = self._select_servers(await self.reload(), names)
         for server in servers:
             server.acquire()

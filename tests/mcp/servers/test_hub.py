@@ -122,7 +122,18 @@ async def test_an_unknown_name_is_an_error_before_anything_is_started(make_hub: 
     assert hub.status() == {}
 
 
-@pytest.mark.parametrize("given", [{"names": "a"}, {"names": 5}, {"on_error": "ignore"}, {"call_timeout": 0}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"names": "a"},
+        {"names": 5},
+        {"on_error": "ignore"},
+        {"call_timeout": 0},
+        {"max_definition_tokens": "many"},
+        {"max_definition_tokens": -5},
+        {"max_definition_tokens": True},
+    ],
+)
 async def test_invalid_arguments_are_refused(make_hub: MakeHub, given: Any) -> None:
     with pytest.raises(LLMValidationError):
         await make_hub({"a": {}}).tools(**given)
