@@ -638,7 +638,7 @@ class Agent(Wrapper):
 
         With "isolate", the runs that did not name a model are cancelled. With "cancel", all runs with another model
         are cancelled. With "drain", this method waits until all runs with another model have ended. If it is cancelled
-        while it waits, the model is unchanged.
+        while it waits, the model is unchanged, unless the last of these runs ended in the same step of the event loop.
 
         Args:
             model: The name of the new model.

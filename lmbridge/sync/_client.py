@@ -501,12 +501,16 @@ class RawResponses(Wrapper):
         self, input: Texts, *, model: str | None = None, batch_size: int | None = None, **params: Any
     ) -> RawResponse[Embeddings]: ...
 
-    def embeddings(self, input: Texts, *, model: str | None = None, **params: Any) -> RawResponse[Embeddings]:
+    def embeddings(
+        self, input: Texts, *, model: str | None = None, batch_size: int | None = None, **params: Any
+    ) -> RawResponse[Embeddings]:
         """Asks for embeddings, as `LLMClient.embeddings` does.
 
         With `batch_size`, the status and headers are those of the last request.
         """
-        result: RawResponse[Embeddings] = self._await(lambda: self.wrapped.embeddings(input, model=model, **params))
+        result: RawResponse[Embeddings] = self._await(
+            lambda: self.wrapped.embeddings(input, model=model, batch_size=batch_size, **params)
+        )
         return result
 
     @overload
@@ -525,10 +529,14 @@ class RawResponses(Wrapper):
     ) -> RawResponse[Response]: ...
 
     def create_response(
-        self, input: ResponseInput, *, model: str | None = None, **params: Any
+        self, input: ResponseInput, *, model: str | None = None, previous_response_id: str | None = None, **params: Any
     ) -> RawResponse[Response]:
         """Asks for a response, as `LLMClient.create_response` does."""
-        result: RawResponse[Response] = self._await(lambda: self.wrapped.create_response(input, model=model, **params))
+        result: RawResponse[Response] = self._await(
+            lambda: self.wrapped.create_response(
+                input, model=model, previous_response_id=previous_response_id, **params
+            )
+        )
         return result
 
 
