@@ -221,8 +221,7 @@ class RunLoop:
     async def _get_last_words(self) -> ModelReply | None:
         """Asks for an answer in a last round without tools. Returns None if the reply is not a valid answer.
 
-        A text that ends in a call is not an answer, because a program would show it to its user. With an output type,
-        the type decides what is an answer.
+        A text that ends in a call counts as an answer with a warning, because the program has asked for no exception.
         """
         self._generations.may_call = False
         if self._output is not None:
@@ -233,8 +232,6 @@ class RunLoop:
         reply = await self._prompts.send()
         self._reply_seconds = self._seconds() - began
         has_answer = bool(reply.text.strip() and not reply.calls)
-        if self._output is None and find_unread_call(reply.text, self._toolset.names) is not None:
-            has_answer = False
         if has_answer:
             has_answer = self._read_output(reply)
             self._history.add_answer(reply.text, reasoning=reply.reasoning_fields)

@@ -5,7 +5,7 @@ little as possible: older messages are shortened or left out, images are moved t
 or the constraint of a retry is dropped. The `ClientSource` remembers what a server has refused, so that later runs do
 not ask for it again.
 
-That a prompt only grows at its end is decided in `history`.
+`history` ensures that a prompt only grows at its end.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `McpHub.tools` starts the servers, and raises `MultiMCPError`.
 
-That the bridge is never a server of its own agents is decided in `mcp.servers.hub`.
+`mcp.servers.hub` leaves out an entry of the file that would start lmbridge itself.
 """
 
 from __future__ import annotations
